@@ -266,7 +266,7 @@ def update_(
     q_taken = q_net(batch.obs).gather(1, batch.action.unsqueeze(1)).squeeze(1)  # [B]
     loss = F.smooth_l1_loss(q_taken, td_target(target_net, batch, config.gamma))
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(q_net.parameters(), config.max_grad_norm)
     optimizer.step()
     return loss.item()

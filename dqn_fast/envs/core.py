@@ -1,0 +1,299 @@
+"""Batched environments as pure functions of tensors.
+
+An environment writes its dynamics only: `reset`, `step`, `observe` and, where the network reads
+something else than what is stored, `features`. The base class owns what is the same for all:
+autoreset (Gymnasium's SAME_STEP), the time limit and episode statistics. Nothing is random inside:
+noise comes in as uniform floats, so a step can be repeated, compiled, captured and checked by hand.
+
+The leading axis E counts env copies: M members times N copies each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class VectorState(NamedTuple):
+    """What E env copies carry from step to step.
+
+    Attributes:
+        env: the environment's own state, a NamedTuple of tensors [E, ...].
+        obs: observation of that state, [E, ...].
+        elapsed: steps taken in the current episode, int32 [E].
+        episode_return: undiscounted sum of its rewards so far, float32 [E].
+    """
+
+    env: Any
+    obs: Tensor
+    elapsed: Tensor
+    episode_return: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        """All tensors, flat, in a fixed order."""
+        return [*self.env, self.obs, self.elapsed, self.episode_return]
+
+    @torch.no_grad()
+    def copy_(self, source: VectorState) -> None:
+        """Overwrite every tensor with the one of `source`."""
+        for target, tensor in zip(self.leaves(), source.leaves(), strict=True):
+            target.copy_(tensor)
+
+    def clone(self) -> VectorState:
+        env = type(self.env)(*(tensor.clone() for tensor in self.env))
+        return VectorState(env, self.obs.clone(), self.elapsed.clone(), self.episode_return.clone())
+
+
+class Outcome(NamedTuple):
+    """What one vector step did, before the reset of the copies that finished.
+
+    Attributes:
+        reward: float32 [E].
+        next_obs: the true successor's observation [E, ...], never one from after a reset.
+        terminated: the MDP ended, bool [E]; the only flag that stops the bootstrap.
+        truncated: the time limit was reached, bool [E]; may be true together with `terminated`.
+        episode_return: return of the episode up to and with this step, float32 [E].
+        episode_length: its length in steps, int32 [E].
+    """
+
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    episode_return: Tensor
+    episode_length: Tensor
+
+    @property
+    def done(self) -> Tensor:
+        """The episode is over, bool [E]."""
+        return self.terminated | self.truncated
+
+
+class TensorEnv(ABC):
+    """Base of all tensor environments; subclass it as a frozen dataclass of parameters.
+
+    Attributes:
+        num_actions: actions are the int64 numbers 0 .. num_actions - 1.
+        max_steps: time limit of an episode in steps, >= 1.
+        reset_noise_dim: uniform numbers that `reset` reads for each copy.
+        step_noise_dim: uniform numbers that `step` reads for each copy.
+    """
+
+    num_actions: ClassVar[int]
+    max_steps: int
+    reset_noise_dim: ClassVar[int] = 0
+    step_noise_dim: ClassVar[int] = 0
+
+    @abstractmethod
+    def reset(self, noise: Tensor) -> Any:
+        """First states of E episodes.
+
+        Args:
+            noise: uniform in [0, 1), float32 [E, reset_noise_dim]; also tells E and the device.
+
+        Returns:
+            NamedTuple of tensors [E, ...].
+        """
+
+    @abstractmethod
+    def step(self, state: Any, action: Tensor, noise: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Dynamics of one step, for all copies, without changing `state`.
+
+        Args:
+            state: NamedTuple of tensors [E, ...].
+            action: int64 [E].
+            noise: uniform in [0, 1), float32 [E, step_noise_dim].
+
+        Returns:
+            The next state, the reward (float32 [E]) and terminated (bool [E]).
+        """
+
+    @abstractmethod
+    def observe(self, state: Any) -> Tensor:
+        """Observation [E, ...] of `state`, in the dtype in which the replay stores it."""
+
+    def features(self, obs: Tensor) -> Tensor:
+        """What the network reads: float32 [..., F] of observations [..., *obs_shape]."""
+        return obs.float()
+
+    def vector_reset(self, noise: Tensor) -> VectorState:
+        """Start E episodes; arguments as `reset`."""
+        state = self.reset(noise)
+        zeros = torch.zeros(noise.shape[0], device=noise.device)
+        return VectorState(state, self.observe(state), zeros.int(), zeros)
+
+    def vector_step(
+        self, vector: VectorState, action: Tensor, step_noise: Tensor, reset_noise: Tensor
+    ) -> tuple[VectorState, Outcome]:
+        """One step of all copies; those that finish start their next episode in the same step.
+
+        Args:
+            vector: current state; not changed.
+            action: int64 [E].
+            step_noise: float32 [E, step_noise_dim].
+            reset_noise: float32 [E, reset_noise_dim], read for the copies that finish.
+
+        Returns:
+            The state to go on from, and what the step did.
+        """
+        state, reward, terminated = self.step(vector.env, action, step_noise)
+        elapsed = vector.elapsed + 1
+        outcome = Outcome(
+            reward=reward,
+            next_obs=self.observe(state),
+            terminated=terminated,
+            truncated=elapsed >= self.max_steps,
+            episode_return=vector.episode_return + reward,
+            episode_length=elapsed,
+        )
+        done, fresh = outcome.done, self.reset(reset_noise)
+        env = type(state)(*(_select(done, r, s) for r, s in zip(fresh, state, strict=True)))
+        return (
+            VectorState(
+                env=env,
+                obs=self.observe(env),
+                elapsed=torch.where(done, 0, elapsed),
+                episode_return=torch.where(done, 0.0, outcome.episode_return),
+            ),
+            outcome,
+        )
+
+
+def _select(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:
+    """`torch.where` with the mask [E] spread over the trailing axes."""
+    return torch.where(mask.view(-1, *[1] * (if_true.ndim - 1)), if_true, if_false)
+
+
+class EnvCheckError(AssertionError):
+    """An environment breaks a rule that training relies on; the message names the rule."""
+
+
+def check_env(env: TensorEnv, num_envs: int = 64, num_steps: int = 200, seed: int = 0) -> None:
+    """Raise EnvCheckError unless `env` keeps the rules that training relies on.
+
+    Plays random actions and checks shapes, dtypes, finiteness, purity (inputs unchanged, equal
+    inputs give equal results), independence of the copies, termination, time limit, and the
+    observations before and after a reset.
+
+    Args:
+        env: the environment.
+        num_envs: copies to play, >= 2.
+        num_steps: vector steps to play.
+        seed: of actions and noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def ensure(condition: bool | Tensor, rule: str) -> None:
+        if not condition:
+            raise EnvCheckError(f"{type(env).__name__}: {rule}")
+
+    def pure(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        before = [[t.clone() for t in _tensors(a)] for a in args]
+        first, second = function(*args), function(*args)
+        after = [list(_tensors(a)) for a in args]
+        ensure(_equal(before, after), f"{name} must not change its inputs")
+        ensure(_equal(first, second), f"{name} must give equal results for equal inputs")
+        return first
+
+    ensure(isinstance(env.num_actions, int) and env.num_actions >= 1, "num_actions must be >= 1")
+    ensure(isinstance(env.max_steps, int) and env.max_steps >= 1, "max_steps must be >= 1")
+
+    state = pure("reset", env.reset, rand(num_envs, env.reset_noise_dim))
+    ensure(
+        isinstance(state, tuple) and hasattr(state, "_fields"),
+        "reset must return a NamedTuple of tensors",
+    )
+    layout = [(t.shape[1:], t.dtype) for t in state]
+    obs = pure("observe", env.observe, state)
+    features = pure("features", env.features, obs)
+    ensure(obs.shape[0] == num_envs, f"observe must return [E, ...], got {tuple(obs.shape)}")
+    ensure(
+        features.dtype == torch.float32 and features.ndim == 2 and features.shape[0] == num_envs,
+        f"features must be float32 [E, F], got {features.dtype} {tuple(features.shape)}",
+    )
+    stacked = env.features(obs.unflatten(0, (1, num_envs)))
+    ensure(
+        stacked.shape == (1, *features.shape) and torch.equal(stacked[0], features),
+        "features must accept further leading axes",
+    )
+
+    vector = env.vector_reset(rand(num_envs, env.reset_noise_dim))
+    for _ in range(num_steps):
+        action = torch.randint(env.num_actions, (num_envs,), generator=generator)
+        noise = rand(num_envs, env.step_noise_dim)
+        reset_noise = rand(num_envs, env.reset_noise_dim)
+        state, reward, terminated = pure("step", env.step, vector.env, action, noise)
+        for tensor, (shape, dtype) in zip(state, layout, strict=True):
+            ensure(
+                tensor.shape == (num_envs, *shape) and tensor.dtype == dtype,
+                f"step must keep the state's shapes and dtypes, {dtype} {(num_envs, *shape)} "
+                f"became {tensor.dtype} {tuple(tensor.shape)}",
+            )
+        ensure(
+            reward.dtype == torch.float32 and reward.shape == (num_envs,),
+            f"reward must be float32 [E], got {reward.dtype} {tuple(reward.shape)}",
+        )
+        ensure(
+            terminated.dtype == torch.bool and terminated.shape == (num_envs,),
+            f"terminated must be bool [E], got {terminated.dtype} {tuple(terminated.shape)}",
+        )
+        ensure(reward.isfinite().all(), "reward must be finite")
+        half = type(vector.env)(*(t[: num_envs // 2] for t in vector.env))
+        alone = env.step(half, action[: num_envs // 2], noise[: num_envs // 2])
+        ensure(
+            torch.equal(alone[1], reward[: num_envs // 2])
+            and _equal(alone[0], type(state)(*(t[: num_envs // 2] for t in state))),
+            "a copy's step must not depend on the other copies",
+        )
+
+        previous = vector
+        vector, outcome = env.vector_step(vector, action, noise, reset_noise)
+        done = outcome.done
+        ensure(
+            torch.equal(outcome.next_obs, env.observe(state)),
+            "next_obs must be the true successor, not the observation after a reset",
+        )
+        ensure(
+            vector.obs.shape == obs.shape and vector.obs.dtype == obs.dtype,
+            f"observations must keep shape and dtype, got {vector.obs.dtype} "
+            f"{tuple(vector.obs.shape)}",
+        )
+        ensure(env.features(vector.obs).isfinite().all(), "features must be finite")
+        ensure(
+            torch.equal(vector.obs[done], env.observe(env.reset(reset_noise))[done]),
+            "a finished copy must go on from a fresh reset",
+        )
+        ensure(
+            torch.equal(vector.obs[~done], outcome.next_obs[~done]),
+            "an unfinished copy must go on from its successor",
+        )
+        ensure(
+            torch.equal(outcome.truncated, previous.elapsed + 1 >= env.max_steps),
+            "truncated must be true exactly at the time limit",
+        )
+        ensure((vector.elapsed < env.max_steps).all(), "no episode may pass the time limit")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether nested tuples or lists hold equal tensors; NaN equals NaN."""
+    pairs = zip(_tensors(a), _tensors(b), strict=True)
+    return all(
+        x.dtype == y.dtype and x.shape == y.shape and torch.allclose(x, y, 0.0, 0.0, equal_nan=True)
+        if x.is_floating_point()
+        else torch.equal(x, y)
+        for x, y in pairs
+    )

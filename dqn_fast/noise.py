@@ -1,0 +1,120 @@
+"""The random numbers of a run, as data: drawn ahead, passed in, and equal on every device.
+
+Every number is a pure function of (seed, stream, index): Philox 4x32-10 keyed by the member's seed
+and the stream, counting the vector step, gradient step or evaluation step that it belongs to. So
+draws do not depend on the length of a chunk, on the device, or on who else is in the population,
+and a saved run needs no generator state.
+
+Source: Salmon, Moraes, Dror & Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Stream(IntEnum):
+    """Independent streams of one member. The numbers are part of a run's identity."""
+
+    WEIGHTS = 0
+    EXPLORATION = 1
+    ENV_STEP = 2
+    ENV_RESET = 3
+    REPLAY = 4
+    EVALUATION_STEP = 5
+    EVALUATION_RESET = 6
+
+
+def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
+    """Philox 4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+
+    Args:
+        counter: four int64 tensors that broadcast together, values in [0, 2**32).
+        key: two int64 tensors that broadcast with them, values in [0, 2**32).
+
+    Returns:
+        Four int64 tensors of the broadcast shape, values in [0, 2**32).
+
+    Cost: 120 elementwise operations; drawing many numbers in one call is what makes it cheap.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The product of two 32-bit words wraps to the right 64 bits; `>>` then copies the sign bit
+        # into the upper half, which the mask takes off again.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return [c0, c1, c2, c3]
+
+
+class Noise:
+    """Random numbers of M members.
+
+    Member i draws with seed `seed + i`, exactly what a run of one member with that seed draws.
+
+    Attributes:
+        seed: seed of the first member, >= 0.
+        num_members: M.
+        device: where the numbers are made; the values do not depend on it.
+    """
+
+    def __init__(self, seed: int, num_members: int, device: torch.device | str = "cpu") -> None:
+        self.seed, self.num_members, self.device = seed, num_members, torch.device(device)
+        keys = [
+            [np.random.SeedSequence([seed + i, stream]).generate_state(2) for stream in Stream]
+            for i in range(num_members)
+        ]
+        self._keys = torch.tensor(np.array(keys, np.int64), device=device)  # [M, streams, 2]
+
+    def uniform(
+        self, stream: Stream, start: int, count: int, shape: Sequence[int], epoch: int = 0
+    ) -> Tensor:
+        """Uniform numbers in [0, 1) on a grid of 2**-24, float32 [count, M, *shape].
+
+        Args:
+            stream: which stream.
+            start: index of the first draw, >= 0; draw start + j fills row j.
+            count: number of rows.
+            shape: shape of one member's draw; may hold zeros.
+            epoch: a further index in [0, 2**32), for draws that start again at 0.
+        """
+        size = math.prod(shape)
+        words = self._words(stream, start, count, -(-size // 4), epoch)
+        floats = torch.stack(words, -1).bitwise_right_shift_(8).float().mul_(2.0**-24)
+        return floats.flatten(2)[..., :size].reshape(count, self.num_members, *shape)
+
+    def integers(self, stream: Stream, start: int, count: int, shape: Sequence[int]) -> Tensor:
+        """Uniform integers in [0, 2**63), int64 [count, M, *shape]; arguments as `uniform`.
+
+        Taken modulo n they give an index below n with a bias under n / 2**63. A float32 uniform
+        times n would leave out most rows of a large buffer.
+        """
+        size = math.prod(shape)
+        w0, w1, w2, w3 = self._words(stream, start, count, -(-size // 2), 0)
+        pairs = torch.stack([(w0 << 31) ^ w1, (w2 << 31) ^ w3], -1)
+        return pairs.flatten(2)[..., :size].reshape(count, self.num_members, *shape)
+
+    def _words(
+        self, stream: Stream, start: int, count: int, blocks: int, epoch: int
+    ) -> list[Tensor]:
+        """Four int64 tensors [count, M, blocks] of 32-bit words."""
+        index = torch.arange(start, start + count, device=self.device)[:, None, None]
+        block = torch.arange(blocks, device=self.device)
+        salt = torch.full((), epoch, dtype=torch.int64, device=self.device)
+        k0, k1 = self._keys[:, stream, :, None].unbind(1)  # [M, 1] each
+        full = (count, self.num_members, blocks)
+        return philox_4x32([block.expand(full), index & _MASK, index >> 32, salt], [k0, k1])

@@ -1,0 +1,110 @@
+"""Replay memory: a ring buffer per member that never leaves the device."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Transition(NamedTuple):
+    """Transitions of M members; the second axis is N (collected), C (stored) or B (sampled).
+
+    Attributes:
+        obs: [M, N, ...], in the environment's storage dtype.
+        action: int64 [M, N].
+        reward: float32 [M, N].
+        next_obs: the true successor, [M, N, ...].
+        terminated: bool [M, N]; a time limit is not one.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+
+
+class Replay:
+    """The newest C transitions of each member.
+
+    Cursor and size live on the device, so that adding and sampling read nothing on the host. They
+    are shared: members collect in step.
+
+    Attributes:
+        data: storage [M, C, ...]; actions as uint8 or int16.
+        cursor: row that is written next, int64 [].
+        size: rows that hold a transition, int64 [].
+    """
+
+    def __init__(self, capacity: int, example: Transition, num_actions: int) -> None:
+        """Allocate storage.
+
+        Args:
+            capacity: C, at least the N of what is added.
+            example: a batch [M, N, ...] that shows shapes, dtypes and device; not stored.
+            num_actions: decides how wide an action is stored.
+
+        Raises:
+            ValueError: `capacity` is below N, so that one step would overwrite itself.
+        """
+        num_members, num_rows = example.reward.shape
+        if capacity < num_rows:
+            raise ValueError(f"capacity {capacity}: must be at least {num_rows}, one vector step")
+        device = example.reward.device
+        action_dtype = torch.uint8 if num_actions <= 2**8 else torch.int16
+        self.data = Transition(
+            *(
+                torch.zeros((num_members, capacity, *t.shape[2:]), dtype=t.dtype, device=device)
+                for t in example._replace(action=example.action.to(action_dtype))
+            )
+        )
+        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
+        self.size = torch.zeros((), dtype=torch.int64, device=device)
+        # Where member m's rows start when the first two axes are one: [M, 1].
+        self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
+        self._new_rows = torch.arange(num_rows, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.data.reward.shape[1]
+
+    @property
+    def bytes_per_transition(self) -> int:
+        return sum(t.element_size() * math.prod(t.shape[2:]) for t in self.data)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all members' rows."""
+        return sum(t.element_size() * t.numel() for t in self.data)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {**self.data._asdict(), "cursor": self.cursor, "size": self.size}
+
+    @torch.no_grad()
+    def add_(self, batch: Transition) -> None:
+        """Write N transitions of every member over the oldest rows."""
+        rows = (self.cursor + self._new_rows) % self.capacity
+        for stored, new in zip(self.data, batch, strict=True):
+            stored.index_copy_(1, rows, new.to(stored.dtype))
+        self.cursor.add_(len(rows)).remainder_(self.capacity)
+        self.size.add_(len(rows)).clamp_(max=self.capacity)
+
+    def sample(self, noise: Tensor) -> Transition:
+        """Draw rows uniformly, with replacement, among those that hold a transition.
+
+        Args:
+            noise: int64 [M, B], uniform in [0, 2**63).
+
+        Returns:
+            Transitions [M, B, ...], actions as int64.
+        """
+        rows = (noise % self.size + self._offsets).flatten()
+        obs, action, reward, next_obs, terminated = (
+            stored.flatten(0, 1).index_select(0, rows).unflatten(0, noise.shape)
+            for stored in self.data
+        )
+        return Transition(obs, action.long(), reward, next_obs, terminated)

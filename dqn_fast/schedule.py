@@ -1,0 +1,218 @@
+"""What is known in advance from the step count: schedules, intervals and the plan of a run.
+
+Everything here is host arithmetic on step counts, done once per chunk and handed to the device as
+data. Nothing here knows about environments, networks or replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from numpy.typing import NDArray
+
+
+def linear_schedule(
+    step: npt.ArrayLike, start: float, end: float, duration: float
+) -> NDArray[np.float64]:
+    """Value that goes linearly from `start` at step 0 to `end` at step `duration`, then stays.
+
+    Args:
+        step: step counts, any shape, in the unit of `duration`.
+        start: value at step 0.
+        end: value from step `duration` on.
+        duration: length of the ramp, > 0.
+
+    Returns:
+        float64 of the shape of `step`.
+    """
+    fraction = np.clip(np.asarray(step, np.float64) / duration, 0.0, 1.0)
+    return np.asarray(start + fraction * (end - start))
+
+
+def crossed(before: int, after: int, interval: int) -> bool:
+    """Whether a counter that goes from `before` to `after` passes a multiple of `interval`.
+
+    The counter jumps by the number of envs, so `after % interval == 0` would fire at the wrong
+    times (with 64 envs and interval 10: every 320). Interval 0 means off.
+    """
+    return interval > 0 and after // interval > before // interval
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """K consecutive vector steps and the gradient steps that follow each of them.
+
+    Attributes:
+        before: global_step at the start of the chunk, transitions of one member.
+        num_envs: env copies of one member; each vector step adds this to global_step.
+        update_counts: gradient steps after each vector step, length K.
+        first_update: number of gradient steps taken before the chunk.
+        stamps: float64 [U_total], the global_step that each gradient step stands for.
+        syncs: bool [U_total], whether the target network is synchronised after it.
+    """
+
+    before: int
+    num_envs: int
+    update_counts: tuple[int, ...]
+    first_update: int
+    stamps: NDArray[np.float64]
+    syncs: NDArray[np.bool_]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.update_counts)
+
+    @property
+    def num_updates(self) -> int:
+        return len(self.stamps)
+
+    @property
+    def after(self) -> int:
+        """global_step at the end of the chunk."""
+        return self.before + self.num_steps * self.num_envs
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """global_step before each vector step, int64 [K]."""
+        return self.before + self.num_envs * np.arange(self.num_steps)
+
+    def crosses(self, interval: int) -> bool:
+        """Whether `interval` is crossed in the chunk's last vector step; see `Plan.chunks`."""
+        return crossed(self.after - self.num_envs, self.after, interval)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run as arithmetic: which vector steps learn, how often, and when to sync.
+
+    A vector step that takes global_step from `before` to `after` is followed by
+    `gradient_steps * (after // train_freq - before // train_freq)` gradient steps, once `after` has
+    reached `learning_starts`. So the replay ratio does not depend on `num_envs`.
+
+    Within a vector step the U gradient steps carry the stamps `before + (u + 1) * num_envs / U`.
+    The target is synchronised after the gradient step whose stamp is the first at or past a
+    multiple of `target_update_interval`, at most once per gradient step.
+
+    Attributes:
+        num_envs: env copies of one member, >= 1.
+        total_timesteps: transitions of one member; rounded up to a multiple of num_envs.
+        learning_starts: no gradient step before this many transitions.
+        train_freq: transitions per group of gradient steps, >= 1.
+        gradient_steps: gradient steps per `train_freq` transitions, >= 0.
+        target_update_interval: transitions between synchronisations of the target, 0 for none.
+        max_chunk_steps: vector steps of a chunk at most; never changes the result.
+        intervals: side jobs (log, evaluate, save); a chunk ends where one of them is crossed.
+    """
+
+    num_envs: int
+    total_timesteps: int
+    learning_starts: int
+    train_freq: int
+    gradient_steps: int
+    target_update_interval: int
+    max_chunk_steps: int = 32
+    intervals: tuple[int, ...] = ()
+
+    @property
+    def num_vector_steps(self) -> int:
+        return -(-self.total_timesteps // self.num_envs)
+
+    @property
+    def end(self) -> int:
+        """global_step at the end of the run, a multiple of num_envs."""
+        return self.num_vector_steps * self.num_envs
+
+    @property
+    def first_learning_step(self) -> int:
+        """Index of the first vector step after which gradient steps may follow."""
+        return max(-(-self.learning_starts // self.num_envs) - 1, 0)
+
+    @property
+    def learning_starts_at(self) -> int:
+        """global_step at the end of that vector step."""
+        return (self.first_learning_step + 1) * self.num_envs if self.learning_starts else 0
+
+    @property
+    def total_updates(self) -> int:
+        before = self.first_learning_step * self.num_envs
+        groups = self.end // self.train_freq - before // self.train_freq
+        return self.gradient_steps * max(groups, 0)
+
+    def replay_ratio(self, batch_size: int) -> float:
+        """Sampled transitions per collected transition once learning has started."""
+        return self.gradient_steps * batch_size / self.train_freq
+
+    def step_of_update(self, number: int) -> int:
+        """global_step of the vector step that gradient step `number`, from 1, follows."""
+        before = self.first_learning_step * self.num_envs
+        group = before // self.train_freq + -(-number // self.gradient_steps)
+        return -(-group * self.train_freq // self.num_envs) * self.num_envs
+
+    def update_counts(self, first: int, num_steps: int) -> NDArray[np.int64]:
+        """Gradient steps after each of the vector steps first .. first + num_steps - 1, int64."""
+        index = np.arange(first, first + num_steps)
+        before = index * self.num_envs
+        groups = (before + self.num_envs) // self.train_freq - before // self.train_freq
+        return np.where(index >= self.first_learning_step, self.gradient_steps * groups, 0)
+
+    def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[Chunk]:
+        """Chunks from vector step `first` to the end of the run.
+
+        A chunk ends early where one of `intervals` is crossed and where learning starts, so side
+        jobs are late by less than one vector step, whatever the length of a chunk.
+
+        Args:
+            first: vector steps already taken.
+            num_updates: gradient steps already taken.
+        """
+        while first < self.num_vector_steps:
+            num_steps = self._steps_to_boundary(first)
+            chunk = self._chunk(first, num_steps, num_updates)
+            yield chunk
+            first += num_steps
+            num_updates += chunk.num_updates
+
+    def _steps_to_boundary(self, first: int) -> int:
+        before = first * self.num_envs
+        ends = [self.num_vector_steps, first + self.max_chunk_steps]
+        ends += [-(-(before // i + 1) * i // self.num_envs) for i in self.intervals if i > 0]
+        if first < self.first_learning_step:
+            ends.append(self.first_learning_step)
+        return min(ends) - first
+
+    def _chunk(self, first: int, num_steps: int, num_updates: int) -> Chunk:
+        counts = self.update_counts(first, num_steps)
+        step = np.repeat(first + np.arange(num_steps), counts)  # vector step of each gradient step
+        count = np.repeat(counts, counts)
+        u = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
+        # In whole numbers: stamp * count, so that a stamp on a multiple of the interval is exact.
+        scaled = step * self.num_envs * count + (u + 1) * self.num_envs
+        if self.target_update_interval:
+            periods = scaled // (count * self.target_update_interval)
+            previous = np.concatenate([[self._periods_before(first)], periods])[:-1]
+            syncs = periods > previous
+        else:
+            syncs = np.zeros(len(step), np.bool_)
+        return Chunk(
+            before=first * self.num_envs,
+            num_envs=self.num_envs,
+            update_counts=tuple(int(c) for c in counts),
+            first_update=num_updates,
+            stamps=scaled / np.maximum(count, 1),
+            syncs=syncs,
+        )
+
+    def _periods_before(self, first: int) -> int:
+        """Sync intervals completed at the last gradient step before vector step `first`.
+
+        With fewer than one gradient step per vector step an interval may be crossed where no
+        gradient step follows; the next one then synchronises. The last one before `first` came
+        with the vector step in which `train_freq` was last crossed, and carries its end as stamp.
+        """
+        last_group = first * self.num_envs // self.train_freq * self.train_freq
+        last_stamp = -(-last_group // self.num_envs) * self.num_envs
+        learning_start = self.first_learning_step * self.num_envs
+        return max(last_stamp, learning_start) // self.target_update_interval

@@ -1,0 +1,670 @@
+"""Train a DQN whose environments, replay and learner live on one device.
+
+    python -m dqn_fast.train --num-envs 64
+
+Read it top to bottom: the settings; what is carried from step to step; one vector step in three
+functions (act, step the environments, store and learn); a chunk of vector steps; the loop. What a
+researcher edits to change the experiment stands here, everything else in the files it names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dqn_fast.agent import (
+    ADAM_BETAS,
+    Adam,
+    LossName,
+    UpdateSchedule,
+    epsilon_greedy,
+    update_,
+)
+from dqn_fast.engine import EngineName, choose_device, choose_engine, upload
+from dqn_fast.envs import Outcome, TensorEnv, VectorState, make_env
+from dqn_fast.evaluate import evaluate
+from dqn_fast.metrics import ChunkRecord, Metrics
+from dqn_fast.networks import QNetwork
+from dqn_fast.noise import Noise, Stream
+from dqn_fast.replay import Replay, Transition
+from dqn_fast.run import (
+    RunRecord,
+    TrainingError,
+    UsageError,
+    create_run_dir,
+    device_name,
+    software,
+)
+from dqn_fast.schedule import Chunk, Plan, linear_schedule
+from dqn_fast.tracker import TrackerConfig, make_tracker
+
+# ------------------------------------------------------------------------------------ settings
+
+
+@dataclass
+class Args:
+    """Train a DQN with many environments per step.
+
+    Steps, intervals and frequencies count environment transitions of one member, whatever
+    --num-envs is; they take effect at the next vector step, so at most --num-envs late. For every
+    interval 0 means off.
+    """
+
+    # Experiment
+    env_id: str = "LineWorld-v0"
+    """Environment."""
+    env_params: Annotated[
+        dict[str, str | int | float | bool], tyro.conf.arg(metavar="[NAME VALUE ...]")
+    ] = field(default_factory=dict)
+    """Parameters of the environment, as pairs: --env-params n_states 31 slip_prob 0.1."""
+    num_envs: int = 64
+    """Copies of the environment that step together, for each member; >= 1."""
+    num_seeds: int = 1
+    """Members: independent agents with seeds seed, seed + 1, ... trained side by side; >= 1."""
+    total_timesteps: int = 65_536
+    """Length of the run in transitions, >= 1; rounded up to a multiple of num_envs."""
+    seed: int = 0
+    """Seed of the first member; >= 0."""
+
+    # Algorithm
+    gamma: float = 0.99
+    """Discount per environment step; in [0, 1]."""
+    learning_rate: float = 1e-3
+    """Adam's step size; > 0."""
+    learning_rate_end: float | None = None
+    """Step size at the end of the run, reached linearly; >= 0. None: constant."""
+    buffer_size: int = 25_000
+    """Transitions that the replay memory of a member holds; >= num_envs and >= batch_size."""
+    batch_size: int = 64
+    """Transitions of a member sampled for one gradient step; >= 1."""
+    learning_starts: int = 500
+    """Transitions before the first gradient step; >= 0."""
+    train_freq: int = 16
+    """Transitions for which gradient_steps gradient steps are taken; >= 1."""
+    gradient_steps: int = 1
+    """Gradient steps per train_freq transitions; >= 0. The replay ratio, sampled transitions per
+    collected one, is gradient_steps * batch_size / train_freq."""
+    target_update_interval: int = 16
+    """Transitions between synchronisations of the target network; >= 0."""
+    tau: float = 0.02
+    """Weight of the online network in a synchronisation; in (0, 1], 1 is a hard copy."""
+    eps_start: float = 1.0
+    """Probability of a random action at the start; in [0, 1]."""
+    eps_end: float = 0.05
+    """Probability of a random action once the decay is over; in [0, 1]."""
+    eps_fraction: float = 0.5
+    """Fraction of total_timesteps over which it decays linearly; in [0, 1]."""
+    max_grad_norm: float = 10.0
+    """Global norm to which the gradients of a member are clipped; > 0, inf for no clipping."""
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """Widths of the hidden layers; each >= 1."""
+    loss: LossName = "huber"
+    """Loss of the TD error: huber (smooth L1, beta 1) or squared."""
+
+    # Execution
+    device: str = "auto"
+    """Where everything lives: auto (cuda, then cpu), cpu, cuda, cuda:1, mps."""
+    engine: EngineName = "auto"
+    """How a chunk of vector steps is run; never changes the result's meaning."""
+    chunk_steps: int = 32
+    """Vector steps per chunk at most, >= 1; never changes the result."""
+    num_threads: int = 1
+    """CPU threads; >= 0, 0 leaves torch's own choice. Small networks are fastest on one."""
+
+    # Records
+    name: str = "dqn"
+    """Name of the experiment, part of the run directory's name."""
+    run_dir: Path | None = None
+    """Directory to write, new or empty. None: runs/<env>__<name>__s<seed>__<UTC time>."""
+    log_interval: int = 1_024
+    """Transitions between log points; >= 0."""
+    eval_interval: int = 4_096
+    """Transitions between greedy evaluations; >= 0. The end of the run is always evaluated."""
+    eval_episodes: int = 100
+    """Episodes of each member per evaluation; >= 1."""
+    checkpoint_interval: int = 16_384
+    """Transitions between checkpoints; >= 0. The end of the run is always saved."""
+    quiet: bool = False
+    """Print nothing but errors."""
+    track: bool = False
+    """Log to wandb as well; offline where it cannot be reached."""
+    wandb_project: str = "dqn_fast"
+    """Project in wandb."""
+    wandb_entity: str | None = None
+    """User or team in wandb. None: the account's default."""
+    wandb_group: str | None = None
+    """Group of runs in wandb. None: the run's name."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags in wandb."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """None: WANDB_MODE if set, else online where the server answers and a key is configured."""
+    tensorboard: bool = False
+    """Log to TensorBoard as well; needs the package tensorboard."""
+
+
+def check(args: Args) -> None:
+    """Raise UsageError for the first setting that makes no sense."""
+
+    def need(ok: bool, name: str, allowed: str) -> None:
+        if not ok:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: must be {allowed}")
+
+    for name in ("num_envs", "num_seeds", "total_timesteps", "buffer_size", "batch_size"):
+        need(getattr(args, name) >= 1, name, "at least 1")
+    for name in ("train_freq", "eval_episodes", "chunk_steps"):
+        need(getattr(args, name) >= 1, name, "at least 1")
+    for name in ("seed", "learning_starts", "gradient_steps", "num_threads"):
+        need(getattr(args, name) >= 0, name, "at least 0")
+    for name in ("target_update_interval", "log_interval", "eval_interval", "checkpoint_interval"):
+        need(getattr(args, name) >= 0, name, "at least 0 (0: off)")
+    for name in ("gamma", "eps_start", "eps_end", "eps_fraction"):
+        need(0.0 <= getattr(args, name) <= 1.0, name, "in [0, 1]")
+    need(0.0 < args.tau <= 1.0, "tau", "in (0, 1]")
+    need(0.0 < args.learning_rate < math.inf, "learning_rate", "above 0 and finite")
+    end = args.learning_rate_end
+    need(end is None or 0.0 <= end < math.inf, "learning_rate_end", "at least 0 and finite")
+    need(args.max_grad_norm > 0.0, "max_grad_norm", "above 0")
+    need(all(size >= 1 for size in args.hidden_sizes), "hidden_sizes", "at least 1 each")
+    need(
+        args.buffer_size >= args.num_envs,
+        "buffer_size",
+        f"at least --num-envs {args.num_envs}, one vector step",
+    )
+    most = min(args.buffer_size, -(-args.total_timesteps // args.num_envs) * args.num_envs)
+    need(args.batch_size <= most, "batch_size", f"at most {most}, what replay can ever hold")
+    need(args.name != "" and "/" not in args.name, "name", "a name without /")
+
+
+# ------------------------------------------------- what is carried, and what comes in as data
+
+
+@dataclass
+class Learner:
+    """All that is carried from vector step to vector step; M members, E = M * N env copies.
+
+    Every tensor in it keeps its address and is written in place, in `vector_step_` and the
+    functions that it calls.
+
+    Attributes:
+        gamma: [M, 1] float32.
+        max_grad_norm: [M, 1] float32.
+    """
+
+    env: TensorEnv
+    q_net: QNetwork
+    target_net: QNetwork
+    adam: Adam
+    vector: VectorState
+    replay: Replay
+    gamma: Tensor
+    max_grad_norm: Tensor
+    loss: LossName
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as tensors in dicts and lists."""
+        return {
+            "q_net": self.q_net.state_dict(),
+            "target_net": self.target_net.state_dict(),
+            "adam": {"mean": self.adam.mean, "square": self.adam.square},
+            "vector": self.vector.leaves(),
+            "replay": self.replay.state_dict(),
+        }
+
+    @property
+    def copies(self) -> tuple[int, int]:
+        """(M, N)."""
+        num_members = self.q_net.num_members
+        return num_members, len(self.vector.elapsed) // num_members
+
+
+class StepInputs(NamedTuple):
+    """Noise and schedule of the vector steps of a chunk, K in front.
+
+    Attributes:
+        explore: uniform, float32 [K, M, N, 2]: coin and random action.
+        env_step: uniform, float32 [K, E, step_noise_dim].
+        env_reset: uniform, float32 [K, E, reset_noise_dim].
+        epsilon: float32 [K].
+    """
+
+    explore: Tensor
+    env_step: Tensor
+    env_reset: Tensor
+    epsilon: Tensor
+
+
+class UpdateInputs(NamedTuple):
+    """Noise and schedules of the gradient steps of a chunk, U in front.
+
+    Attributes:
+        rows: which replay rows, int64 [U, M, B] in [0, 2**63).
+        step_size, root_scale, sync: float32 [U]; see `UpdateSchedule`.
+    """
+
+    rows: Tensor
+    step_size: Tensor
+    root_scale: Tensor
+    sync: Tensor
+
+
+def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
+    """Fresh networks, env copies and an empty replay on the device of `noise`."""
+    device, copies = noise.device, (args.num_seeds, args.num_envs)
+    reset_noise = noise.uniform(Stream.ENV_RESET, 0, 1, (args.num_envs, env.reset_noise_dim))[0]
+    vector = env.vector_reset(reset_noise.flatten(0, 1))
+    num_features = env.features(vector.obs[:1]).shape[-1]
+    sizes = (num_features, *args.hidden_sizes, env.num_actions)
+    q_net = QNetwork(sizes, args.num_seeds).to(device).init_(noise)
+    target_net = QNetwork(sizes, args.num_seeds).to(device)
+    target_net.load_state_dict(q_net.state_dict())
+    target_net.requires_grad_(False)
+    obs = vector.obs.unflatten(0, copies)
+    scalar = torch.zeros(copies, device=device)
+    example = Transition(obs, scalar.long(), scalar, obs, scalar.bool())
+    return Learner(
+        env=env,
+        q_net=q_net,
+        target_net=target_net,
+        adam=Adam.zeros(q_net.parameters()),
+        vector=vector,
+        replay=Replay(args.buffer_size, example, env.num_actions),
+        gamma=torch.full((args.num_seeds, 1), args.gamma, device=device),
+        max_grad_norm=torch.full((args.num_seeds, 1), args.max_grad_norm, device=device),
+        loss=args.loss,
+    )
+
+
+def epsilon(args: Args, step: NDArray[np.int64] | int) -> NDArray[np.float64]:
+    """Probability of a random action at global_step `step`."""
+    duration = max(1, int(args.eps_fraction * args.total_timesteps))
+    return linear_schedule(step, args.eps_start, args.eps_end, duration)
+
+
+def draw_inputs(
+    args: Args, env: TensorEnv, noise: Noise, chunk: Chunk
+) -> tuple[StepInputs, UpdateInputs]:
+    """Everything random and everything scheduled in a chunk, as tensors on the device."""
+    first, count, n = chunk.before // args.num_envs, chunk.num_steps, args.num_envs
+    rows = noise.integers(Stream.REPLAY, chunk.first_update, chunk.num_updates, (args.batch_size,))
+
+    end = args.learning_rate if args.learning_rate_end is None else args.learning_rate_end
+    rate = linear_schedule(chunk.stamps, args.learning_rate, end, args.total_timesteps)
+    t = chunk.first_update + np.arange(1, chunk.num_updates + 1)
+    step_size = rate / (1.0 - ADAM_BETAS[0] ** t)
+    root_scale = 1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)
+    sync = np.where(chunk.syncs, args.tau, 0.0)
+
+    packed = np.concatenate([epsilon(args, chunk.steps), step_size, root_scale, sync]).astype(
+        np.float32
+    )
+    u = chunk.num_updates
+    schedules = upload(torch.from_numpy(packed), noise.device).split([count, u, u, u])
+    steps = StepInputs(
+        explore=noise.uniform(Stream.EXPLORATION, first, count, (n, 2)),
+        env_step=noise.uniform(Stream.ENV_STEP, first, count, (n, env.step_noise_dim)).flatten(
+            1, 2
+        ),
+        env_reset=noise.uniform(
+            Stream.ENV_RESET, first + 1, count, (n, env.reset_noise_dim)
+        ).flatten(1, 2),
+        epsilon=schedules[0],
+    )
+    return steps, UpdateInputs(rows, *schedules[1:])
+
+
+# ------------------------------------------------------------ one vector step, three functions
+
+
+@torch.no_grad()
+def act(learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
+    """Epsilon-greedy actions of all copies, int64 [E]; noise [M, N, 2], epsilon []."""
+    obs = learner.vector.obs.unflatten(0, learner.copies)
+    q_values = learner.q_net(learner.env.features(obs))  # [M, N, A]
+    return epsilon_greedy(q_values, noise, epsilon).flatten()
+
+
+@torch.no_grad()
+def step_envs(
+    learner: Learner, action: Tensor, step_noise: Tensor, reset_noise: Tensor
+) -> tuple[VectorState, Outcome]:
+    """One step of all copies; see `TensorEnv.vector_step`."""
+    return learner.env.vector_step(learner.vector, action, step_noise, reset_noise)
+
+
+def store_and_learn_(
+    learner: Learner, action: Tensor, outcome: Outcome, inputs: list[UpdateInputs]
+) -> list[Tensor]:
+    """Store the transitions that start at `learner.vector`, then take the gradient steps.
+
+    Returns:
+        UPDATE_METRICS of each gradient step, float32 [4, M] each.
+    """
+    env, replay = learner.env, learner.replay
+    batch = Transition(
+        learner.vector.obs, action, outcome.reward, outcome.next_obs, outcome.terminated
+    )
+    replay.add_(Transition(*(tensor.unflatten(0, learner.copies) for tensor in batch)))
+
+    metrics = []
+    for rows, *schedule in inputs:
+        batch = replay.sample(rows)
+        batch = batch._replace(obs=env.features(batch.obs), next_obs=env.features(batch.next_obs))
+        metrics.append(
+            update_(
+                learner.q_net,
+                learner.target_net,
+                learner.adam,
+                batch,
+                learner.gamma,
+                learner.max_grad_norm,
+                learner.loss,
+                UpdateSchedule(*schedule),
+            )
+        )
+    return metrics
+
+
+def vector_step_(
+    learner: Learner, noise: StepInputs, updates: list[UpdateInputs]
+) -> tuple[Outcome, list[Tensor]]:
+    """Act, step the environments, store and learn, and carry the state over."""
+    action = act(learner, noise.explore, noise.epsilon)
+    vector, outcome = step_envs(learner, action, noise.env_step, noise.env_reset)
+    metrics = store_and_learn_(learner, action, outcome, updates)
+    learner.vector.copy_(vector)
+    return outcome, metrics
+
+
+def chunk_(
+    learner: Learner, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
+) -> ChunkRecord:
+    """K vector steps, each followed by its number of gradient steps; reads nothing on the host."""
+    outcomes: list[Outcome] = []
+    metrics: list[Tensor] = []
+    for step, count in zip(zip(*steps, strict=True), update_counts, strict=True):
+        u = len(metrics)
+        inputs = [UpdateInputs(*(t[i] for t in updates)) for i in range(u, u + count)]
+        outcome, update_metrics = vector_step_(learner, StepInputs(*step), inputs)
+        outcomes.append(outcome)
+        metrics += update_metrics
+    length = torch.stack([torch.where(o.done, o.episode_length, 0) for o in outcomes])
+    no_updates = updates.rows.new_empty((0, 4, learner.copies[0]), dtype=torch.float32)
+    return ChunkRecord(
+        episode_return=torch.stack([o.episode_return for o in outcomes]).unflatten(
+            1, learner.copies
+        ),
+        episode_length=length.unflatten(1, learner.copies),
+        updates=torch.stack(metrics) if metrics else no_updates,
+    )
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class Result:
+    """What `train` returns.
+
+    Attributes:
+        q_net: online network of all M members as the run left it; `load_agent` gives the best.
+        env: the environment.
+        summary: content of `summary.json`.
+        run_dir: directory of the run.
+    """
+
+    q_net: QNetwork
+    env: TensorEnv
+    summary: dict[str, Any]
+    run_dir: Path
+
+
+LogHook = Callable[[int, Learner, dict[str, Any]], None]
+
+
+def train(
+    args: Args,
+    env: TensorEnv | None = None,
+    on_log: LogHook | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train and write the run directory.
+
+    Args:
+        args: settings.
+        env: environment of one's own; None makes `args.env_id` with `args.env_params`.
+        on_log: called after every log point with global_step, the learner and the metrics.
+        should_stop: asked between chunks; once true, the run is saved and ends.
+
+    Raises:
+        UsageError: a setting makes no sense; nothing was written.
+        TrainingError: a loss or gradient is not finite; the run up to there is saved.
+    """
+    began = time.perf_counter()
+    check(args)
+    env_id = args.env_id if env is None else type(env).__name__
+    try:
+        device = choose_device(args.device)
+        env = make_env(args.env_id, args.env_params) if env is None else env
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    plan = make_plan(args, env)
+    run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
+
+    with cpu_threads(args.num_threads):
+        noise = Noise(args.seed, args.num_seeds, device)
+        learner = make_learner(args, env, noise)
+        probe = env.features(learner.vector.obs.unflatten(0, learner.copies)[:, :1])
+        metrics = Metrics(args.num_seeds, most_episodes(args), device)
+        config = describe(args, env_id, plan, learner)
+        tracker = make_tracker(tracker_config(args, run_dir, config))
+        with RunRecord(run_dir, config, tracker, metrics, began) as run:
+            for chunk in plan.chunks():
+                steps, updates = draw_inputs(args, env, noise, chunk)
+                record = chunk_(learner, steps, updates, chunk.update_counts)
+                metrics.add_(record, chunk.before, chunk.first_update)
+                run.advance(chunk.after, chunk.first_update + chunk.num_updates)
+
+                # Side jobs, in one order: log, evaluate, save. The only reads from the device.
+                log, evaluation, save = (chunk.crosses(interval) for interval in plan.intervals)
+                stopped = should_stop()
+                done = chunk.after == plan.end and not stopped
+                if not (log or evaluation or save or stopped or done):
+                    continue
+                check_finite(metrics, plan)
+                row: dict[str, Any] = {}
+                if log or stopped or done:
+                    row = run.read() | q_probe(learner.q_net, probe)
+                    row["charts/epsilon"] = float(epsilon(args, chunk.after))
+                if evaluation or done:
+                    result = evaluate(
+                        env, learner.q_net, args.eval_episodes, noise, run.num_evaluations
+                    )
+                    row |= run.evaluated(result, learner.q_net)
+                run.log(row)
+                if on_log is not None:
+                    on_log(chunk.after, learner, row)
+                if save or stopped or done:
+                    run.save(learner.state_dict())
+                if stopped:
+                    run.status = "stopped"
+                    break
+    return Result(learner.q_net, env, run.summary, run_dir)
+
+
+def make_plan(args: Args, env: TensorEnv) -> Plan:
+    """Which vector steps learn, when the target is synchronised, and where chunks end."""
+    # An interval longer than the run fires once, at its end.
+    intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval)
+    plan = Plan(
+        num_envs=args.num_envs,
+        total_timesteps=args.total_timesteps,
+        learning_starts=max(args.learning_starts, args.batch_size),
+        train_freq=args.train_freq,
+        gradient_steps=args.gradient_steps,
+        target_update_interval=args.target_update_interval,
+        intervals=tuple(min(interval, args.total_timesteps) for interval in intervals),
+    )
+    # A chunk's noise stays below 2**24 numbers, 64 MB of float32.
+    updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
+    per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
+    numbers = args.num_seeds * (args.num_envs * per_copy + 2 * updates * args.batch_size)
+    max_chunk_steps = max(1, min(args.chunk_steps, 2**24 // numbers))
+    return dataclasses.replace(plan, max_chunk_steps=max_chunk_steps)
+
+
+def most_episodes(args: Args) -> int:
+    """Episodes of a member that may be listed between two log points."""
+    return max(1, min(args.log_interval or args.total_timesteps, 2**20 // args.num_seeds))
+
+
+def check_finite(metrics: Metrics, plan: Plan) -> None:
+    """Raise TrainingError if a gradient step went wrong."""
+    number = metrics.first_bad_update()
+    if number is not None:
+        raise TrainingError(
+            f"loss or gradient not finite in gradient step {number:,}, "
+            f"at global_step {plan.step_of_update(number):,}"
+        )
+
+
+@torch.no_grad()
+def q_probe(q_net: QNetwork, features: Tensor) -> dict[str, list[float]]:
+    """Q-values of one start state, by action; features [M, 1, F]."""
+    q_values = q_net(features)[:, 0].T.tolist()
+    return {f"q/probe_{action}": values for action, values in enumerate(q_values)}
+
+
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """Let torch use so many CPU threads; 0 leaves its own choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe(args: Args, env_id: str, plan: Plan, learner: Learner) -> dict[str, Any]:
+    """Content of `config.json`: every argument, what follows from them, and the software."""
+    engine, reason = choose_engine(args.engine)
+    device = learner.gamma.device
+    env = learner.env
+    params: dict[str, Any] = dataclasses.asdict(env) if dataclasses.is_dataclass(env) else {}
+    every = f"at the first multiple of {args.num_envs} from there on"
+    rounded = [
+        f"{name} {asked:,} -> {taken:,}"
+        for name, asked, taken in (
+            ("total_timesteps", args.total_timesteps, plan.end),
+            ("learning_starts", args.learning_starts, plan.learning_starts_at),
+            ("chunk_steps", args.chunk_steps, plan.max_chunk_steps),
+        )
+        if asked != taken
+    ]
+    rounded += [
+        f"{name} {interval:,} -> {every}"
+        for name in ("log_interval", "eval_interval", "checkpoint_interval")
+        if (interval := getattr(args, name)) % args.num_envs
+    ]
+    spacing = args.train_freq / max(args.gradient_steps, 1)
+    if 0 < args.target_update_interval < spacing:
+        rounded.append(
+            f"target_update_interval {args.target_update_interval:,} -> {spacing:g}, "
+            "once per gradient step"
+        )
+    return {
+        "env_id": env_id,
+        "env_params": params,
+        "args": {**vars(args), "run_dir": str(args.run_dir) if args.run_dir else None},
+        "derived": {
+            "num_actions": env.num_actions,
+            "sizes": list(learner.q_net.sizes),
+            "num_parameters": learner.q_net.num_parameters,
+            "replay_ratio": plan.replay_ratio(args.batch_size),
+            "replay_bytes": learner.replay.num_bytes,
+            "replay_bytes_per_transition": learner.replay.bytes_per_transition,
+            "end": plan.end,
+            "total_vector_steps": plan.num_vector_steps,
+            "total_updates": plan.total_updates,
+            "chunk_steps": plan.max_chunk_steps,
+            "rounded": rounded,
+            "device": device_name(device),
+            "num_threads": torch.get_num_threads(),
+            "engine": engine,
+            "engine_reason": reason,
+        },
+        "software": software(),
+    }
+
+
+def tracker_config(args: Args, run_dir: Path, config: dict[str, Any]) -> TrackerConfig:
+    return TrackerConfig(
+        run_dir=run_dir,
+        run_name=run_dir.name,
+        config=config,
+        total_timesteps=config["derived"]["end"],
+        num_members=args.num_seeds,
+        quiet=args.quiet,
+        track=args.track,
+        wandb_project=args.wandb_project,
+        wandb_entity=args.wandb_entity,
+        wandb_group=args.wandb_group,
+        wandb_tags=args.wandb_tags,
+        wandb_mode=args.wandb_mode,
+        tensorboard=args.tensorboard,
+    )
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+class Interruption:
+    """Turns the first SIGINT or SIGTERM into a wish to stop, and leaves a second one alone.
+
+    Attributes:
+        signal: number of the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+
+def main() -> int:
+    """Train from the command line; returns the exit status."""
+    args = tyro.cli(Args)
+    interruption = Interruption()
+    try:
+        train(args, should_stop=interruption)
+    except (UsageError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 128 + interruption.signal if interruption.signal is not None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
