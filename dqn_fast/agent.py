@@ -150,9 +150,7 @@ class Adam(NamedTuple):
 @torch.no_grad()
 def sync_target_(target_net: QNetwork, q_net: QNetwork, weight: Tensor) -> None:
     """target <- (1 - weight) * target + weight * online, weight [] in [0, 1]; exact at 0 and 1."""
-    targets: list[Tensor] = list(target_net.parameters())
-    params: list[Tensor] = list(q_net.parameters())
-    torch._foreach_lerp_(targets, params, [weight] * len(params))
+    torch._foreach_lerp_(target_net.params, q_net.params, [weight] * len(q_net.params))
 
 
 def update_(
@@ -188,9 +186,8 @@ def update_(
     q_taken = q_net(batch.obs).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
     loss = td_loss(q_taken, target, loss_name)
 
-    params: list[Tensor] = list(q_net.parameters())
-    grads = torch.autograd.grad(loss.sum(), params)
+    grads = torch.autograd.grad(loss.sum(), q_net.params)
     grad_norm = clip_global_norm_(grads, max_grad_norm)
-    adam.step_(params, grads, schedule)
+    adam.step_(q_net.params, grads, schedule)
     sync_target_(target_net, q_net, schedule.sync)
     return torch.stack([loss.detach(), q_taken.detach().mean(-1), target.mean(-1), grad_norm])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, overload
@@ -33,15 +32,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OSError: the file system refuses; `path` is as it was and no other file is left.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -220,7 +219,7 @@ def load_agent(
     content = load_checkpoint(Path(run_dir) / AGENT_FILES[which], choose_device(device))
     env = env or make_env(content["env_id"], content["env_params"])
     returns = content["eval_return_mean"]
-    q_net = QNetwork(content["sizes"], len(returns)).to(choose_device(device))
+    q_net = QNetwork(content["sizes"], len(returns), choose_device(device))
     q_net.load_state_dict(content["q_net"])
     if member is None:
         member = int(np.argmax(np.nan_to_num(returns, nan=-np.inf)))

@@ -93,6 +93,8 @@ class Noise:
             epoch: a further index in [0, 2**32), for draws that start again at 0.
         """
         size = math.prod(shape)
+        if size == 0:
+            return torch.empty((count, self.num_members, *shape), device=self.device)
         words = self._words(stream, start, count, -(-size // 4), epoch)
         floats = torch.stack(words, -1).bitwise_right_shift_(8).float().mul_(2.0**-24)
         return floats.flatten(2)[..., :size].reshape(count, self.num_members, *shape)

@@ -65,6 +65,7 @@ class Replay:
         self.size = torch.zeros((), dtype=torch.int64, device=device)
         # Where member m's rows start when the first two axes are one: [M, 1].
         self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
+        self._flat = [stored.flatten(0, 1) for stored in self.data]  # views [M * C, ...]
         self._new_rows = torch.arange(num_rows, device=device)
 
     @property
@@ -104,7 +105,7 @@ class Replay:
         """
         rows = (noise % self.size + self._offsets).flatten()
         obs, action, reward, next_obs, terminated = (
-            stored.flatten(0, 1).index_select(0, rows).unflatten(0, noise.shape)
-            for stored in self.data
+            rows_of_all.index_select(0, rows).view(*noise.shape, *rows_of_all.shape[1:])
+            for rows_of_all in self._flat
         )
         return Transition(obs, action.long(), reward, next_obs, terminated)

@@ -79,6 +79,12 @@ class Chunk:
         """global_step before each vector step, int64 [K]."""
         return self.before + self.num_envs * np.arange(self.num_steps)
 
+    def within(self, window: Chunk) -> tuple[slice, slice]:
+        """Where this chunk's vector steps and gradient steps lie among those of `window`."""
+        step = (self.before - window.before) // self.num_envs
+        update = self.first_update - window.first_update
+        return slice(step, step + self.num_steps), slice(update, update + self.num_updates)
+
     def crosses(self, interval: int) -> bool:
         """Whether `interval` is crossed in the chunk's last vector step; see `Plan.chunks`."""
         return crossed(self.after - self.num_envs, self.after, interval)
@@ -104,6 +110,7 @@ class Plan:
         gradient_steps: gradient steps per `train_freq` transitions, >= 0.
         target_update_interval: transitions between synchronisations of the target, 0 for none.
         max_chunk_steps: vector steps of a chunk at most; never changes the result.
+        max_window_steps: vector steps whose noise is drawn at once; never changes the result.
         intervals: side jobs (log, evaluate, save); a chunk ends where one of them is crossed.
     """
 
@@ -114,6 +121,7 @@ class Plan:
     gradient_steps: int
     target_update_interval: int
     max_chunk_steps: int = 32
+    max_window_steps: int = 256
     intervals: tuple[int, ...] = ()
 
     @property
@@ -158,22 +166,30 @@ class Plan:
         groups = (before + self.num_envs) // self.train_freq - before // self.train_freq
         return np.where(index >= self.first_learning_step, self.gradient_steps * groups, 0)
 
-    def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[Chunk]:
-        """Chunks from vector step `first` to the end of the run.
+    def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[tuple[Chunk, Chunk]]:
+        """The run from vector step `first` on, in chunks, each with the window that it lies in.
 
         A chunk ends early where one of `intervals` is crossed and where learning starts, so side
-        jobs are late by less than one vector step, whatever the length of a chunk.
+        jobs are late by less than one vector step, whatever the length of a chunk. Noise and
+        schedules are made for a whole window of chunks, because making them costs by the call.
 
         Args:
             first: vector steps already taken.
             num_updates: gradient steps already taken.
+
+        Yields:
+            The window and the chunk; consecutive chunks share one window object.
         """
         while first < self.num_vector_steps:
-            num_steps = self._steps_to_boundary(first)
-            chunk = self._chunk(first, num_steps, num_updates)
-            yield chunk
-            first += num_steps
-            num_updates += chunk.num_updates
+            num_steps = min(self.max_window_steps, self.num_vector_steps - first)
+            window = self._chunk(first, num_steps, num_updates)
+            end = first + num_steps
+            while first < end:
+                num_steps = min(self._steps_to_boundary(first), end - first)
+                chunk = self._chunk(first, num_steps, num_updates)
+                yield window, chunk
+                first += num_steps
+                num_updates += chunk.num_updates
 
     def _steps_to_boundary(self, first: int) -> int:
         before = first * self.num_envs

@@ -201,11 +201,13 @@ class Learner:
     functions that it calls.
 
     Attributes:
+        copies: (M, N).
         gamma: [M, 1] float32.
         max_grad_norm: [M, 1] float32.
     """
 
     env: TensorEnv
+    copies: tuple[int, int]
     q_net: QNetwork
     target_net: QNetwork
     adam: Adam
@@ -214,6 +216,10 @@ class Learner:
     gamma: Tensor
     max_grad_norm: Tensor
     loss: LossName
+
+    def by_member(self, tensor: Tensor) -> Tensor:
+        """[E, ...] as [M, N, ...]."""
+        return tensor.view(*self.copies, *tensor.shape[1:])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as tensors in dicts and lists."""
@@ -224,12 +230,6 @@ class Learner:
             "vector": self.vector.leaves(),
             "replay": self.replay.state_dict(),
         }
-
-    @property
-    def copies(self) -> tuple[int, int]:
-        """(M, N)."""
-        num_members = self.q_net.num_members
-        return num_members, len(self.vector.elapsed) // num_members
 
 
 class StepInputs(NamedTuple):
@@ -269,8 +269,8 @@ def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
     vector = env.vector_reset(reset_noise.flatten(0, 1))
     num_features = env.features(vector.obs[:1]).shape[-1]
     sizes = (num_features, *args.hidden_sizes, env.num_actions)
-    q_net = QNetwork(sizes, args.num_seeds).to(device).init_(noise)
-    target_net = QNetwork(sizes, args.num_seeds).to(device)
+    q_net = QNetwork(sizes, args.num_seeds, device).init_(noise)
+    target_net = QNetwork(sizes, args.num_seeds, device)
     target_net.load_state_dict(q_net.state_dict())
     target_net.requires_grad_(False)
     obs = vector.obs.unflatten(0, copies)
@@ -278,9 +278,10 @@ def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
     example = Transition(obs, scalar.long(), scalar, obs, scalar.bool())
     return Learner(
         env=env,
+        copies=copies,
         q_net=q_net,
         target_net=target_net,
-        adam=Adam.zeros(q_net.parameters()),
+        adam=Adam.zeros(q_net.params),
         vector=vector,
         replay=Replay(args.buffer_size, example, env.num_actions),
         gamma=torch.full((args.num_seeds, 1), args.gamma, device=device),
@@ -295,10 +296,22 @@ def epsilon(args: Args, step: NDArray[np.int64] | int) -> NDArray[np.float64]:
     return linear_schedule(step, args.eps_start, args.eps_end, duration)
 
 
+def planned(
+    args: Args, env: TensorEnv, noise: Noise, plan: Plan
+) -> Iterator[tuple[Chunk, StepInputs, UpdateInputs]]:
+    """The run's chunks, each with everything random and everything scheduled in it."""
+    drawn = None
+    for window, chunk in plan.chunks():
+        if window is not drawn:
+            drawn, (steps, updates) = window, draw_inputs(args, env, noise, window)
+        k, u = chunk.within(window)
+        yield chunk, StepInputs(*(t[k] for t in steps)), UpdateInputs(*(t[u] for t in updates))
+
+
 def draw_inputs(
     args: Args, env: TensorEnv, noise: Noise, chunk: Chunk
 ) -> tuple[StepInputs, UpdateInputs]:
-    """Everything random and everything scheduled in a chunk, as tensors on the device."""
+    """Noise and schedules of `chunk`, as tensors on the device."""
     first, count, n = chunk.before // args.num_envs, chunk.num_steps, args.num_envs
     rows = noise.integers(Stream.REPLAY, chunk.first_update, chunk.num_updates, (args.batch_size,))
 
@@ -333,8 +346,7 @@ def draw_inputs(
 @torch.no_grad()
 def act(learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
     """Epsilon-greedy actions of all copies, int64 [E]; noise [M, N, 2], epsilon []."""
-    obs = learner.vector.obs.unflatten(0, learner.copies)
-    q_values = learner.q_net(learner.env.features(obs))  # [M, N, A]
+    q_values = learner.q_net(learner.env.features(learner.by_member(learner.vector.obs)))
     return epsilon_greedy(q_values, noise, epsilon).flatten()
 
 
@@ -358,7 +370,7 @@ def store_and_learn_(
     batch = Transition(
         learner.vector.obs, action, outcome.reward, outcome.next_obs, outcome.terminated
     )
-    replay.add_(Transition(*(tensor.unflatten(0, learner.copies) for tensor in batch)))
+    replay.add_(Transition(*map(learner.by_member, batch)))
 
     metrics = []
     for rows, *schedule in inputs:
@@ -468,13 +480,12 @@ def train(
     with cpu_threads(args.num_threads):
         noise = Noise(args.seed, args.num_seeds, device)
         learner = make_learner(args, env, noise)
-        probe = env.features(learner.vector.obs.unflatten(0, learner.copies)[:, :1])
+        probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
         config = describe(args, env_id, plan, learner)
         tracker = make_tracker(tracker_config(args, run_dir, config))
         with RunRecord(run_dir, config, tracker, metrics, began) as run:
-            for chunk in plan.chunks():
-                steps, updates = draw_inputs(args, env, noise, chunk)
+            for chunk, steps, updates in planned(args, env, noise, plan):
                 record = chunk_(learner, steps, updates, chunk.update_counts)
                 metrics.add_(record, chunk.before, chunk.first_update)
                 run.advance(chunk.after, chunk.first_update + chunk.num_updates)
@@ -517,14 +528,14 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
         train_freq=args.train_freq,
         gradient_steps=args.gradient_steps,
         target_update_interval=args.target_update_interval,
+        max_chunk_steps=args.chunk_steps,
         intervals=tuple(min(interval, args.total_timesteps) for interval in intervals),
     )
-    # A chunk's noise stays below 2**24 numbers, 64 MB of float32.
+    # Enough numbers at once to hide the cost of a call, few enough to stay in the cache.
     updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
     numbers = args.num_seeds * (args.num_envs * per_copy + 2 * updates * args.batch_size)
-    max_chunk_steps = max(1, min(args.chunk_steps, 2**24 // numbers))
-    return dataclasses.replace(plan, max_chunk_steps=max_chunk_steps)
+    return dataclasses.replace(plan, max_window_steps=max(1, 2**19 // numbers))
 
 
 def most_episodes(args: Args) -> int:
@@ -572,7 +583,6 @@ def describe(args: Args, env_id: str, plan: Plan, learner: Learner) -> dict[str,
         for name, asked, taken in (
             ("total_timesteps", args.total_timesteps, plan.end),
             ("learning_starts", args.learning_starts, plan.learning_starts_at),
-            ("chunk_steps", args.chunk_steps, plan.max_chunk_steps),
         )
         if asked != taken
     ]
@@ -601,7 +611,6 @@ def describe(args: Args, env_id: str, plan: Plan, learner: Learner) -> dict[str,
             "end": plan.end,
             "total_vector_steps": plan.num_vector_steps,
             "total_updates": plan.total_updates,
-            "chunk_steps": plan.max_chunk_steps,
             "rounded": rounded,
             "device": device_name(device),
             "num_threads": torch.get_num_threads(),
