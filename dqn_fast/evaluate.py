@@ -10,14 +10,22 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
 from torch import Tensor
 
+from dqn_fast.bellman import (
+    expected_return,
+    greedy_policy,
+    is_optimal_policy,
+    reach_probability,
+    reachable_states,
+    value_iteration,
+)
 from dqn_fast.checkpoint import AgentFile, load_agent
-from dqn_fast.envs import TensorEnv
+from dqn_fast.envs import TabularEnv, TensorEnv
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
 
@@ -25,15 +33,29 @@ _STEPS_PER_CHECK = 32
 
 
 class Evaluation(NamedTuple):
-    """Undiscounted return and length in steps of every episode: float32 and int32 [M, episodes]."""
+    """Every episode of an evaluation, [M, episodes] each.
+
+    Attributes:
+        episode_return: undiscounted sum of rewards, float32.
+        episode_length: steps, int32.
+        discounted_return: sum of gamma^t * reward, float32.
+        q_start: max_a Q(s0, a), what the network expected of it, float32.
+    """
 
     episode_return: Tensor
     episode_length: Tensor
+    discounted_return: Tensor
+    q_start: Tensor
 
 
 @torch.no_grad()
 def evaluate(
-    env: TensorEnv, q_net: QNetwork, num_episodes: int, noise: Noise, epoch: int = 0
+    env: TensorEnv,
+    q_net: QNetwork,
+    num_episodes: int,
+    noise: Noise,
+    epoch: int = 0,
+    gamma: float = 1.0,
 ) -> Evaluation:
     """Play `num_episodes` greedy episodes of every member.
 
@@ -43,6 +65,7 @@ def evaluate(
         num_episodes: episodes of each member, >= 1, played side by side.
         noise: of the same M members.
         epoch: number of this evaluation; another one plays other episodes.
+        gamma: discount of `discounted_return`.
 
     Returns:
         Results on the network's device.
@@ -52,23 +75,87 @@ def evaluate(
     def draw(stream: Stream, start: int, count: int, dim: int) -> Tensor:
         return noise.uniform(stream, start, count, (num_episodes, dim), epoch).flatten(1, 2)
 
+    def q_values(obs: Tensor) -> Tensor:
+        return q_net(env.features(obs.view(*copies, *obs.shape[1:])))  # [M, episodes, A]
+
     vector = env.vector_reset(draw(Stream.EVALUATION_RESET, 0, 1, env.reset_noise_dim)[0])
+    q = q_values(vector.obs)
+    q_start = q.amax(-1)
     episode_return = torch.zeros_like(vector.episode_return)
     episode_length = torch.zeros_like(vector.elapsed)
+    discounted_return = torch.zeros_like(vector.episode_return)
     for start in range(0, env.max_steps, _STEPS_PER_CHECK):
         count = min(_STEPS_PER_CHECK, env.max_steps - start)
         step_noise = draw(Stream.EVALUATION_STEP, start, count, env.step_noise_dim)
         reset_noise = draw(Stream.EVALUATION_RESET, start + 1, count, env.reset_noise_dim)
         for k in range(count):
-            q_values = q_net(env.features(vector.obs.unflatten(0, copies)))
-            action = q_values.argmax(-1).flatten()
+            action = q.argmax(-1).flatten()
             vector, outcome = env.vector_step(vector, action, step_noise[k], reset_noise[k])
-            first = outcome.done & (episode_length == 0)
+            running = episode_length == 0
+            first = outcome.done & running
             episode_return = torch.where(first, outcome.episode_return, episode_return)
             episode_length = torch.where(first, outcome.episode_length, episode_length)
+            discounted_return += gamma ** (start + k) * outcome.reward * running
+            q = q_values(vector.obs)
         if bool((episode_length > 0).all()):
             break
-    return Evaluation(episode_return.view(copies), episode_length.view(copies))
+    return Evaluation(
+        episode_return.view(copies),
+        episode_length.view(copies),
+        discounted_return.view(copies),
+        q_start,
+    )
+
+
+class ExactValues:
+    """What can be known exactly of a tabular environment, and how far a network is from it.
+
+    Values have no time limit, as the network's have none. A policy counts as optimal only with
+    values to match: one has been seen right by luck long before its values were.
+
+    Attributes:
+        mdp: the environment as a table of X states.
+        q_star: optimal action values at the training discount, [X, A] float64.
+        optimal_return: undiscounted return, within the time limit, of the policy that is optimal
+            at the training discount.
+        features: what the network reads in each state, [X, F] float32.
+    """
+
+    VALUE_TOLERANCE = 0.05
+    REACH_PROBABILITY = 1e-3
+
+    def __init__(self, env: TabularEnv, gamma: float, device: torch.device) -> None:
+        self.mdp = env.mdp()
+        self.q_star = value_iteration(self.mdp, gamma).q
+        self.optimal_return = expected_return(self.mdp, greedy_policy(self.q_star), env.max_steps)
+        self.features = env.features(env.observe(env.states())).to(device)
+        self._max_steps = env.max_steps
+        self._matters = reachable_states(self.mdp) & ~self.mdp.terminal
+
+    @torch.no_grad()
+    def q_values(self, q_net: QNetwork) -> Tensor:
+        """The network's values in all states, [M, X, A] float64 on the CPU."""
+        return q_net(self.features.expand(q_net.num_members, -1, -1)).cpu().double()
+
+    def compare(self, q_net: QNetwork) -> dict[str, list[Any]]:
+        """One value per member.
+
+        Returns:
+            "q_error_max": the largest |Q - Q*| over the actions of every non-terminal state that
+            the greedy policy reaches with probability above 1e-3 per episode; "policy_optimal":
+            whether the greedy policy is optimal in every non-terminal state that any policy
+            reaches and q_error_max is below 0.05.
+        """
+        errors: list[float] = []
+        optimal: list[bool] = []
+        for q in self.q_values(q_net):
+            policy = greedy_policy(q)
+            reached = reach_probability(self.mdp, policy, self._max_steps) > self.REACH_PROBABILITY
+            seen = reached & ~self.mdp.terminal
+            errors.append((q - self.q_star).abs()[seen].max().item())
+            right = is_optimal_policy(self.q_star, policy, where=self._matters)
+            optimal.append(right and errors[-1] < self.VALUE_TOLERANCE)
+        return {"q_error_max": errors, "policy_optimal": optimal}
 
 
 @dataclass

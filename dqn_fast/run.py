@@ -146,7 +146,7 @@ class RunRecord:
         self._tracker, self._metrics = tracker, metrics
         self._episodes = EpisodeLog(self._num_members)
         self._best = BestAgent(self._num_members)
-        self._evaluation: dict[str, list[float]] = {}
+        self._evaluation: dict[str, list[Any]] = {}
         self._global_step = self._num_updates = 0
         self._warned: set[str] = set()
         self._write("config.json", lambda path: write_json(path, config))
@@ -193,19 +193,36 @@ class RunRecord:
             "perf/updates_per_s": updates * self._num_members / seconds,
         }
 
-    def evaluated(self, result: Evaluation, q_net: QNetwork) -> dict[str, list[float]]:
-        """Take in an evaluation of the network as it is; a best one is saved as `best.pt`."""
+    def evaluated(
+        self, result: Evaluation, exact: Mapping[str, list[Any]], q_net: QNetwork
+    ) -> dict[str, list[Any]]:
+        """Take in an evaluation of the network as it is; a best one is saved as `best.pt`.
+
+        Args:
+            result: of greedy episodes.
+            exact: of `ExactValues.compare`, empty where nothing is known exactly.
+            q_net: the network.
+
+        Returns:
+            Metrics, a value per member.
+        """
         self.num_evaluations += 1
         self._evaluation = {
             "eval_return_mean": result.episode_return.mean(1).tolist(),
             "eval_return_std": result.episode_return.std(1, correction=0).tolist(),
+            **exact,
         }
         if self._best.offer(q_net, self._evaluation["eval_return_mean"], self._global_step):
             best = agent_content(
                 self.config, self._best.weights, self._best.global_step, self._best.return_mean
             )
             self._write("best.pt", lambda path: save_checkpoint(path, best))
-        return {name.replace("_", "/", 1): values for name, values in self._evaluation.items()}
+        return {
+            "eval/return_mean": self._evaluation["eval_return_mean"],
+            "eval/return_std": self._evaluation["eval_return_std"],
+            "eval/discounted_return": result.discounted_return.mean(1).tolist(),
+            "eval/q_start": result.q_start.mean(1).tolist(),
+        } | {f"exact/{name}": values for name, values in exact.items()}
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Hand metrics to the loggers, at the current global_step."""
@@ -262,6 +279,7 @@ class RunRecord:
             "env_steps_per_s": self._global_step * self._num_members / seconds,
             "updates_per_s": self._num_updates * self._num_members / seconds,
             "eval_episodes": self._args["eval_episodes"],
+            "optimal_return": self.config["derived"]["optimal_return"],
             "episodes_dropped": self._episodes.num_dropped,
             "engine": self.config["derived"]["engine"],
             "device": self.config["derived"]["device"],
@@ -270,7 +288,6 @@ class RunRecord:
             "num_episodes": self._episodes.num_finished.tolist(),
             "eval_return_mean": unknown,
             "eval_return_std": unknown,
-            "optimal_return": unknown,
             "q_error_max": unknown,
             "policy_optimal": unknown,
         }
@@ -311,6 +328,12 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
             f"greedy return {summary['eval_return_mean']:.5g} +- "
             f"{summary['eval_return_std']:.2g} over {args['eval_episodes']} episodes"
             + (f", mean of {args['num_seeds']} members" if args["num_seeds"] > 1 else "")
+        )
+    if summary["optimal_return"] is not None and summary["q_error_max"] is not None:
+        lines.append(
+            f"optimal return {summary['optimal_return']:.5g}; largest value error "
+            f"{summary['q_error_max']:.2g}; policy optimal: "
+            f"{'yes' if summary['policy_optimal'] else 'no'}"
         )
     return [*lines, f"results in {run_dir}"]
 

@@ -35,8 +35,8 @@ from dqn_fast.agent import (
     update_,
 )
 from dqn_fast.engine import EngineName, choose_device, choose_engine, upload
-from dqn_fast.envs import Outcome, TensorEnv, VectorState, make_env
-from dqn_fast.evaluate import evaluate
+from dqn_fast.envs import Outcome, TabularEnv, TensorEnv, VectorState, make_env
+from dqn_fast.evaluate import ExactValues, evaluate
 from dqn_fast.metrics import ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
@@ -482,7 +482,8 @@ def train(
         learner = make_learner(args, env, noise)
         probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
-        config = describe(args, env_id, plan, learner)
+        exact = exact_values(env, args.gamma, device)
+        config = describe(args, env_id, plan, learner, exact)
         tracker = make_tracker(tracker_config(args, run_dir, config))
         with RunRecord(run_dir, config, tracker, metrics, began) as run:
             for chunk, steps, updates in planned(args, env, noise, plan):
@@ -503,9 +504,15 @@ def train(
                     row["charts/epsilon"] = float(epsilon(args, chunk.after))
                 if evaluation or done:
                     result = evaluate(
-                        env, learner.q_net, args.eval_episodes, noise, run.num_evaluations
+                        env,
+                        learner.q_net,
+                        args.eval_episodes,
+                        noise,
+                        epoch=run.num_evaluations,
+                        gamma=args.gamma,
                     )
-                    row |= run.evaluated(result, learner.q_net)
+                    known = exact.compare(learner.q_net) if exact else {}
+                    row |= run.evaluated(result, known, learner.q_net)
                 run.log(row)
                 if on_log is not None:
                     on_log(chunk.after, learner, row)
@@ -571,7 +578,16 @@ def cpu_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def describe(args: Args, env_id: str, plan: Plan, learner: Learner) -> dict[str, Any]:
+def exact_values(env: TensorEnv, gamma: float, device: torch.device) -> ExactValues | None:
+    """The solution of a tabular environment; None for one that is not, or not worth the wait."""
+    if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or gamma > 0.9999:
+        return None
+    return ExactValues(env, gamma, device)
+
+
+def describe(
+    args: Args, env_id: str, plan: Plan, learner: Learner, exact: ExactValues | None
+) -> dict[str, Any]:
     """Content of `config.json`: every argument, what follows from them, and the software."""
     engine, reason = choose_engine(args.engine)
     device = learner.gamma.device
@@ -611,6 +627,7 @@ def describe(args: Args, env_id: str, plan: Plan, learner: Learner) -> dict[str,
             "end": plan.end,
             "total_vector_steps": plan.num_vector_steps,
             "total_updates": plan.total_updates,
+            "optimal_return": exact.optimal_return if exact else None,
             "rounded": rounded,
             "device": device_name(device),
             "num_threads": torch.get_num_threads(),

@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from dqn_fast.envs.core import EnvCheckError, Outcome, TensorEnv, VectorState, check_env
+from dqn_fast.envs.core import (
+    EnvCheckError,
+    Outcome,
+    TabularEnv,
+    TensorEnv,
+    VectorState,
+    check_env,
+)
 from dqn_fast.envs.line_world import LineWorld
 
 __all__ = [
@@ -14,6 +21,7 @@ __all__ = [
     "EnvCheckError",
     "LineWorld",
     "Outcome",
+    "TabularEnv",
     "TensorEnv",
     "VectorState",
     "check_env",

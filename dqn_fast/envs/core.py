@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from dqn_fast.bellman import TabularMDP
+
 
 class VectorState(NamedTuple):
     """What E env copies carry from step to step.
@@ -161,6 +163,22 @@ class TensorEnv(ABC):
             ),
             outcome,
         )
+
+
+class TabularEnv(TensorEnv):
+    """A tensor environment whose states can be counted, so that it can be solved exactly."""
+
+    @abstractmethod
+    def mdp(self) -> TabularMDP:
+        """The dynamics as a table of X states, without the time limit."""
+
+    @abstractmethod
+    def states(self) -> Any:
+        """All states in the order of the table, as `step` takes them: tensors [X, ...]."""
+
+    @abstractmethod
+    def state_index(self, obs: Tensor) -> Tensor:
+        """Row of the table, int64 [...], of observations [..., *obs_shape]."""
 
 
 def _select(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:

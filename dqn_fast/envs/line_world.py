@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dqn_fast.envs.core import TensorEnv
+from dqn_fast.bellman import TabularMDP
+from dqn_fast.envs.core import TabularEnv
 
 LEFT, RIGHT = 0, 1
 
@@ -20,7 +21,7 @@ class LineWorldState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LineWorld(TensorEnv):
+class LineWorld(TabularEnv):
     """States 0 .. n_states - 1 in a row; the agent starts at 0, the right end terminates.
 
     Action 0 moves left and 1 moves right, clipped to the ends; with probability `slip_prob` the
@@ -86,3 +87,20 @@ class LineWorld(TensorEnv):
         """One-hot position, float32 [..., n_states]."""
         states = torch.arange(self.n_states, device=obs.device, dtype=obs.dtype)
         return (obs.unsqueeze(-1) == states).float()
+
+    def mdp(self) -> TabularMDP:
+        """The corridor as a table: row i is position i."""
+        n = self.n_states
+        position = torch.arange(n)
+        reached = torch.stack([(position - 1).clamp(min=0), (position + 1).clamp(max=n - 1)], 1)
+        moves = torch.nn.functional.one_hot(reached, n).double()  # [X, direction, X]
+        p = (1.0 - self.slip_prob) * moves + self.slip_prob * moves.flip(1)
+        terminal = position == n - 1
+        r = self.step_penalty + self.goal_reward * p[:, :, n - 1]
+        return TabularMDP(p, r, terminal, (position == 0).double())
+
+    def states(self) -> LineWorldState:
+        return LineWorldState(torch.arange(self.n_states, dtype=torch.int32))
+
+    def state_index(self, obs: Tensor) -> Tensor:
+        return obs.long()
