@@ -67,7 +67,16 @@ def _finite(value: Any) -> Any:
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values with torch.save; loads with `weights_only=True`."""
-    write_whole(path, lambda file: torch.save(dict(content), file))
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:  # torch closes its archive once more over a failed write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    write_whole(path, write)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

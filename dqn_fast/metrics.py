@@ -54,8 +54,13 @@ class Metrics:
 
     def __init__(self, num_members: int, capacity: int, device: torch.device) -> None:
         self.num_members, self.capacity = num_members, capacity
-        self._sums = torch.zeros(3, num_members, dtype=torch.float64, device=device)
-        self._update_sums = torch.zeros(len(UPDATE_METRICS), num_members, device=device)
+        # Wide sums, narrow means: what is logged does not depend on where chunks end. MPS has no
+        # float64.
+        self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(3, num_members, dtype=self._wide, device=device)
+        self._update_sums = torch.zeros(
+            len(UPDATE_METRICS), num_members, dtype=self._wide, device=device
+        )
         self._num_updates = 0
         self._first_bad_update = torch.full((), _NEVER, device=device)
         # One row more than the capacity: what does not fit is written there and never read.
@@ -80,7 +85,7 @@ class Metrics:
         self._sums += torch.stack(
             [
                 finished.sum((0, 2)),
-                (record.episode_return.double() * finished).sum((0, 2)),
+                (record.episode_return.to(self._wide) * finished).sum((0, 2)),
                 record.episode_length.sum((0, 2)),
             ]
         )
@@ -98,7 +103,7 @@ class Metrics:
         num_updates = len(record.updates)
         if num_updates:
             self._num_updates += num_updates
-            self._update_sums += record.updates.sum(0)
+            self._update_sums += record.updates.sum(0, dtype=self._wide)
             bad = ~record.updates.isfinite().flatten(1).all(1)
             number = torch.arange(1, num_updates + 1, device=device) + first_update
             first_bad = torch.where(bad, number, _NEVER).amin()
@@ -115,11 +120,11 @@ class Metrics:
         count, total_return, total_length = self._sums.cpu().numpy()
         with np.errstate(invalid="ignore"):
             values = {
-                "charts/episodic_return": (total_return / count).tolist(),
+                "charts/episodic_return": (total_return / count).astype(np.float32).tolist(),
                 "charts/episodic_length": (total_length / count).tolist(),
             }
         if self._num_updates:
-            means = (self._update_sums / self._num_updates).cpu().tolist()
+            means = (self._update_sums / self._num_updates).float().cpu().tolist()
             values |= dict(zip(UPDATE_METRICS, means, strict=True))
         reading = Reading(
             values=values,

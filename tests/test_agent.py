@@ -160,7 +160,10 @@ def test_adam_equals_torch(annealed):
 @pytest.mark.parametrize("weight", [0.0, 0.02, 0.75, 1.0])
 def test_sync_is_a_weighted_mean(weight):
     """target <- (1 - w) target + w online, exactly the old at 0 and the new at 1."""
-    online, target = QNetwork((3, 4, 2), 2).init_(Noise(0, 2)), QNetwork((3, 4, 2), 2).init_(Noise(5, 2))
+    online, target = (
+        QNetwork((3, 4, 2), 2).init_(Noise(0, 2)),
+        QNetwork((3, 4, 2), 2).init_(Noise(5, 2)),
+    )
     before = copy.deepcopy(target)
     sync_target_(target, online, torch.tensor(weight))
     for new, old, param in zip(target.params, before.params, online.params, strict=True):
@@ -239,7 +242,9 @@ def test_a_member_learns_as_if_it_were_alone():
         adam = Adam.zeros(q_net.params)
         own = Transition(*(x[members] for x in batch))
         rows = [
-            update_(q_net, target_net, adam, own, *(s[members] for s in settings), "huber", schedule(t))
+            update_(
+                q_net, target_net, adam, own, *(s[members] for s in settings), "huber", schedule(t)
+            )
             for t in range(1, 201)
         ]
         return torch.stack(rows)

@@ -78,7 +78,7 @@ def test_uniform_numbers_are_uniform():
     """In [0, 1), with a distribution that Kolmogorov and Smirnov cannot tell from uniform."""
     u = Noise(0, 1).uniform(Stream.EXPLORATION, 0, 1000, (101,)).flatten()
     assert u.dtype == torch.float32
-    assert 0.0 <= u.min()
+    assert u.min() >= 0.0
     assert u.max() < 1.0
     assert stats.kstest(u.numpy(), "uniform").pvalue > 0.01
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.01
@@ -109,5 +109,8 @@ def test_empty_shapes():
 def test_the_gpu_draws_the_same_numbers():
     """Values do not depend on the device."""
     for stream in Stream:
-        cpu, gpu = Noise(0, 3).uniform(stream, 7, 5, (9,)), Noise(0, 3, "cuda").uniform(stream, 7, 5, (9,))
+        cpu, gpu = (
+            Noise(0, 3).uniform(stream, 7, 5, (9,)),
+            Noise(0, 3, "cuda").uniform(stream, 7, 5, (9,)),
+        )
         assert torch.equal(cpu, gpu.cpu())

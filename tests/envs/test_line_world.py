@@ -43,7 +43,9 @@ def test_equals_the_scalar_line_world_step_by_step(n_states, max_steps, slip_pro
     rng = np.random.default_rng(n_states * 1000 + max_steps)
     # Runs to the right as well as back and forth, so that 64 states are crossed, too.
     towards = rng.random((1, copies)) < 0.5
-    actions = np.where(towards, rng.random((steps, copies)) < 0.9, rng.random((steps, copies)) < 0.5)
+    actions = np.where(
+        towards, rng.random((steps, copies)) < 0.9, rng.random((steps, copies)) < 0.5
+    )
     noise = rng.random((steps, copies, 1)).astype(np.float32)
     env = LineWorld(n_states=n_states, max_steps=max_steps, slip_prob=slip_prob)
     vector = env.vector_reset(torch.zeros(copies, 0))
@@ -121,5 +123,7 @@ def test_parameters_as_text_are_cast():
 
 def test_unknown_environments_are_refused():
     """The message names those that there are."""
-    with pytest.raises(ValueError, match="--env-id Nope-v0: unknown environment; known are LineWorld"):
+    with pytest.raises(
+        ValueError, match="--env-id Nope-v0: unknown environment; known are LineWorld"
+    ):
         make_env("Nope-v0")

@@ -1,0 +1,155 @@
+"""Files that are whole or not there, and agents read back from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+from dqn_fast.checkpoint import (
+    BestAgent,
+    load_agent,
+    load_checkpoint,
+    save_checkpoint,
+    write_json,
+    write_whole,
+)
+from dqn_fast.networks import QNetwork
+from dqn_fast.train import Args, train
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A short run of three members."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train(Args(total_timesteps=9_000, num_seeds=3, run_dir=path, quiet=True))
+    return path
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    """Half a file is never seen under the name, and nothing else is left behind."""
+    path = tmp_path / "file"
+    write_whole(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_get_the_usual_rights(tmp_path):
+    """Not those of a temporary file, which others cannot read."""
+    write_whole(tmp_path / "ours", lambda file: file.write(b""))
+    (tmp_path / "usual").write_bytes(b"")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "usual").stat().st_mode
+    )
+
+
+def test_json_is_strict(tmp_path):
+    """What is not a number is null, nested too."""
+    write_json(tmp_path / "x.json", {"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": None, "b": [1.0, None], "c": {"d": None}}
+    assert "NaN" not in text
+
+
+def test_checkpoints_hold_plain_values_only(run_dir):
+    """Both load without running code, and hold tensors, text, numbers, None, dicts and lists."""
+
+    def check(value):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                assert type(key) is str
+                check(item)
+        elif isinstance(value, (list, tuple)):
+            assert type(value) in (list, tuple)
+            for item in value:
+                check(item)
+        else:
+            assert value is None or type(value) in (torch.Tensor, str, int, float, bool)
+
+    for name in ("checkpoint.pt", "best.pt"):
+        content = torch.load(run_dir / name, weights_only=True)
+        check({key: dict(v) if key == "q_net" else v for key, v in content.items()})
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04\x95"])
+def test_foreign_files_are_refused(tmp_path, content):
+    """One line that names the file."""
+    (tmp_path / "best.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"best.pt: not a checkpoint of this program"):
+        load_agent(tmp_path)
+    save_checkpoint(tmp_path / "other.pt", {"weights": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"other.pt: not a checkpoint of this program"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_the_last_agent_is_the_trained_network(run_dir, tmp_path):
+    """Its values are those of `Result.q_net`, for each member."""
+    result = train(Args(total_timesteps=2_000, num_seeds=2, run_dir=tmp_path / "run", quiet=True))
+    obs = result.env.observe(result.env.states())
+    expected = result.q_net(result.env.features(obs).expand(2, -1, -1))
+    for member in range(2):
+        agent = load_agent(tmp_path / "run", "last", member=member, device="cpu")
+        assert torch.equal(agent.q_values(obs), expected[member])
+
+
+def test_act_takes_one_or_many_numpy_or_torch(run_dir):
+    """Stored observations or features, one or a batch of any shape; NumPy answers NumPy."""
+    agent = load_agent(run_dir, device="cpu")
+    positions = torch.arange(14, dtype=torch.uint8)
+    one_hot = agent.env.features(positions)
+    actions = agent.act(positions)
+    assert actions.dtype == torch.int64
+    assert actions.tolist() == [1] * 14
+    assert torch.equal(agent.act(one_hot), actions)
+    assert torch.equal(agent.act(positions.view(2, 7)), actions.view(2, 7))
+    assert torch.equal(agent.act(one_hot.view(7, 2, 15)), actions.view(7, 2))
+    assert agent.act(one_hot[3]).shape == ()
+    assert agent.act(positions[3]).item() == 1
+    array = agent.act(one_hot.numpy())
+    assert isinstance(array, np.ndarray)
+    assert array.tolist() == [1] * 14
+    assert int(agent.act(one_hot[5].numpy())) == 1
+    assert int(agent.act(np.uint8(5))) == 1
+
+
+def test_the_member_with_the_best_evaluation_answers(run_dir):
+    """Unless one is named; one that is not there is refused."""
+    content = torch.load(run_dir / "best.pt", weights_only=True)
+    assert load_agent(run_dir).member == int(np.argmax(content["eval_return_mean"]))
+    assert load_agent(run_dir, member=2).member == 2
+    with pytest.raises(ValueError, match=r"member 3: must be in 0 .. 2"):
+        load_agent(run_dir, member=3)
+
+
+def test_best_keeps_each_members_best():
+    """Members improve at different times; what was best stays although the network goes on."""
+    q_net = QNetwork((2, 2), 2)
+    best = BestAgent(2)
+
+    def set_to(value):
+        with torch.no_grad():
+            for param in q_net.params:
+                param.fill_(value)
+
+    for value, returns, expected in (
+        (1.0, [0.5, 0.5], True),
+        (2.0, [0.4, 0.9], True),
+        (3.0, [0.5, 0.9], False),
+        (4.0, [math.nan, 0.1], False),
+    ):
+        set_to(value)
+        assert best.offer(q_net, returns, int(value)) is expected
+    assert best.return_mean == [0.5, 0.9]
+    assert best.global_step == [1, 2]
+    assert best.weights["weight_0"][:, 0, 0].tolist() == [1.0, 2.0]

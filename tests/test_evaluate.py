@@ -1,0 +1,196 @@
+"""Greedy evaluation: every copy's first episode, and what is known exactly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dqn_fast.envs import LineWorld, TensorEnv
+from dqn_fast.evaluate import ExactValues, evaluate
+from dqn_fast.networks import QNetwork
+from dqn_fast.noise import Noise
+from dqn_fast.train import Args, train
+
+
+class LifeState(NamedTuple):
+    left: Tensor
+    lived: Tensor
+
+
+@dataclass(frozen=True)
+class Lives(TensorEnv):
+    """Each episode's length, 1 or 50, is drawn at its start; every step pays 1."""
+
+    max_steps: int = 60
+    num_actions: ClassVar[int] = 2
+    reset_noise_dim: ClassVar[int] = 1
+
+    def reset(self, noise: Tensor) -> LifeState:
+        return LifeState(torch.where(noise[:, 0] < 0.5, 1.0, 50.0), torch.zeros_like(noise[:, 0]))
+
+    def step(self, state: LifeState, action: Tensor, noise: Tensor) -> Any:
+        lived = state.lived + 1
+        return LifeState(state.left, lived), torch.ones_like(lived), lived >= state.left
+
+    def observe(self, state: LifeState) -> Tensor:
+        return torch.stack([state.left, state.lived], 1)
+
+
+def network(env: TensorEnv, num_members: int = 1) -> QNetwork:
+    features = env.features(env.vector_reset(torch.zeros(1, env.reset_noise_dim)).obs).shape[-1]
+    return QNetwork((features, 8, env.num_actions), num_members).init_(Noise(0, num_members))
+
+
+def table_network(env: LineWorld, q: Tensor) -> QNetwork:
+    """A network without hidden layer whose values are the table q [X, A]."""
+    q_net = QNetwork((env.n_states, 2))
+    with torch.no_grad():
+        q_net.params[0].copy_(q[None])
+        q_net.params[1].zero_()
+    return q_net
+
+
+def test_long_episodes_count_as_often_as_short_ones():
+    """Half live 1 step, half 50: the mean is 25.5, not the 1.9 of the first to finish (trap 16)."""
+    result = evaluate(Lives(), network(Lives()), 2000, Noise(0, 1))
+    assert set(result.episode_length.unique().tolist()) == {1, 50}
+    assert result.episode_length.float().mean().item() == pytest.approx(25.5, abs=1.7)
+    assert torch.equal(result.episode_return, result.episode_length.float())
+
+
+def test_discounted_return_is_that_of_the_first_episode():
+    """sum of gamma^t over an episode of n steps is (1 - gamma^n) / (1 - gamma)."""
+    result = evaluate(Lives(), network(Lives()), 50, Noise(0, 1), gamma=0.9)
+    expected = (1 - 0.9 ** result.episode_length.float()) / 0.1
+    torch.testing.assert_close(result.discounted_return, expected)
+
+
+def test_the_time_limit_ends_an_episode():
+    """A policy that never reaches the goal is evaluated over max_steps steps."""
+    env = LineWorld(max_steps=33)
+    result = evaluate(env, table_network(env, torch.tensor([[1.0, 0.0]] * 15)), 3, Noise(0, 1))
+    assert result.episode_length.tolist() == [[33, 33, 33]]
+    torch.testing.assert_close(result.episode_return, torch.full((1, 3), -0.33))
+
+
+def test_each_member_plays_its_own_policy():
+    """Member 0 always goes left, member 1 right."""
+    env = LineWorld()
+    q_net = QNetwork((15, 2), 2)
+    with torch.no_grad():
+        q_net.params[1].copy_(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+    result = evaluate(env, q_net, 4, Noise(0, 2))
+    assert result.episode_length.tolist() == [[40] * 4, [14] * 4]
+    assert result.q_start.tolist() == [[1.0] * 4] * 2
+
+
+def test_evaluations_differ_and_repeat():
+    """Another epoch plays other episodes; the same one plays the same."""
+    env = LineWorld(slip_prob=0.3)
+    q_net = table_network(env, torch.tensor([[0.0, 1.0]] * 15))
+    first, again, other = (evaluate(env, q_net, 50, Noise(0, 1), epoch) for epoch in (0, 0, 1))
+    assert torch.equal(first.episode_return, again.episode_return)
+    assert not torch.equal(first.episode_return, other.episode_return)
+
+
+def test_always_right_gets_the_expected_return():
+    """The mean over 20 000 episodes is the 0.84506 of the exact calculation."""
+    env = LineWorld(slip_prob=0.05)
+    q_net = table_network(env, torch.tensor([[0.0, 1.0]] * 15))
+    result = evaluate(env, q_net, 20_000, Noise(0, 1))
+    assert result.episode_return.mean().item() == pytest.approx(0.84506, abs=5e-4)
+
+
+def test_exact_values_of_the_default_experiment():
+    """The known values of LineWorld with slip 0.05, gamma 0.99."""
+    exact = ExactValues(LineWorld(slip_prob=0.05), 0.99, torch.device("cpu"))
+    assert exact.optimal_return == pytest.approx(0.84506, abs=1e-5)
+    for state, action, value in (
+        (0, 0, 0.70424),
+        (0, 1, 0.72054),
+        (7, 1, 0.85913),
+        (13, 1, 0.98780),
+    ):
+        assert exact.q_star[state, action].item() == pytest.approx(value, abs=1e-5)
+
+
+def test_a_network_is_compared_where_it_goes():
+    """The right table is optimal; a value wrong by 0.2 shows only where the policy passes."""
+    env = LineWorld(slip_prob=0.0)
+    exact = ExactValues(env, 0.99, torch.device("cpu"))
+    right = exact.compare(table_network(env, exact.q_star.float()))
+    assert right["policy_optimal"] == [True]
+    assert right["q_error_max"][0] < 1e-6
+
+    q = exact.q_star.float().clone()
+    q[7, 1] += 0.2
+    passed = exact.compare(table_network(env, q))
+    assert passed["q_error_max"] == [pytest.approx(0.2, abs=1e-6)]
+    assert passed["policy_optimal"] == [False]  # right actions, wrong values
+
+    q = exact.q_star.float().clone()
+    q[2] = torch.tensor([9.0, 0.0])  # turns back at 2 and never comes to 7
+    q[7, 1] += 0.2
+    stuck = exact.compare(table_network(env, q))
+    assert stuck["q_error_max"][0] > 8
+    assert stuck["policy_optimal"] == [False]
+
+
+@pytest.mark.parametrize("slip_prob", [0.0, 0.3])
+def test_the_table_is_the_environment(slip_prob):
+    """10**6 random steps: empirical transition frequencies and mean rewards agree with P and R."""
+    env = LineWorld(n_states=5, slip_prob=slip_prob, max_steps=50)
+    mdp = env.mdp()
+    copies, steps = 1000, 1000
+    generator = torch.Generator().manual_seed(0)
+    vector = env.vector_reset(torch.zeros(copies, 0))
+    counts = torch.zeros(5 * 2 * 5, dtype=torch.int64)
+    rewards = torch.zeros(5 * 2, dtype=torch.float64)
+    for _ in range(steps):
+        action = torch.randint(2, (copies,), generator=generator)
+        noise = torch.rand((copies, 1), generator=generator)
+        state = env.state_index(vector.obs)
+        vector, outcome = env.vector_step(vector, action, noise, torch.zeros(copies, 0))
+        pair = state * 2 + action
+        counts += torch.bincount(pair * 5 + env.state_index(outcome.next_obs), minlength=50)
+        rewards.index_add_(0, pair, outcome.reward.double())
+        assert torch.equal(outcome.terminated, mdp.terminal[env.state_index(outcome.next_obs)])
+    counts = counts.view(5, 2, 5).double()
+    visits = counts.sum(2, keepdim=True)
+    frequency = (counts / visits)[:4]
+    deviation = (mdp.P * (1 - mdp.P) / visits).sqrt()[:4]
+    assert visits[:4].min() > 10_000
+    assert ((frequency - mdp.P[:4]).abs() <= 5 * deviation + 1e-12).all()
+    mean = (rewards.view(5, 2) / visits[..., 0])[:4]
+    assert ((mean - mdp.R[:4]).abs() <= 5 * deviation[..., 4] + 1e-6).all()
+
+
+def test_the_states_are_in_the_order_of_the_table():
+    """state_index undoes observe on all states."""
+    env = LineWorld(n_states=300)
+    assert torch.equal(env.state_index(env.observe(env.states())), torch.arange(300))
+
+
+def test_command_line(tmp_path):
+    """A saved run is evaluated from the command line: a line for people, one JSON line last."""
+    run_dir = tmp_path / "run"
+    train(Args(total_timesteps=2_000, num_seeds=2, run_dir=run_dir, quiet=True))
+    command = [sys.executable, "-m", "dqn_fast.evaluate", str(run_dir), "--episodes", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("member 0: return ")
+    assert len(json.loads(done.stdout.splitlines()[-1])["members"]) == 2
+    for arguments, message in (
+        ([str(tmp_path / "none")], "none/best.pt: No such file or directory"),
+        ([str(run_dir), "--episodes", "0"], "--episodes 0: must be at least 1"),
+    ):
+        done = subprocess.run([*command[:3], *arguments], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,52 @@
+"""Imports go one way."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dqn_fast"
+# Each module may import those of earlier layers, and of its own.
+LAYERS = (
+    {"bellman", "noise", "schedule"},
+    {"envs", "networks", "replay", "engine", "statistics"},
+    {"agent", "metrics", "tracker"},
+    {"checkpoint", "recorded"},
+    {"evaluate", "health", "diagnostics"},
+    {"report"},
+    {"run"},
+    {"train"},
+)
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level modules of the package that a file imports anywhere."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return modules
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_one_way(path):
+    """No module imports a later layer, and nothing imports benchmarks, tests or scripts."""
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    modules = imported(path)
+    assert not {m.split(".")[0] for m in modules} & {"benchmarks", "tests", "scripts"}
+    inside = {m.split(".")[1] for m in modules if m.startswith("dqn_fast.")}
+    if name == "__init__":
+        assert not inside
+        return
+    (layer,) = (i for i, names in enumerate(LAYERS) if name in names)
+    assert inside <= set().union(*LAYERS[: layer + 1])
+
+
+def test_the_reference_shares_no_code():
+    """The scalar loop that checks the fast one imports nothing of it."""
+    path = PACKAGE.parent / "benchmarks" / "reference.py"
+    assert not any(m.startswith("dqn_fast") for m in imported(path))

@@ -1,0 +1,507 @@
+"""The loop: what it learns, that it repeats, and what an engine may rely on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dqn_fast.agent import Adam
+from dqn_fast.checkpoint import load_agent, load_checkpoint
+from dqn_fast.envs import LineWorld, TensorEnv
+from dqn_fast.noise import Noise
+from dqn_fast.run import TrainingError
+from dqn_fast.train import (
+    Args,
+    Learner,
+    StepInputs,
+    UpdateInputs,
+    chunk_,
+    draw_inputs,
+    make_learner,
+    make_plan,
+    planned,
+    train,
+)
+
+SHORT = Args(total_timesteps=4_000, eval_interval=2_000, eval_episodes=10, quiet=True)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if name != "wall_s" and "perf/" not in name}
+        for row in rows(run_dir)
+    ]
+
+
+def learner_and_inputs(args: Args) -> tuple[Learner, StepInputs, UpdateInputs, tuple[int, ...]]:
+    """A learner in the middle of its run, and the next chunk."""
+    env, noise = LineWorld(slip_prob=0.05), Noise(args.seed, args.num_seeds)
+    learner = make_learner(args, env, noise)
+    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
+        if chunk.before >= 1_000:
+            return learner, steps, updates, chunk.update_counts
+        chunk_(learner, steps, updates, chunk.update_counts)
+    raise AssertionError
+
+
+def tensors(learner: Learner) -> list[Tensor]:
+    """Everything that is carried from step to step."""
+    state = learner.state_dict()
+    flat = [*state["q_net"].values(), *state["target_net"].values(), *state["vector"]]
+    return [*flat, *state["adam"]["mean"], *state["adam"]["square"], *state["replay"].values()]
+
+
+# ------------------------------------------------------------------------------- what it learns
+
+
+def test_the_default_run_solves_line_world(tmp_path):
+    """Moves right in all 14 non-terminal states, gets 0.84 or more, and updates (trap 15)."""
+    result = train(Args(run_dir=tmp_path / "run", quiet=True, eval_episodes=1000))
+    agent = load_agent(result.run_dir, "last", device="cpu")
+    assert agent.act(np.arange(14, dtype=np.uint8)).tolist() == [1] * 14
+    assert result.summary["eval_return_mean"] >= 0.84
+    assert result.summary["policy_optimal"] is True
+    assert result.summary["q_error_max"] < 0.05
+    assert result.summary["num_updates"] > 4_000
+    assert result.summary["status"] == "done"
+
+
+class ClockState(NamedTuple):
+    time: Tensor
+
+
+@dataclass(frozen=True)
+class OnlyTruncates(TensorEnv):
+    """Pays 1 a step and never terminates; the time limit ends every episode."""
+
+    max_steps: int = 5
+    num_actions: ClassVar[int] = 2
+
+    def reset(self, noise: Tensor) -> ClockState:
+        return ClockState(torch.zeros(noise.shape[0]))
+
+    def step(self, state: ClockState, action: Tensor, noise: Tensor) -> Any:
+        return ClockState(state.time), torch.ones_like(state.time), torch.zeros_like(action).bool()
+
+    def observe(self, state: ClockState) -> Tensor:
+        return torch.ones_like(state.time)[:, None]
+
+
+def test_truncation_still_bootstraps(tmp_path):
+    """r = 1 and gamma = 0.9 without an end: Q goes to 10, not to what five steps pay (trap 1)."""
+    args = replace(SHORT, gamma=0.9, total_timesteps=48_000, tau=0.2, run_dir=tmp_path / "run")
+    result = train(args, env=OnlyTruncates())
+    q_values = result.q_net(torch.ones(1, 1, 1)).flatten()
+    assert q_values.tolist() == [pytest.approx(10, abs=0.2)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_every_seed_solves_line_world(seed, tmp_path):
+    """The default settings, seeds 0 to 9."""
+    result = train(Args(seed=seed, run_dir=tmp_path / "run", quiet=True, eval_episodes=1000))
+    assert result.summary["policy_optimal"] is True
+    assert result.summary["eval_return_mean"] >= 0.84
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_envs", [1, 7, 1024])
+@pytest.mark.parametrize("seed", range(5))
+def test_any_number_of_envs_solves_line_world(num_envs, seed, tmp_path):
+    """The default settings with fewer and with more env copies."""
+    args = Args(
+        seed=seed, num_envs=num_envs, run_dir=tmp_path / "run", quiet=True, eval_episodes=1000
+    )
+    summary = train(args).summary
+    assert summary["policy_optimal"] is True
+    assert summary["eval_return_mean"] >= 0.84
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "squared"},
+        {"hidden_sizes": ()},
+        {"hidden_sizes": (32,)},
+        {"learning_rate_end": 0.0},
+        {"tau": 1.0, "target_update_interval": 500},
+        {"target_update_interval": 0},
+        {"gradient_steps": 3, "train_freq": 100},
+        {"num_envs": 7, "train_freq": 5},
+        {"num_envs": 1, "train_freq": 4, "total_timesteps": 2_000},
+        {"num_envs": 1024, "num_seeds": 2},
+        {"max_grad_norm": math.inf},
+        {"eps_fraction": 0.0},
+        {"log_interval": 0, "eval_interval": 0, "checkpoint_interval": 0},
+        {"log_interval": 10**9, "eval_interval": 10**9},
+        {"num_threads": 0},
+        {"env_params": {"n_states": "300"}},
+    ],
+    ids=str,
+)
+def test_settings_run_to_their_end(changes, tmp_path):
+    """Each setting learns, ends where it should and writes a whole run directory."""
+    result = train(replace(SHORT, **changes, run_dir=tmp_path / "run"))
+    summary = json.loads((result.run_dir / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary))
+    assert summary["num_updates"] > 0
+    total, num_envs = replace(SHORT, **changes).total_timesteps, summary["num_envs"]
+    assert summary["global_step"] == math.ceil(total / num_envs) * num_envs
+    assert {path.name for path in result.run_dir.iterdir()} >= {
+        "config.json", "metrics.jsonl", "episodes.npz", "summary.json", "checkpoint.pt", "best.pt",
+    }  # fmt: skip
+
+
+def test_without_gradient_steps_nothing_is_learned(tmp_path):
+    """gradient_steps 0 collects and leaves the network alone."""
+    result = train(replace(SHORT, gradient_steps=0, run_dir=tmp_path / "run"))
+    fresh = make_learner(SHORT, result.env, Noise(0, 1)).q_net
+    assert result.summary["num_updates"] == 0
+    assert all(map(torch.equal, fresh.params, result.q_net.params))
+
+
+# ------------------------------------------------------------------------------- that it repeats
+
+
+def test_same_seed_same_run(tmp_path):
+    """metrics.jsonl is identical apart from times, and so is every tensor of the checkpoint."""
+    for name in ("a", "b"):
+        train(replace(SHORT, num_seeds=2, run_dir=tmp_path / name))
+    assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("a", "b"))
+    assert torch.equal(
+        a["resume"]["learner"]["replay"]["obs"], b["resume"]["learner"]["replay"]["obs"]
+    )
+    assert all(torch.equal(a["q_net"][name], b["q_net"][name]) for name in a["q_net"])
+
+
+def test_another_seed_another_run(tmp_path):
+    """Seeds change the run (trap 13)."""
+    for seed in (0, 1):
+        train(replace(SHORT, seed=seed, run_dir=tmp_path / str(seed)))
+    assert without_times(tmp_path / "0") != without_times(tmp_path / "1")
+
+
+def test_chunk_length_changes_nothing(tmp_path):
+    """K = 1 and K = 8 give the same run, bit for bit."""
+    for steps in (1, 8):
+        train(replace(SHORT, chunk_steps=steps, num_envs=24, run_dir=tmp_path / str(steps)))
+    assert without_times(tmp_path / "1") == without_times(tmp_path / "8")
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("1", "8"))
+    assert all(torch.equal(a["q_net"][name], b["q_net"][name]) for name in a["q_net"])
+
+
+def test_a_member_is_the_single_run_of_its_seed():
+    """Draws equal exactly, losses within float32 rounding for 200 updates; members differ (13)."""
+
+    def losses(seed: int, num_seeds: int) -> tuple[Tensor, list[Tensor]]:
+        args = replace(
+            SHORT, seed=seed, num_seeds=num_seeds, learning_starts=0, total_timesteps=3_300
+        )
+        env, noise = LineWorld(slip_prob=0.05), Noise(seed, num_seeds)
+        learner = make_learner(args, env, noise)
+        updates, inputs = [], []
+        for chunk, steps, update_inputs in planned(args, env, noise, make_plan(args, env)):
+            updates.append(chunk_(learner, steps, update_inputs, chunk.update_counts).updates)
+            step = steps.env_step.unflatten(1, (num_seeds, -1))
+            inputs.append(
+                [steps.explore.movedim(1, 0), step.movedim(1, 0), update_inputs.rows.movedim(1, 0)]
+            )
+        return torch.cat(updates)[:200], [torch.cat(t, 1) for t in zip(*inputs, strict=True)]
+
+    together, draws = losses(5, 3)
+    assert len(together) == 200
+    for i in range(3):
+        alone, own_draws = losses(5 + i, 1)
+        for ours, theirs in zip(draws, own_draws, strict=True):
+            assert torch.equal(ours[i], theirs[0])
+        torch.testing.assert_close(together[..., i], alone[..., 0], rtol=2e-3, atol=2e-5)
+        assert not torch.equal(together[..., i], together[..., (i + 1) % 3])
+
+
+# ------------------------------------------------------------------ what an engine may rely on
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where a tensor's value reaches the host, or where a shape depends on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in func.name() for name in self.FORBIDDEN):
+            raise AssertionError(f"host read: {func.name()}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_chunk_reads_nothing_on_the_host():
+    """No value of a tensor is asked for in act, step, store, sample, update and sync."""
+    learner, *chunk = learner_and_inputs(replace(SHORT, num_seeds=2))
+    with NoHostReads():
+        record = chunk_(learner, *chunk)
+    assert len(record.updates) > 0
+    with pytest.raises(AssertionError, match="host read"), NoHostReads():
+        record.updates.sum().item()
+
+
+def test_what_is_carried_keeps_its_address():
+    """A chunk writes in place; what a captured graph reads stays where it is."""
+    learner, *chunk = learner_and_inputs(SHORT)
+    before = [tensor.data_ptr() for tensor in tensors(learner)]
+    values = [tensor.clone() for tensor in tensors(learner)]
+    chunk_(learner, *chunk)
+    assert [tensor.data_ptr() for tensor in tensors(learner)] == before
+    changed = [not torch.equal(a, b) for a, b in zip(values, tensors(learner), strict=True)]
+    assert sum(changed) > 20
+
+
+def test_replay_holds_what_the_environment_did():
+    """Transitions of two vector steps, played again from the carried state by hand."""
+    args = replace(SHORT, num_envs=8, num_seeds=2, batch_size=4, learning_starts=1_000)
+    env, noise = LineWorld(slip_prob=0.3, max_steps=3), Noise(0, 2)
+    learner = make_learner(args, env, noise)
+    chunk, steps, updates = next(iter(planned(args, env, noise, make_plan(args, env))))
+    vector, expected = learner.vector.clone(), []
+    for k in range(chunk.num_steps):
+        q_values = learner.q_net(env.features(vector.obs.view(2, 8)))
+        explore = steps.explore[k, ..., 0] < steps.epsilon[k]
+        action = torch.where(explore, (steps.explore[k, ..., 1] * 2).long(), q_values.argmax(-1))
+        obs = vector.obs
+        vector, outcome = env.vector_step(
+            vector, action.flatten(), steps.env_step[k], steps.env_reset[k]
+        )
+        expected.append(
+            (obs, action.flatten(), outcome.reward, outcome.next_obs, outcome.terminated)
+        )
+    chunk_(learner, steps, updates, chunk.update_counts)
+    size = chunk.num_steps * 8
+    assert int(learner.replay.size) == size
+    for i, stored in enumerate(learner.replay.data):
+        ours = torch.cat([row[i].view(2, 8) for row in expected], 1)
+        assert torch.equal(stored[:, :size], ours.to(stored.dtype))
+
+
+@contextmanager
+def tracing_gradients() -> Iterator[None]:
+    """Let Dynamo trace torch.autograd.grad."""
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_vector_step_traces_whole_and_bakes_nothing_in():
+    """Full graph under torch.compile; every scheduled number is an input: each of them changed
+    gives what eager gives, and nothing recompiles (trap 11)."""
+    args = replace(SHORT, num_envs=16, train_freq=16, hidden_sizes=(8,), batch_size=8)
+    eager, steps, updates, counts = learner_and_inputs(args)
+    torch._dynamo.reset()
+    with tracing_gradients():
+        compiled_chunk = torch.compile(chunk_, backend="aot_eager", fullgraph=True)
+        k = slice(0, 1)
+        u = slice(0, counts[0])
+        steps = StepInputs(*(t[k] for t in steps))
+        updates = UpdateInputs(*(t[u].clone() for t in updates))
+        baseline = None
+        for change in ("nothing", "epsilon", "step_size", "root_scale", "sync", "gamma", "norm"):
+            ours, theirs = copy.deepcopy(eager), copy.deepcopy(eager)
+            step_inputs, update_inputs = steps, updates
+            if change == "epsilon":
+                step_inputs = steps._replace(epsilon=torch.zeros_like(steps.epsilon))
+            elif change in UpdateInputs._fields:
+                value = getattr(updates, change) * 0.5 + 0.1
+                update_inputs = updates._replace(**{change: value})
+            for learner in (ours, theirs):
+                if change == "gamma":
+                    learner.gamma.fill_(0.3)
+                elif change == "norm":
+                    learner.max_grad_norm.fill_(1e-4)
+            chunk_(ours, step_inputs, update_inputs, counts[:1])
+            with torch._dynamo.config.patch(error_on_recompile=change != "nothing"):
+                compiled_chunk(theirs, step_inputs, update_inputs, counts[:1])
+            for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+                torch.testing.assert_close(a, b)
+            baseline = baseline or tensors(ours)
+            same = [torch.equal(a, b) for a, b in zip(tensors(ours), baseline, strict=True)]
+            assert all(same) == (change == "nothing"), change
+
+
+@pytest.mark.gpu
+def test_a_chunk_does_not_synchronise_with_the_gpu():
+    """CUDA's own sync-debug mode finds nothing in a chunk."""
+    args = replace(SHORT, num_envs=64)
+    env, noise = LineWorld(slip_prob=0.05), Noise(0, 1, "cuda")
+    learner = make_learner(args, env, noise)
+    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            chunk_(learner, steps, updates, chunk.update_counts)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_gpu_learns_as_the_cpu_does(tmp_path):
+    """The same draws; the first losses agree within float32 rounding."""
+    for device in ("cpu", "cuda"):
+        train(replace(SHORT, device=device, log_interval=128, run_dir=tmp_path / device))
+    for ours, theirs in zip(rows(tmp_path / "cpu")[:8], rows(tmp_path / "cuda")[:8], strict=True):
+        for name in ("charts/episodic_return", "losses/td_loss"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------- what it records
+
+
+def test_epsilon_at_start_middle_and_end(tmp_path):
+    """Linear in global_step over eps_fraction of the run, whatever num_envs is (trap 6)."""
+    args = replace(SHORT, num_envs=10, total_timesteps=2_000, eps_fraction=0.8)
+    env, noise = LineWorld(), Noise(0, 1)
+    plan = make_plan(args, env)
+    epsilon = np.concatenate(
+        [draw_inputs(args, env, noise, chunk)[0].epsilon for _, chunk in plan.chunks()]
+    )
+    assert len(epsilon) == 200
+    expected = {0: 1.0, 80: 1 - 0.95 / 2, 159: 1 - 0.95 * 1590 / 1600, 160: 0.05, 199: 0.05}
+    for step, value in expected.items():
+        assert epsilon[step] == pytest.approx(value, abs=1e-6)
+
+
+def test_log_points_and_metrics(tmp_path):
+    """Every interval fires at the first vector step past its multiples, with the metrics' names."""
+    args = replace(SHORT, num_envs=30, total_timesteps=3_000, log_interval=500, eval_interval=1_000)
+    train(replace(args, run_dir=tmp_path / "run"))
+    log = rows(tmp_path / "run")
+    assert [row["global_step"] for row in log] == [510, 1020, 1500, 2010, 2520, 3000]
+    assert [row["global_step"] for row in log if "eval/return_mean" in row] == [1020, 2010, 3000]
+    assert log[-1].keys() >= {
+        "charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/episodes",
+        "losses/td_loss", "losses/q_value", "losses/td_target", "losses/grad_norm",
+        "eval/return_mean", "eval/return_std", "perf/env_steps_per_s", "perf/updates_per_s",
+        "q/probe_0", "q/probe_1", "exact/q_error_max", "exact/policy_optimal",
+    }  # fmt: skip
+
+
+def test_every_finished_episode_is_recorded(tmp_path):
+    """In order, with return and length; steps in episodes and steps under way make up the run."""
+    args = replace(SHORT, num_seeds=2, env_params={"n_states": 6})
+    result = train(replace(args, run_dir=tmp_path / "run"))
+    episodes = np.load(tmp_path / "run" / "episodes.npz")
+    assert (np.diff(episodes["global_step"]) >= 0).all()
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["resume"]["learner"]
+    elapsed = state["vector"][-2].view(2, -1).sum(1)
+    for member in range(2):
+        own = episodes["member"] == member
+        steps = episodes["episode_length"][own].sum() + elapsed[member].item()
+        assert steps == result.summary["global_step"]
+        won = episodes["episode_length"][own] < 40
+        returns = -0.01 * episodes["episode_length"][own] + won
+        assert np.abs(episodes["episode_return"][own] - returns)[won].max() < 1e-5
+    assert episodes["num_dropped"] == 0
+    assert rows(tmp_path / "run")[-1]["members"]["charts/episodes"] == [
+        int((episodes["member"] == m).sum()) for m in range(2)
+    ]
+
+
+def test_config_says_what_ran(tmp_path):
+    """Every argument, what follows from them, rounded values, versions."""
+    args = replace(SHORT, num_envs=60, name="x", env_params={"n_states": 9}, run_dir=tmp_path / "r")
+    train(args)
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["args"]["num_envs"] == 60
+    assert config["env_params"]["n_states"] == 9
+    assert config["env_params"]["slip_prob"] == 0.05
+    assert config["derived"]["replay_ratio"] == 4.0
+    assert config["software"]["torch"] == torch.__version__
+    text = " ".join(config["derived"]["rounded"])
+    assert "total_timesteps 4,000 -> 4,020" in text
+    assert "learning_starts 500 -> 540" in text
+    assert "log_interval" in text
+
+
+def test_run_directories_do_not_collide(tmp_path, monkeypatch):
+    """Two runs of the same second get two directories, named after the experiment."""
+    monkeypatch.chdir(tmp_path)
+    args = replace(SHORT, total_timesteps=64, learning_starts=0, name="mine", seed=3)
+    first, second = train(args).run_dir, train(args).run_dir
+    assert first != second
+    assert first.name.startswith("LineWorld-v0__mine__s3__")
+
+
+def test_on_log_sees_every_log_point(tmp_path):
+    """The hook gets global_step, the learner and the metrics."""
+    seen = []
+    train(
+        replace(SHORT, log_interval=1_000, run_dir=tmp_path / "run"),
+        on_log=lambda step, learner, row: seen.append((step, learner.q_net, row["charts/epsilon"])),
+    )
+    assert [step for step, *_ in seen] == [1_024, 2_048, 3_008, 4_032]
+
+
+# -------------------------------------------------------------------------- runs that go wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """The message names gradient step and global_step; the last good checkpoint stands."""
+    args = replace(
+        SHORT, learning_rate=1e30, max_grad_norm=math.inf, loss="squared", checkpoint_interval=256,
+        log_interval=512, run_dir=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"not finite in gradient step \d+, at global_step \d"):
+        train(args)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"].startswith("failed: loss or gradient not finite")
+    content = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert all(tensor.isfinite().all() for tensor in content["q_net"].values())
+    assert len(rows(tmp_path / "run")) >= 1
+
+
+@dataclass(frozen=True)
+class BreaksLater(LineWorld):
+    """Raises in its step once it was called 40 times."""
+
+    calls: tuple[list[int], ...] = ([],)
+
+    def step(self, state, action, noise):
+        self.calls[0].append(1)
+        if len(self.calls[0]) > 40:
+            raise RuntimeError("the environment broke")
+        return super().step(state, action, noise)
+
+
+def test_a_broken_environment_loses_nothing(tmp_path):
+    """Its error comes through; what was recorded until then is in the files."""
+    args = replace(SHORT, log_interval=640, run_dir=tmp_path / "run")
+    with pytest.raises(RuntimeError, match="the environment broke"):
+        train(args, env=BreaksLater(slip_prob=0.05))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed: the environment broke"
+    assert rows(tmp_path / "run")[0]["global_step"] == 640
+    assert len(np.load(tmp_path / "run" / "episodes.npz")["global_step"]) > 0
+
+
+def test_adam_state_is_part_of_the_checkpoint(tmp_path):
+    """What is needed to go on: networks, moments, envs, replay, counters."""
+    train(replace(SHORT, run_dir=tmp_path / "run"))
+    resume = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["resume"]
+    assert resume["num_updates"] > 0
+    assert resume["num_evaluations"] > 0
+    learner = resume["learner"]
+    assert set(learner) == {"q_net", "target_net", "adam", "vector", "replay"}
+    assert set(learner["adam"]) == set(Adam._fields)
+    assert int(learner["replay"]["size"]) == 4_032
