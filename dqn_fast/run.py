@@ -152,6 +152,7 @@ class RunRecord:
         self._write("config.json", lambda path: write_json(path, config))
         for line in header(config, run_dir):
             tracker.message(line)
+        tracker.progress(0)
         self._began, self._loop_began = began, time.perf_counter()
         self._last_log = (self._loop_began, 0, 0)
 
@@ -173,6 +174,8 @@ class RunRecord:
         self._write("episodes.npz", self._write_episodes)
         for line in closing(self.summary, self._args, self.run_dir):
             self._tracker.message(line)
+        if (best := self.run_dir / "best.pt").exists():
+            self._tracker.log_artifact(best, f"{self.run_dir.name}-best", "model")
         self._tracker.finish(self.summary, exit_code=0 if error is None else 1)
 
     def advance(self, global_step: int, num_updates: int) -> None:
@@ -298,7 +301,7 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
     """What a run is about to do, for people."""
     args, derived = config["args"], config["derived"]
     params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
-    threads = f", {derived['num_threads']} threads" if derived["device"] == "cpu" else ""
+    threads = f", {derived['num_threads']} thread(s)" if derived["device"] == "cpu" else ""
     rounded = [f"rounded   {text}" for text in derived["rounded"]]
     return [
         f"env       {config['env_id']} ({params})",

@@ -153,7 +153,7 @@ class Args:
     wandb_mode: Literal["online", "offline"] | None = None
     """None: WANDB_MODE if set, else online where the server answers and a key is configured."""
     tensorboard: bool = False
-    """Log to TensorBoard as well; needs the package tensorboard."""
+    """Log to TensorBoard as well; needs the extra: pip install -e ".[tensorboard]"."""
 
 
 def check(args: Args) -> None:

@@ -1,0 +1,714 @@
+"""The tracker: whole metrics whatever fails, agreeing figures, and wandb that never holds up a run.
+
+wandb itself is used throughout, offline or against local servers, and what it recorded is
+read back from its own file. Where the time or the output of a whole process counts, the test starts
+one, which runs `SCRIPT`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from dqn_fast import tracker as tracker_module
+from dqn_fast.tracker import CompositeTracker, JsonlTracker, Tracker, TrackerConfig, make_tracker
+
+SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+from dqn_fast.tracker import TrackerConfig, make_tracker
+
+run_dir, options, before, middle = Path(sys.argv[1]), json.loads(sys.argv[2]), *sys.argv[3:]
+exec(before)
+start = time.monotonic()
+tracker = make_tracker(TrackerConfig(
+    run_dir=run_dir, run_name="r", config={"seed": 0}, total_timesteps=1000, num_members=1,
+    **options))
+made = time.monotonic()
+for step in range(100, 1001, 100):
+    tracker.progress(step - 50)
+    tracker.log(step, {"charts/epsilon": 1 - step / 1000, "charts/episodic_return": [step / 7],
+                       "perf/env_steps_per_s": step * 1000.0 / 3})
+    time.sleep(0.02)
+exec(middle)
+end = time.monotonic()
+tracker.finish({"eval_return_mean": 0.5})
+times = {"start": made - start, "finish": time.monotonic() - end}
+(run_dir / "times.json").write_text(json.dumps(times))
+"""
+
+STAND_IN_SERVER = """
+import http.server, threading
+class Server(http.server.BaseHTTPRequestHandler):
+    # Knows just enough of wandb's protocol for a run to start.
+    hang = threading.Event()
+    posts_hang = {posts_hang}
+    def do_GET(self):
+        self.answer({{}})
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.posts_hang:
+            threading.Event().wait()
+        bucket = {{"id": "QQ==", "name": "r", "displayName": "r", "config": "{{}}",
+                  "project": {{"name": "p", "entity": {{"name": "e"}}}}}}
+        self.answer({{"data": {{"upsertBucket": {{"bucket": bucket, "inserted": True}}}}}}
+                    if b"UpsertBucket" in body else {{"data": {{}}}})
+    def answer(self, reply):
+        if self.hang.is_set():
+            threading.Event().wait()
+        body = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:%d" % server.server_address[1]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No wandb settings of the person who runs the tests, and none left behind."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def config(run_dir: Path, **options: Any) -> TrackerConfig:
+    defaults: dict[str, Any] = {
+        "run_name": "LineWorld__x",
+        "config": {"seed": 3, "learning_rate": 1e-3, "hidden_sizes": [128, 128]},
+        "total_timesteps": 1000,
+        "num_members": 1,
+    }
+    return TrackerConfig(run_dir=run_dir, **(defaults | options))
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, read by a parser that refuses NaN and Infinity."""
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is not JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def warnings(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("warning: ")]
+
+
+def script(run_dir: Path, before: str = "", middle: str = "", **options: Any) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, str(run_dir), json.dumps(options), before, middle]
+
+
+def run_script(run_dir: Path, **options: Any) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run SCRIPT in a process of its own; what it left, and the seconds it took."""
+    start = time.monotonic()
+    done = subprocess.run(script(run_dir, **options), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done, time.monotonic() - start
+
+
+class WandbFile:
+    """What a run recorded, from its .wandb file.
+
+    A header of 7 bytes, then blocks of 32 KiB (the header counts to the first) of chunks: CRC-32 of
+    type and data, length and type (whole, first, middle, last), data. A chunk never crosses a
+    block; the end of a block too short for a chunk's head is padding. Data: protobuf records.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from wandb.proto import wandb_internal_pb2
+
+        self.config: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.metrics: list[Any] = []
+        self.artifacts: list[Any] = []
+        self.run: Any = None
+        self.exit_code: int | None = None
+        for data in self._chunks(path.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            match record.WhichOneof("record_type"):
+                case "run":
+                    self.run = record.run
+                    self.config |= self._values(record.run.config.update)
+                case "history":
+                    self.history.append(self._values(record.history.item))
+                case "summary":
+                    self.summary |= self._values(record.summary.update)
+                case "metric":
+                    self.metrics.append(record.metric)
+                case "artifact":
+                    self.artifacts.append(record.artifact)
+                case "exit":
+                    self.exit_code = record.exit.exit_code
+
+    @staticmethod
+    def _chunks(data: bytes) -> Iterator[bytes]:
+        assert data[:4] in (b":W&B", b"")
+        block, at, whole = 32 * 1024, 7, b""
+        while at + 7 <= len(data):
+            if block - at % block < 7:
+                at += block - at % block
+                continue
+            crc, length, kind = struct.unpack_from("<IHB", data, at)
+            chunk = data[at + 7 : at + 7 + length]
+            if len(chunk) < length:  # still being written
+                return
+            assert zlib.crc32(bytes([kind]) + chunk) == crc
+            at += 7 + length
+            whole += chunk
+            if kind in (1, 4):
+                yield whole
+                whole = b""
+
+    @staticmethod
+    def _values(items: Any) -> dict[str, Any]:
+        return {
+            "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items
+        }
+
+
+def wandb_files(run_dir: Path, pattern: str = "*run-*") -> dict[str, WandbFile]:
+    """The runs of a folder by name, once they are closed: shortly after wandb says so."""
+    deadline = time.monotonic() + 5
+    while True:
+        paths = run_dir.glob(f"wandb/{pattern}/run-*.wandb")
+        files = [WandbFile(path) for path in paths]
+        if all(file.exit_code is not None for file in files) or time.monotonic() > deadline:
+            return {file.run.display_name: file for file in files}
+        time.sleep(0.05)
+
+
+class Recorder(Tracker):
+    """Remembers the names of the calls it got; fails at one of them."""
+
+    def __init__(self, fail_at: str = "") -> None:
+        self.calls: list[str] = []
+        self._fail_at = fail_at
+
+    def _note(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self._fail_at:
+            raise RuntimeError("broken")
+
+    def progress(self, global_step: int) -> None:
+        self._note("progress")
+
+    def log(self, global_step: int, metrics: Mapping[str, float | Sequence[float]]) -> None:
+        self._note("log")
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
+        self._note("finish")
+
+
+# --- the composite -----------------------------------------------------------------------------
+
+
+def test_import_is_cheap() -> None:
+    """Importing the tracker imports none of the packages that only some runs need."""
+    code = "import sys, dqn_fast.tracker; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert not {"wandb", "plotly", "tensorboard", "torch"} & set(output.split())
+
+
+@pytest.mark.parametrize("fail_at", ["progress", "log", "finish"])
+def test_failing_backend_is_dropped_with_one_warning(
+    fail_at: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An exception in one backend reaches neither the caller nor the other backends."""
+    good, bad = Recorder(), Recorder(fail_at)
+    tracker = CompositeTracker([bad, JsonlTracker(tmp_path / "metrics.jsonl"), good], 1)
+    for step in (1, 2):
+        tracker.progress(step)
+        tracker.log(step, {"charts/epsilon": 1.0})
+    tracker.finish({})
+    tracker.finish({})
+    assert good.calls == ["progress", "log", "progress", "log", "finish"]
+    assert bad.calls[-1] == fail_at
+    assert bad.calls.count(fail_at) == 1
+    assert len(rows(tmp_path)) == 2
+    assert warnings(capfd.readouterr().err) == [
+        "warning: Recorder failed and is off from here: RuntimeError: broken"
+    ]
+
+
+def test_wrong_number_of_members_is_refused(tmp_path: Path) -> None:
+    """A metric that is neither one value nor one per member is a mistake of the caller."""
+    tracker = make_tracker(config(tmp_path, num_members=3))
+    with pytest.raises(ValueError, match="losses/td_loss"):
+        tracker.log(1, {"losses/td_loss": [1.0, 2.0]})
+
+
+# --- metrics.jsonl -----------------------------------------------------------------------------
+
+
+def test_jsonl_of_one_member(tmp_path: Path) -> None:
+    """One strict JSON object per log point: means in the order given, null for no value."""
+    tracker = make_tracker(config(tmp_path))
+    tracker.log(64, {"charts/epsilon": 0.5, "charts/episodic_return": [math.nan], "eval/x": 2})
+    tracker.log(128, {"losses/td_loss": np.array([0.25], dtype=np.float32), "q/y": math.inf})
+    tracker.finish({})
+    first, second = rows(tmp_path)
+    assert list(first) == [
+        "global_step", "charts/epsilon", "charts/episodic_return", "eval/x", "wall_s",
+    ]  # fmt: skip
+    assert first | {"wall_s": 0} == {
+        "global_step": 64,
+        "charts/epsilon": 0.5,
+        "charts/episodic_return": None,
+        "eval/x": 2.0,
+        "wall_s": 0,
+    }
+    assert second["losses/td_loss"] == 0.25
+    assert second["q/y"] is None
+    assert second["wall_s"] >= first["wall_s"] >= 0
+
+
+def test_jsonl_of_several_members(tmp_path: Path) -> None:
+    """The mean leaves out members without a value; `members` holds every member's own."""
+    tracker = make_tracker(config(tmp_path, num_members=3))
+    tracker.log(
+        64,
+        {
+            "charts/epsilon": 0.5,
+            "charts/episodic_return": [1.0, math.nan, 3.0],
+            "losses/td_loss": [math.nan] * 3,
+            "q/x": [math.inf, -math.inf, 0.0],
+        },
+    )
+    tracker.finish({})
+    (row,) = rows(tmp_path)
+    assert row["charts/episodic_return"] == 2.0
+    assert row["losses/td_loss"] is None
+    assert row["q/x"] is None
+    assert row["members"] == {
+        "charts/episodic_return": [1.0, None, 3.0],
+        "losses/td_loss": [None, None, None],
+        "q/x": [None, None, 0.0],
+    }
+
+
+def test_same_content_twice(tmp_path: Path) -> None:
+    """Two runs with the same numbers differ in wall_s and perf/* only."""
+
+    def write(name: str) -> list[dict[str, Any]]:
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        tracker = make_tracker(config(run_dir, num_members=2))
+        rng = np.random.default_rng(0)
+        for step in range(50):
+            loss = rng.normal(size=2).astype(np.float32)
+            tracker.log(step, {"losses/td_loss": loss, "perf/updates_per_s": time.monotonic()})
+        tracker.finish({})
+        timed = {"wall_s", "perf/updates_per_s"}
+        assert all(timed <= set(row) for row in rows(run_dir))
+        return [{k: v for k, v in row.items() if k not in timed} for row in rows(run_dir)]
+
+    assert write("a") == write("b")
+
+
+def test_half_a_line_is_cut_on_reopening(tmp_path: Path) -> None:
+    """A resumed run appends, after cutting what a killed process left of its last line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"global_step": 1}\n{"global_step": 2, "charts/eps')
+    tracker = make_tracker(config(tmp_path))
+    tracker.log(2, {})
+    tracker.finish({})
+    assert [row["global_step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_lines_that_the_disk_refused_are_written_later(tmp_path: Path) -> None:
+    """No half line is left, nothing is lost, the order is kept, and one warning says so."""
+    limit = "import resource; hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1];"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, ({}, hard))"
+    check = """
+text = (run_dir / "metrics.jsonl").read_text()
+assert text.endswith("}\\n") and 0 < text.count("\\n") < 10, text
+"""
+    done, _ = run_script(tmp_path, before=limit.format(500), middle=check + limit.format("hard"))
+    assert [row["global_step"] for row in rows(tmp_path)] == list(range(100, 1001, 100))
+    assert len(warnings(done.stderr)) == 1
+
+
+def test_lines_that_never_fit_are_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file that cannot be written at all costs one warning, and one that counts the loss."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    tracker = make_tracker(config(tmp_path))
+    for step in range(3):
+        tracker.log(step, {})
+    tracker.finish({})
+    first, last = warnings(capfd.readouterr().err)
+    assert "No space left on device" in first
+    assert "3 lines" in last
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB; skips where this user may not mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+FILL = """
+filler = run_dir / "filler"
+descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
+try:
+    while True:
+        os.write(descriptor, bytes(512))
+except OSError:
+    os.close(descriptor)
+"""
+FREE = """
+metrics = run_dir / "metrics.jsonl"
+assert not metrics.exists() or 0 == metrics.stat().st_size or metrics.read_text().endswith("}\\n")
+time.sleep(1.5)  # wandb writes its log every second
+filler.unlink()
+"""
+LOG_MORE = """
+for step in range(1100, 5001, 100):
+    tracker.log(step, {"charts/epsilon": step / 3})
+assert metrics.read_text().count("\\n") < 50
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "middle", "last"),
+    [
+        pytest.param(FILL, FREE, 1000, id="from-the-start"),
+        pytest.param(
+            "", FILL + "metrics = run_dir / 'metrics.jsonl'" + LOG_MORE + FREE, 5000, id="later"
+        ),
+    ],
+)
+def test_full_disk_under_wandb(before: str, middle: str, last: int, small_disk: Path) -> None:
+    """The disk is full under all files: the run goes on, says so once, and loses no metric."""
+    done, _ = run_script(small_disk, before=before, middle=middle, track=True, wandb_mode="offline")
+    assert [row["global_step"] for row in rows(small_disk)] == list(range(100, last + 1, 100))
+    assert 1 <= len(warnings(done.stderr)) <= 2  # of metrics.jsonl, and perhaps of wandb
+    assert done.stderr.count("\n") == len(warnings(done.stderr)), done.stderr
+
+
+# --- the console -------------------------------------------------------------------------------
+
+
+def test_console_is_silent_without_a_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Into a pipe go messages, and no bar; with quiet, nothing."""
+    for quiet in (False, True):
+        tracker = make_tracker(config(tmp_path, quiet=quiet))
+        tracker.message("hello")
+        tracker.progress(500)
+        tracker.log(500, {"charts/epsilon": 0.5})
+        tracker.finish({})
+        assert capfd.readouterr() == ("" if quiet else "hello\n", "")
+
+
+def on_terminal(command: list[str]) -> str:
+    """What a command writes to a terminal of 160 columns."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+    with subprocess.Popen(command, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        written = b""
+        while True:
+            try:
+                written += os.read(master, 4096)
+            except OSError:  # the other end is closed
+                break
+    os.close(master)
+    assert process.returncode == 0, written.decode()
+    return written.decode()
+
+
+def test_bar_agrees_with_metrics(tmp_path: Path) -> None:
+    """Every figure that the bar shows is one of metrics.jsonl; it ends full, at the last one."""
+    shown = on_terminal(script(tmp_path, middle='tracker.message("hello")'))
+    logged = [
+        (
+            f"{row['perf/env_steps_per_s']:,.0f} steps/s",
+            f"return {row['charts/episodic_return']:.3f}",
+            f"epsilon {row['charts/epsilon']:.3f}",
+        )
+        for row in rows(tmp_path)
+    ]
+    figures = re.findall(r"([\d,]+ steps/s), (return [\d.]+), (epsilon [\d.]+)\]", shown)
+    assert len(figures) >= 2
+    assert set(figures) <= set(logged)
+    assert figures[-1] == logged[-1]
+    last = shown.rstrip().splitlines()[-1]
+    assert "100%" in last
+    assert re.search(r"1000/1000 \[\d+:\d+<\d+:\d+, ", last)
+    assert "hello\r\n" in shown
+    assert on_terminal(script(tmp_path, quiet=True)) == ""
+
+
+# --- Weights & Biases --------------------------------------------------------------------------
+
+
+def test_wandb_offline_run_holds_everything(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Config, history over global_step, summary, figure and artifact are in the run's own file."""
+    tracker = make_tracker(
+        config(tmp_path, track=True, wandb_mode="offline", wandb_group="g", wandb_tags=("a", "b"))
+    )
+    for step in (64, 128, 192):
+        tracker.log(step, {"charts/epsilon": 1 / step, "losses/td_loss": [math.nan]})
+    heatmap = go.Figure(go.Heatmap(z=np.array([[0.5, np.nan], [1.0, 2.0]])))
+    tracker.log_figures(192, {"q_values": heatmap})
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(b"weights")
+    tracker.log_artifact(checkpoint, "LineWorld:x", "model")
+    tracker.finish({"eval_return_mean": 0.845, "optimal_return": None}, exit_code=3)
+
+    (file,) = wandb_files(tmp_path).values()
+    assert file.run.project == "dqn_fast"
+    assert file.run.run_group == "g"
+    assert list(file.run.tags) == ["a", "b"]
+    assert file.run.display_name == "LineWorld__x"
+    assert file.config["learning_rate"] == 1e-3
+    assert file.config["hidden_sizes"] == [128, 128]
+    assert [row["global_step"] for row in file.history] == [64, 128, 192, 192]
+    assert [row.get("charts/epsilon") for row in file.history] == [1 / 64, 1 / 128, 1 / 192, None]
+    assert not any("losses/td_loss" in row for row in file.history)
+    assert [m.step_metric for m in file.metrics if m.glob_name == "*"] == ["global_step"]
+    assert file.summary["eval_return_mean"] == 0.845
+    assert file.summary["optimal_return"] is None
+    assert file.exit_code == 3
+
+    assert file.history[-1]["figures/q_values/_type"] == "plotly-file"
+    (chart,) = tmp_path.glob("wandb/offline-run-*/files/media/plotly/figures/*.json")
+    assert json.loads(chart.read_text())["data"][0]["z"] == [[0.5, None], [1.0, 2.0]]
+    (artifact,) = file.artifacts
+    assert (artifact.name, artifact.type) == ("LineWorld_x", "model")
+    (content,) = artifact.manifest.contents
+    assert Path(content.local_path).read_bytes() == b"weights"
+    assert Path(content.local_path).is_relative_to(tmp_path / "wandb")
+
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert (
+        out == f"wandb records offline; upload it later with `wandb sync {tmp_path}/wandb/*run-*`\n"
+    )
+    assert not list(tmp_path.glob("home/**/*.pt")), "wandb copied the checkpoint elsewhere"
+
+
+def test_wandb_members_are_runs_of_one_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Members have a run each, up to a limit that is told, beside the mean; WANDB_* count."""
+    monkeypatch.setattr(tracker_module, "MAX_MEMBER_CURVES", 2)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    tracker = make_tracker(config(tmp_path, track=True, wandb_mode="offline", num_members=3))
+    tracker.log(64, {"charts/epsilon": 0.5, "charts/episodic_return": [1.0, math.nan, 3.0]})
+    members = [{"eval_return_mean": 0.1 * i} for i in range(3)]
+    tracker.finish({"eval_return_mean": 0.1, "members": members})
+
+    files = wandb_files(tmp_path)
+    assert set(files) == {"LineWorld__x", "LineWorld__x__m0", "LineWorld__x__m1"}
+    assert {file.run.project for file in files.values()} == {"mine"}
+    assert {file.run.run_group for file in files.values()} == {"LineWorld__x"}
+    mean, first, second = (files[name] for name in sorted(files))
+    assert mean.run.job_type == "mean"
+    assert first.run.job_type == second.run.job_type == "member"
+    assert [file.config["seed"] for file in (mean, first, second)] == [3, 3, 4]
+    assert mean.history[0]["charts/episodic_return"] == 2.0
+    assert mean.history[0]["charts/epsilon"] == 0.5
+    assert first.history[0]["charts/episodic_return"] == 1.0
+    assert "charts/episodic_return" not in second.history[0]
+    assert second.summary["eval_return_mean"] == 0.1
+    assert "members" not in mean.summary
+    assert capfd.readouterr().out.count("curves of 2 of 3 members") == 1
+
+
+def test_wandb_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One warning, and the rest goes on."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = make_tracker(config(tmp_path, track=True))
+    tracker.log(64, {"charts/epsilon": 0.5})
+    tracker.finish({})
+    assert len(rows(tmp_path)) == 1
+    assert len(warnings(capfd.readouterr().err)) == 1
+
+
+def test_logging_to_wandb_does_not_block(tmp_path: Path) -> None:
+    """1 000 log points are taken in faster than wandb could take them, and none is lost."""
+    tracker = make_tracker(config(tmp_path, track=True, wandb_mode="offline"))
+    start = time.monotonic()
+    for step in range(1000):
+        tracker.log(step, {f"losses/{i}": [float(step)] for i in range(10)})
+    assert time.monotonic() - start < 3
+    tracker.finish({})
+    (file,) = wandb_files(tmp_path).values()
+    assert [row["global_step"] for row in file.history] == list(range(1000))
+
+
+ONE_KEY = 'os.environ["WANDB_API_KEY"] = "a" * 40;'
+REFUSED = ONE_KEY + 'os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"'
+BLACKHOLE = (
+    ONE_KEY
+    + """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:%d" % listener.getsockname()[1]
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "mode", "reason"),
+    [
+        pytest.param(REFUSED, "online", "does not answer", id="refused"),
+        pytest.param(BLACKHOLE, "online", "does not answer", id="blackhole"),
+        pytest.param("", None, "no API key", id="no-account"),
+    ],
+)
+def test_unreachable_wandb_costs_less_than_5_s(
+    before: str, mode: str | None, reason: str, tmp_path: Path
+) -> None:
+    """Training starts, and the process ends, at most 5 s late; the run is recorded offline."""
+    done, seconds = run_script(tmp_path, before=before, track=True, wandb_mode=mode)
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert times["start"] < 5
+    assert times["finish"] < 5
+    assert seconds - sum(times.values()) < 5  # the hooks of wandb at the exit of the process
+    assert len(rows(tmp_path)) == 10
+    assert len(wandb_files(tmp_path)["r"].history) == 10
+    (warning,) = warnings(done.stderr)
+    assert reason in warning
+    assert f"wandb sync {tmp_path}/wandb/*run-*" in warning
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_wandb_mode_of_the_environment(tmp_path: Path) -> None:
+    """WANDB_MODE=offline asks for what is then no reason to warn."""
+    before = REFUSED + '; os.environ["WANDB_MODE"] = "offline"'
+    done, _ = run_script(tmp_path, before=before, track=True)
+    assert done.stderr == ""
+    assert "wandb sync" in done.stdout
+    assert wandb_files(tmp_path)["r"].summary["eval_return_mean"] == 0.5
+
+
+def test_server_that_takes_no_runs(tmp_path: Path) -> None:
+    """A server that answers, but not to wandb: training starts, and wandb goes offline later."""
+    before = ONE_KEY + 'os.environ["WANDB_INIT_TIMEOUT"] = "4"\n'
+    before += STAND_IN_SERVER.format(posts_hang=True)
+    done, _ = run_script(tmp_path, before=before, track=True, wandb_mode="online")
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert times["start"] < 5
+    assert times["finish"] < 5
+    assert len(warnings(done.stderr)) == 1
+    assert len(wandb_files(tmp_path, "offline-run-*")["r"].history) == 10
+
+
+def test_server_that_goes_away(tmp_path: Path) -> None:
+    """The server stops answering during the run: it ends within 5 s, with all of it on the disk."""
+    done, seconds = run_script(
+        tmp_path,
+        before=ONE_KEY + STAND_IN_SERVER.format(posts_hang=False),
+        middle="Server.hang.set()",
+        track=True,
+        wandb_mode="online",
+    )
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert times["finish"] < 6
+    assert seconds - sum(times.values()) < 5
+    assert "/e/p/runs/" in done.stdout
+    assert len(warnings(done.stderr)) == 1
+    file = wandb_files(tmp_path)["r"]
+    assert len(file.history) == 10
+    assert file.summary["eval_return_mean"] == 0.5
+
+
+def test_wandb_that_dies(tmp_path: Path) -> None:
+    """wandb's own process is killed during the run: one warning, and a clean end."""
+    kill = """
+import signal, wandb
+os.kill(wandb.setup()._connection._proc._process.pid, signal.SIGKILL)
+time.sleep(0.3)
+tracker.log(2000, {"charts/epsilon": 0.0})
+"""
+    done, _ = run_script(tmp_path, middle=kill, track=True, wandb_mode="offline")
+    assert len(rows(tmp_path)) == 11
+    assert len(warnings(done.stderr)) == 1
+    assert done.stderr.count("\n") == 1
+
+
+# --- TensorBoard -------------------------------------------------------------------------------
+
+
+def test_tensorboard_curves(tmp_path: Path) -> None:
+    """The mean and each member have their curves over global_step."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = make_tracker(config(tmp_path, tensorboard=True, num_members=2))
+    for step in (64, 128):
+        tracker.log(step, {"charts/epsilon": 0.5, "losses/td_loss": [1.0, math.nan]})
+    tracker.finish({})
+
+    def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(folder)).Reload()
+        return [(event.step, event.value) for event in events.Scalars(name)]
+
+    folder = tmp_path / "tensorboard"
+    assert curve(folder, "losses/td_loss") == [(64, 1.0), (128, 1.0)]
+    assert curve(folder, "charts/epsilon") == [(64, 0.5), (128, 0.5)]
+    assert curve(folder / "member_0", "losses/td_loss") == [(64, 1.0), (128, 1.0)]
+    with pytest.raises(KeyError):
+        curve(folder / "member_1", "losses/td_loss")
+
+
+def test_tensorboard_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One warning that says what to install."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    tracker = make_tracker(config(tmp_path, tensorboard=True))
+    tracker.log(64, {"charts/epsilon": 0.5})
+    tracker.finish({})
+    assert len(rows(tmp_path)) == 1
+    (warning,) = warnings(capfd.readouterr().err)
+    assert "pip install tensorboard" in warning
