@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dqn_fast.run import software
+from dqn_fast.describe import software
 
 RESULTS = Path(__file__).parent / "results"
 

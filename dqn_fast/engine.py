@@ -6,6 +6,8 @@ chunk keeps its address, noise and schedules come in as tensors, and nothing is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -39,6 +41,17 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: not to be had here; there is auto, {', '.join(have)}"
         ) from error
     return device
+
+
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """Let torch use so many CPU threads; 0 leaves its own choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def upload(array: torch.Tensor, device: torch.device) -> torch.Tensor:

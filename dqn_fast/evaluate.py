@@ -158,6 +158,21 @@ class ExactValues:
         return {"q_error_max": errors, "policy_optimal": optimal}
 
 
+def solve(env: TensorEnv, gamma: float, device: torch.device) -> ExactValues | None:
+    """The solution of a tabular environment; None for another, and where it is not worth the wait:
+    more than 1 024 states take seconds, and a discount next to 1 takes minutes."""
+    if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or gamma > 0.9999:
+        return None
+    return ExactValues(env, gamma, device)
+
+
+@torch.no_grad()
+def q_probe(q_net: QNetwork, features: Tensor) -> dict[str, list[float]]:
+    """Q-values of one start state as metrics, a value per member; features [M, 1, F]."""
+    q_values = q_net(features)[:, 0].T.tolist()
+    return {f"q/probe_{action}": values for action, values in enumerate(q_values)}
+
+
 @dataclass
 class EvaluateArgs:
     """Greedy evaluation of a saved agent."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
-import platform
 import shutil
-import subprocess
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 
 from dqn_fast.checkpoint import (
     BestAgent,
@@ -26,12 +23,12 @@ from dqn_fast.checkpoint import (
     write_json,
     write_whole,
 )
+from dqn_fast.describe import closing, header, summarise
 from dqn_fast.evaluate import Evaluation
 from dqn_fast.metrics import EpisodeLog, Metrics
 from dqn_fast.networks import QNetwork
-from dqn_fast.tracker import Tracker
-
-PACKAGES = ("torch", "numpy", "gymnasium", "plotly", "tyro", "wandb")
+from dqn_fast.schedule import Plan
+from dqn_fast.tracker import TrackerConfig, make_tracker
 
 
 class UsageError(ValueError):
@@ -83,38 +80,6 @@ def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path
     raise UsageError(f"--run-dir {candidates[0]}: exists 99 times over; name another")
 
 
-def software() -> dict[str, str | None]:
-    """Versions of Python and the packages, the processor, and the git commit if there is one."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions | {"platform": platform.platform(), "git_commit": _git_commit()}
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def device_name(device: torch.device) -> str:
-    """The device for people: its type, and the card's name if it has one."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)
-
-
 class RunRecord:
     """Everything that a run writes; as a context manager it ends the run well.
 
@@ -133,17 +98,26 @@ class RunRecord:
         self,
         run_dir: Path,
         config: Mapping[str, Any],
-        tracker: Tracker,
+        plan: Plan,
         metrics: Metrics,
         began: float,
     ) -> None:
-        """Write `config.json` and the header; `began` is the time.perf_counter() of the start."""
+        """Write `config.json`, start the loggers and print the header.
+
+        Args:
+            run_dir: existing directory.
+            config: of `describe`.
+            plan: of the run.
+            metrics: accumulators on the device.
+            began: time.perf_counter() at the start of the program.
+        """
         self.run_dir, self.config, self.status = run_dir, config, "done"
         self.num_evaluations = 0
         self.summary: dict[str, Any] = {}
         self._args: Mapping[str, Any] = config["args"]
         self._num_members: int = self._args["num_seeds"]
-        self._tracker, self._metrics = tracker, metrics
+        self._plan, self._metrics = plan, metrics
+        self._tracker = make_tracker(tracker_config(run_dir, config))
         self._episodes = EpisodeLog(self._num_members)
         self._best = BestAgent(self._num_members)
         self._evaluation: dict[str, list[Any]] = {}
@@ -151,8 +125,8 @@ class RunRecord:
         self._warned: set[str] = set()
         self._write("config.json", lambda path: write_json(path, config))
         for line in header(config, run_dir):
-            tracker.message(line)
-        tracker.progress(0)
+            self._tracker.message(line)
+        self._tracker.progress(0)
         self._began, self._loop_began = began, time.perf_counter()
         self._last_log = (self._loop_began, 0, 0)
 
@@ -182,6 +156,15 @@ class RunRecord:
         """Note how far the run is."""
         self._global_step, self._num_updates = global_step, num_updates
         self._tracker.progress(global_step)
+
+    def check_finite(self) -> None:
+        """Raise TrainingError if a gradient step went wrong; reads one number from the device."""
+        number = self._metrics.first_bad_update()
+        if number is not None:
+            raise TrainingError(
+                f"loss or gradient not finite in gradient step {number:,}, "
+                f"at global_step {self._plan.step_of_update(number):,}"
+            )
 
     def read(self) -> dict[str, Any]:
         """Metrics since the last reading, a value per member, and the speed; keeps episodes."""
@@ -297,71 +280,36 @@ class RunRecord:
         return summarise(shared, members | self._evaluation, self._num_members)
 
 
-def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """What a run is about to do, for people."""
-    args, derived = config["args"], config["derived"]
-    params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
-    threads = f", {derived['num_threads']} thread(s)" if derived["device"] == "cpu" else ""
-    rounded = [f"rounded   {text}" for text in derived["rounded"]]
-    return [
-        f"env       {config['env_id']} ({params})",
-        f"device    {derived['device']}{threads}; engine {derived['engine']} "
-        f"({derived['engine_reason']})",
-        f"run       {args['num_seeds']} x {args['num_envs']} envs (seed {args['seed']}), "
-        f"{derived['end']:,} transitions in {derived['total_vector_steps']:,} vector steps",
-        f"learning  {derived['total_updates']:,} gradient steps of {args['batch_size']} "
-        f"transitions, replay ratio {derived['replay_ratio']:g}",
-        f"network   {'-'.join(map(str, derived['sizes']))}, {derived['num_parameters']:,} "
-        f"parameters; replay {args['buffer_size']:,} x {derived['replay_bytes_per_transition']} "
-        f"bytes, {derived['replay_bytes'] / 1e6:.2g} MB",
-        *rounded,
-        f"writing   {run_dir}",
-    ]
+def tracker_config(run_dir: Path, config: Mapping[str, Any]) -> TrackerConfig:
+    """Where the loggers write, from the content of `config.json`."""
+    args = config["args"]
+    names = ("quiet", "track", "tensorboard", "wandb_project", "wandb_entity", "wandb_group")
+    return TrackerConfig(
+        run_dir=run_dir,
+        run_name=run_dir.name,
+        config=config,
+        total_timesteps=config["derived"]["end"],
+        num_members=args["num_seeds"],
+        **{name: args[name] for name in (*names, "wandb_tags", "wandb_mode")},
+    )
 
 
-def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """What a run did, for people."""
-    lines = [
-        f"{summary['status']}: {summary['global_step']:,} transitions and "
-        f"{summary['num_updates']:,} gradient steps in {summary['wall_s']:.1f} s; "
-        f"{summary['env_steps_per_s']:,.0f} env steps/s, {summary['updates_per_s']:,.0f} updates/s"
-    ]
-    if summary["eval_return_mean"] is not None:
-        lines.append(
-            f"greedy return {summary['eval_return_mean']:.5g} +- "
-            f"{summary['eval_return_std']:.2g} over {args['eval_episodes']} episodes"
-            + (f", mean of {args['num_seeds']} members" if args["num_seeds"] > 1 else "")
-        )
-    if summary["optimal_return"] is not None and summary["q_error_max"] is not None:
-        lines.append(
-            f"optimal return {summary['optimal_return']:.5g}; largest value error "
-            f"{summary['q_error_max']:.2g}; policy optimal: "
-            f"{'yes' if summary['policy_optimal'] else 'no'}"
-        )
-    return [*lines, f"results in {run_dir}"]
+class Interruption:
+    """Turns the first SIGINT or SIGTERM into a wish to stop, and leaves a second one alone.
 
-
-def summarise(
-    shared: Mapping[str, Any], members: Mapping[str, list[Any]], num_members: int
-) -> dict[str, Any]:
-    """The summary of a run: means over members at the top, and a row each if there are several.
-
-    Args:
-        shared: what is the same for all members.
-        members: by name, one value per member, or None where it is not known.
-        num_members: M.
+    Attributes:
+        signal: number of the signal that came, or None.
     """
-    summary = dict(shared)
-    for name, values in members.items():
-        if any(value is None for value in values):
-            summary[name] = None
-        elif isinstance(values[0], bool):
-            summary[name] = all(values)
-        else:
-            summary[name] = float(np.mean(values)) if num_members > 1 else values[0]
-    if num_members > 1:
-        summary["members"] = [
-            {"seed": shared["seed"] + i} | {name: values[i] for name, values in members.items()}
-            for i in range(num_members)
-        ]
-    return summary
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        return self.signal is not None

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,23 +32,22 @@ from dqn_fast.agent import (
     epsilon_greedy,
     update_,
 )
-from dqn_fast.engine import EngineName, choose_device, choose_engine, upload
-from dqn_fast.envs import Outcome, TabularEnv, TensorEnv, VectorState, make_env
-from dqn_fast.evaluate import ExactValues, evaluate
+from dqn_fast.describe import describe
+from dqn_fast.engine import EngineName, choose_device, cpu_threads, upload
+from dqn_fast.envs import Outcome, TensorEnv, VectorState, make_env
+from dqn_fast.evaluate import evaluate, q_probe, solve
 from dqn_fast.metrics import ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.replay import Replay, Transition
 from dqn_fast.run import (
+    Interruption,
     RunRecord,
     TrainingError,
     UsageError,
     create_run_dir,
-    device_name,
-    software,
 )
 from dqn_fast.schedule import Chunk, Plan, linear_schedule
-from dqn_fast.tracker import TrackerConfig, make_tracker
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -482,10 +479,9 @@ def train(
         learner = make_learner(args, env, noise)
         probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
-        exact = exact_values(env, args.gamma, device)
-        config = describe(args, env_id, plan, learner, exact)
-        tracker = make_tracker(tracker_config(args, run_dir, config))
-        with RunRecord(run_dir, config, tracker, metrics, began) as run:
+        exact = solve(env, args.gamma, device)
+        config = describe(vars(args), env_id, env, plan, learner.q_net, learner.replay, exact)
+        with RunRecord(run_dir, config, plan, metrics, began) as run:
             for chunk, steps, updates in planned(args, env, noise, plan):
                 record = chunk_(learner, steps, updates, chunk.update_counts)
                 metrics.add_(record, chunk.before, chunk.first_update)
@@ -497,7 +493,7 @@ def train(
                 done = chunk.after == plan.end and not stopped
                 if not (log or evaluation or save or stopped or done):
                     continue
-                check_finite(metrics, plan)
+                run.check_finite()
                 row: dict[str, Any] = {}
                 if log or stopped or done:
                     row = run.read() | q_probe(learner.q_net, probe)
@@ -550,134 +546,7 @@ def most_episodes(args: Args) -> int:
     return max(1, min(args.log_interval or args.total_timesteps, 2**20 // args.num_seeds))
 
 
-def check_finite(metrics: Metrics, plan: Plan) -> None:
-    """Raise TrainingError if a gradient step went wrong."""
-    number = metrics.first_bad_update()
-    if number is not None:
-        raise TrainingError(
-            f"loss or gradient not finite in gradient step {number:,}, "
-            f"at global_step {plan.step_of_update(number):,}"
-        )
-
-
-@torch.no_grad()
-def q_probe(q_net: QNetwork, features: Tensor) -> dict[str, list[float]]:
-    """Q-values of one start state, by action; features [M, 1, F]."""
-    q_values = q_net(features)[:, 0].T.tolist()
-    return {f"q/probe_{action}": values for action, values in enumerate(q_values)}
-
-
-@contextmanager
-def cpu_threads(number: int) -> Iterator[None]:
-    """Let torch use so many CPU threads; 0 leaves its own choice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def exact_values(env: TensorEnv, gamma: float, device: torch.device) -> ExactValues | None:
-    """The solution of a tabular environment; None for one that is not, or not worth the wait."""
-    if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or gamma > 0.9999:
-        return None
-    return ExactValues(env, gamma, device)
-
-
-def describe(
-    args: Args, env_id: str, plan: Plan, learner: Learner, exact: ExactValues | None
-) -> dict[str, Any]:
-    """Content of `config.json`: every argument, what follows from them, and the software."""
-    engine, reason = choose_engine(args.engine)
-    device = learner.gamma.device
-    env = learner.env
-    params: dict[str, Any] = dataclasses.asdict(env) if dataclasses.is_dataclass(env) else {}
-    every = f"at the first multiple of {args.num_envs} from there on"
-    rounded = [
-        f"{name} {asked:,} -> {taken:,}"
-        for name, asked, taken in (
-            ("total_timesteps", args.total_timesteps, plan.end),
-            ("learning_starts", args.learning_starts, plan.learning_starts_at),
-        )
-        if asked != taken
-    ]
-    rounded += [
-        f"{name} {interval:,} -> {every}"
-        for name in ("log_interval", "eval_interval", "checkpoint_interval")
-        if (interval := getattr(args, name)) % args.num_envs
-    ]
-    spacing = args.train_freq / max(args.gradient_steps, 1)
-    if 0 < args.target_update_interval < spacing:
-        rounded.append(
-            f"target_update_interval {args.target_update_interval:,} -> {spacing:g}, "
-            "once per gradient step"
-        )
-    return {
-        "env_id": env_id,
-        "env_params": params,
-        "args": {**vars(args), "run_dir": str(args.run_dir) if args.run_dir else None},
-        "derived": {
-            "num_actions": env.num_actions,
-            "sizes": list(learner.q_net.sizes),
-            "num_parameters": learner.q_net.num_parameters,
-            "replay_ratio": plan.replay_ratio(args.batch_size),
-            "replay_bytes": learner.replay.num_bytes,
-            "replay_bytes_per_transition": learner.replay.bytes_per_transition,
-            "end": plan.end,
-            "total_vector_steps": plan.num_vector_steps,
-            "total_updates": plan.total_updates,
-            "optimal_return": exact.optimal_return if exact else None,
-            "rounded": rounded,
-            "device": device_name(device),
-            "num_threads": torch.get_num_threads(),
-            "engine": engine,
-            "engine_reason": reason,
-        },
-        "software": software(),
-    }
-
-
-def tracker_config(args: Args, run_dir: Path, config: dict[str, Any]) -> TrackerConfig:
-    return TrackerConfig(
-        run_dir=run_dir,
-        run_name=run_dir.name,
-        config=config,
-        total_timesteps=config["derived"]["end"],
-        num_members=args.num_seeds,
-        quiet=args.quiet,
-        track=args.track,
-        wandb_project=args.wandb_project,
-        wandb_entity=args.wandb_entity,
-        wandb_group=args.wandb_group,
-        wandb_tags=args.wandb_tags,
-        wandb_mode=args.wandb_mode,
-        tensorboard=args.tensorboard,
-    )
-
-
 # ------------------------------------------------------------------------------- command line
-
-
-class Interruption:
-    """Turns the first SIGINT or SIGTERM into a wish to stop, and leaves a second one alone.
-
-    Attributes:
-        signal: number of the signal that came, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
 
 
 def main() -> int:

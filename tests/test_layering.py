@@ -15,7 +15,7 @@ LAYERS = (
     {"agent", "metrics", "tracker"},
     {"checkpoint", "recorded"},
     {"evaluate", "health", "diagnostics"},
-    {"report"},
+    {"report", "describe"},
     {"run"},
     {"train"},
 )

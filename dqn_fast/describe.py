@@ -1,0 +1,193 @@
+"""What a run is and what it did, as JSON for programs and as lines for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dqn_fast.engine import choose_engine
+from dqn_fast.envs import TensorEnv
+from dqn_fast.evaluate import ExactValues
+from dqn_fast.networks import QNetwork
+from dqn_fast.replay import Replay
+from dqn_fast.schedule import Plan
+
+PACKAGES = ("torch", "numpy", "gymnasium", "plotly", "tyro", "wandb")
+
+
+def describe(
+    settings: Mapping[str, Any],
+    env_id: str,
+    env: TensorEnv,
+    plan: Plan,
+    q_net: QNetwork,
+    replay: Replay,
+    exact: ExactValues | None,
+) -> dict[str, Any]:
+    """Content of `config.json`: every setting, what follows from them, and the software.
+
+    Args:
+        settings: the fields of `train.Args`.
+        env_id: the environment's name.
+        env: the environment.
+        plan: of the run.
+        q_net: online network, on the run's device.
+        replay: the memory.
+        exact: the environment's solution, if there is one.
+    """
+    engine, reason = choose_engine(settings["engine"])
+    num_envs = settings["num_envs"]
+    params: dict[str, Any] = dataclasses.asdict(env) if dataclasses.is_dataclass(env) else {}
+    every = f"at the first multiple of {num_envs} from there on"
+    rounded = [
+        f"{name} {asked:,} -> {taken:,}"
+        for name, asked, taken in (
+            ("total_timesteps", settings["total_timesteps"], plan.end),
+            ("learning_starts", settings["learning_starts"], plan.learning_starts_at),
+        )
+        if asked != taken
+    ]
+    rounded += [
+        f"{name} {interval:,} -> {every}"
+        for name in ("log_interval", "eval_interval", "checkpoint_interval")
+        if (interval := settings[name]) % num_envs
+    ]
+    spacing = settings["train_freq"] / max(settings["gradient_steps"], 1)
+    interval = settings["target_update_interval"]
+    if 0 < interval < spacing:
+        rounded.append(
+            f"target_update_interval {interval:,} -> {spacing:g}, once per gradient step"
+        )
+    return {
+        "env_id": env_id,
+        "env_params": params,
+        "args": {**settings, "run_dir": str(settings["run_dir"]) if settings["run_dir"] else None},
+        "derived": {
+            "num_actions": env.num_actions,
+            "sizes": list(q_net.sizes),
+            "num_parameters": q_net.num_parameters,
+            "replay_ratio": plan.replay_ratio(settings["batch_size"]),
+            "replay_bytes": replay.num_bytes,
+            "replay_bytes_per_transition": replay.bytes_per_transition,
+            "end": plan.end,
+            "total_vector_steps": plan.num_vector_steps,
+            "total_updates": plan.total_updates,
+            "optimal_return": exact.optimal_return if exact else None,
+            "rounded": rounded,
+            "device": device_name(q_net.params[0].device),
+            "num_threads": torch.get_num_threads(),
+            "engine": engine,
+            "engine_reason": reason,
+        },
+        "software": software(),
+    }
+
+
+def software() -> dict[str, str | None]:
+    """Versions of Python and the packages, the processor, and the git commit if there is one."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions | {"platform": platform.platform(), "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def device_name(device: torch.device) -> str:
+    """The device for people: its type, and the card's name if it has one."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """What a run is about to do, for people."""
+    args, derived = config["args"], config["derived"]
+    params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
+    threads = f", {derived['num_threads']} thread(s)" if derived["device"] == "cpu" else ""
+    rounded = [f"rounded   {text}" for text in derived["rounded"]]
+    return [
+        f"env       {config['env_id']} ({params})",
+        f"device    {derived['device']}{threads}; engine {derived['engine']} "
+        f"({derived['engine_reason']})",
+        f"run       {args['num_seeds']} x {args['num_envs']} envs (seed {args['seed']}), "
+        f"{derived['end']:,} transitions in {derived['total_vector_steps']:,} vector steps",
+        f"learning  {derived['total_updates']:,} gradient steps of {args['batch_size']} "
+        f"transitions, replay ratio {derived['replay_ratio']:g}",
+        f"network   {'-'.join(map(str, derived['sizes']))}, {derived['num_parameters']:,} "
+        f"parameters; replay {args['buffer_size']:,} x {derived['replay_bytes_per_transition']} "
+        f"bytes, {derived['replay_bytes'] / 1e6:.2g} MB",
+        *rounded,
+        f"writing   {run_dir}",
+    ]
+
+
+def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """What a run did, for people."""
+    lines = [
+        f"{summary['status']}: {summary['global_step']:,} transitions and "
+        f"{summary['num_updates']:,} gradient steps in {summary['wall_s']:.1f} s; "
+        f"{summary['env_steps_per_s']:,.0f} env steps/s, {summary['updates_per_s']:,.0f} updates/s"
+    ]
+    if summary["eval_return_mean"] is not None:
+        lines.append(
+            f"greedy return {summary['eval_return_mean']:.5g} +- "
+            f"{summary['eval_return_std']:.2g} over {args['eval_episodes']} episodes"
+            + (f", mean of {args['num_seeds']} members" if args["num_seeds"] > 1 else "")
+        )
+    if summary["optimal_return"] is not None and summary["q_error_max"] is not None:
+        lines.append(
+            f"optimal return {summary['optimal_return']:.5g}; largest value error "
+            f"{summary['q_error_max']:.2g}; policy optimal: "
+            f"{'yes' if summary['policy_optimal'] else 'no'}"
+        )
+    return [*lines, f"results in {run_dir}"]
+
+
+def summarise(
+    shared: Mapping[str, Any], members: Mapping[str, list[Any]], num_members: int
+) -> dict[str, Any]:
+    """The summary of a run: means over members at the top, and a row each if there are several.
+
+    Args:
+        shared: what is the same for all members.
+        members: by name, one value per member, or None where it is not known.
+        num_members: M.
+    """
+    summary = dict(shared)
+    for name, values in members.items():
+        if any(value is None for value in values):
+            summary[name] = None
+        elif isinstance(values[0], bool):
+            summary[name] = all(values)
+        else:
+            summary[name] = float(np.mean(values)) if num_members > 1 else values[0]
+    if num_members > 1:
+        summary["members"] = [
+            {"seed": shared["seed"] + i} | {name: values[i] for name, values in members.items()}
+            for i in range(num_members)
+        ]
+    return summary
