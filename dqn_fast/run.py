@@ -10,11 +10,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from dqn_fast.checkpoint import (
     BestAgent,
@@ -24,10 +26,12 @@ from dqn_fast.checkpoint import (
     write_whole,
 )
 from dqn_fast.describe import closing, header, summarise
+from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.evaluate import Evaluation
 from dqn_fast.metrics import EpisodeLog, Metrics
 from dqn_fast.networks import QNetwork
-from dqn_fast.schedule import Plan
+from dqn_fast.replay import Replay
+from dqn_fast.schedule import Chunk, Plan
 from dqn_fast.tracker import TrackerConfig, make_tracker
 
 
@@ -100,6 +104,7 @@ class RunRecord:
         config: Mapping[str, Any],
         plan: Plan,
         metrics: Metrics,
+        diagnostics: Diagnostics,
         began: float,
     ) -> None:
         """Write `config.json`, start the loggers and print the header.
@@ -109,6 +114,7 @@ class RunRecord:
             config: of `describe`.
             plan: of the run.
             metrics: accumulators on the device.
+            diagnostics: snapshots of the run.
             began: time.perf_counter() at the start of the program.
         """
         self.run_dir, self.config, self.status = run_dir, config, "done"
@@ -116,12 +122,12 @@ class RunRecord:
         self.summary: dict[str, Any] = {}
         self._args: Mapping[str, Any] = config["args"]
         self._num_members: int = self._args["num_seeds"]
-        self._plan, self._metrics = plan, metrics
+        self._plan, self._metrics, self._diagnostics = plan, metrics, diagnostics
         self._tracker = make_tracker(tracker_config(run_dir, config))
         self._episodes = EpisodeLog(self._num_members)
         self._best = BestAgent(self._num_members)
         self._evaluation: dict[str, list[Any]] = {}
-        self._global_step = self._num_updates = 0
+        self._global_step = self._num_updates = self._num_syncs = self._last_diagnosis = 0
         self._warned: set[str] = set()
         self._write("config.json", lambda path: write_json(path, config))
         for line in header(config, run_dir):
@@ -145,17 +151,19 @@ class RunRecord:
                 self.log(self.read())
         self.summary = self._summarise()
         self._write("summary.json", lambda path: write_json(path, self.summary))
-        self._write("episodes.npz", self._write_episodes)
+        self._write_arrays()
         for line in closing(self.summary, self._args, self.run_dir):
             self._tracker.message(line)
         if (best := self.run_dir / "best.pt").exists():
             self._tracker.log_artifact(best, f"{self.run_dir.name}-best", "model")
         self._tracker.finish(self.summary, exit_code=0 if error is None else 1)
 
-    def advance(self, global_step: int, num_updates: int) -> None:
+    def advance(self, chunk: Chunk) -> None:
         """Note how far the run is."""
-        self._global_step, self._num_updates = global_step, num_updates
-        self._tracker.progress(global_step)
+        self._global_step = chunk.after
+        self._num_updates = chunk.first_update + chunk.num_updates
+        self._num_syncs += int(chunk.syncs.sum())
+        self._tracker.progress(chunk.after)
 
     def check_finite(self) -> None:
         """Raise TrainingError if a gradient step went wrong; reads one number from the device."""
@@ -178,6 +186,16 @@ class RunRecord:
             "perf/env_steps_per_s": steps * self._num_members / seconds,
             "perf/updates_per_s": updates * self._num_members / seconds,
         }
+
+    def diagnose(
+        self, q_net: QNetwork, target_net: QNetwork, replay: Replay, gamma: Tensor
+    ) -> None:
+        """Take a snapshot for the report; see `Diagnostics.take`."""
+        new_rows = self._global_step - self._last_diagnosis
+        self._last_diagnosis = self._global_step
+        self._diagnostics.take(
+            q_net, target_net, replay, gamma, self._global_step, new_rows, self._num_syncs
+        )
 
     def evaluated(
         self, result: Evaluation, exact: Mapping[str, list[Any]], q_net: QNetwork
@@ -231,7 +249,7 @@ class RunRecord:
             "num_evaluations": self.num_evaluations,
         }
         self._write("checkpoint.pt", lambda path: save_checkpoint(path, content))
-        self._write("episodes.npz", self._write_episodes)
+        self._write_arrays()
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         try:
@@ -243,9 +261,13 @@ class RunRecord:
                     f"warning: {name} could not be written ({error.strerror}); training goes on"
                 )
 
-    def _write_episodes(self, path: Path) -> None:
-        arrays = self._episodes.arrays() | {"num_dropped": np.array(self._episodes.num_dropped)}
-        write_whole(path, lambda file: np.savez(file, **arrays))
+    def _write_arrays(self) -> None:
+        episodes = self._episodes.arrays() | {"num_dropped": np.array(self._episodes.num_dropped)}
+        for name, arrays in (
+            ("episodes.npz", episodes),
+            ("diagnostics.npz", self._diagnostics.arrays()),
+        ):
+            self._write(name, partial(_write_npz, arrays))
 
     def _summarise(self) -> dict[str, Any]:
         now = time.perf_counter()
@@ -278,6 +300,10 @@ class RunRecord:
             "policy_optimal": unknown,
         }
         return summarise(shared, members | self._evaluation, self._num_members)
+
+
+def _write_npz(arrays: Mapping[str, Any], path: Path) -> None:
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def tracker_config(run_dir: Path, config: Mapping[str, Any]) -> TrackerConfig:

@@ -33,6 +33,7 @@ from dqn_fast.agent import (
     update_,
 )
 from dqn_fast.describe import describe
+from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.engine import EngineName, choose_device, cpu_threads, upload
 from dqn_fast.envs import Outcome, TensorEnv, VectorState, make_env
 from dqn_fast.evaluate import evaluate, q_probe, solve
@@ -481,11 +482,12 @@ def train(
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
         exact = solve(env, args.gamma, device)
         config = describe(vars(args), env_id, env, plan, learner.q_net, learner.replay, exact)
-        with RunRecord(run_dir, config, plan, metrics, began) as run:
+        diagnostics = Diagnostics(env, exact, noise)
+        with RunRecord(run_dir, config, plan, metrics, diagnostics, began) as run:
             for chunk, steps, updates in planned(args, env, noise, plan):
                 record = chunk_(learner, steps, updates, chunk.update_counts)
                 metrics.add_(record, chunk.before, chunk.first_update)
-                run.advance(chunk.after, chunk.first_update + chunk.num_updates)
+                run.advance(chunk)
 
                 # Side jobs, in one order: log, evaluate, save. The only reads from the device.
                 log, evaluation, save = (chunk.crosses(interval) for interval in plan.intervals)
@@ -498,6 +500,7 @@ def train(
                 if log or stopped or done:
                     row = run.read() | q_probe(learner.q_net, probe)
                     row["charts/epsilon"] = float(epsilon(args, chunk.after))
+                    run.diagnose(learner.q_net, learner.target_net, learner.replay, learner.gamma)
                 if evaluation or done:
                     result = evaluate(
                         env,

@@ -71,7 +71,7 @@ def test_streams_members_draws_and_epochs_differ():
         for draw in (0, 1, 2**32)
         for epoch in (0, 1)
     ]
-    assert len(set(blocks)) == len(blocks) == 3 * 7 * 3 * 2
+    assert len(set(blocks)) == len(blocks) == 3 * len(Stream) * 3 * 2
 
 
 def test_uniform_numbers_are_uniform():
