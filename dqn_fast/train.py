@@ -134,6 +134,11 @@ class Args:
     """Transitions between greedy evaluations; >= 0. The end of the run is always evaluated."""
     eval_episodes: int = 100
     """Episodes of each member per evaluation; >= 1."""
+    stop_at_return: float | None = None
+    """End the run at the first evaluation in which every member's mean return is at least this."""
+    stop_when_optimal: bool = False
+    """End the run at the first evaluation in which every member's policy is optimal and its values
+    are within 0.05 of the exact ones; for environments that can be solved exactly."""
     checkpoint_interval: int = 16_384
     """Transitions between checkpoints; >= 0. The end of the run is always saved."""
     quiet: bool = False
@@ -185,6 +190,11 @@ def check(args: Args) -> None:
     )
     most = min(args.buffer_size, -(-args.total_timesteps // args.num_envs) * args.num_envs)
     need(args.batch_size <= most, "batch_size", f"at most {most}, what replay can ever hold")
+    need(
+        args.stop_at_return is None or math.isfinite(args.stop_at_return),
+        "stop_at_return",
+        "a finite number",
+    )
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
 
 
@@ -472,6 +482,11 @@ def train(
         env = make_env(args.env_id, args.env_params) if env is None else env
     except ValueError as error:
         raise UsageError(str(error)) from error
+    exact = solve(env, args.gamma, device)
+    if args.stop_when_optimal and exact is None:
+        raise UsageError(
+            f"--stop-when-optimal: {env_id} has no exact solution here; use --stop-at-return"
+        )
     plan = make_plan(args, env)
     run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
 
@@ -480,7 +495,6 @@ def train(
         learner = make_learner(args, env, noise)
         probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
-        exact = solve(env, args.gamma, device)
         config = describe(vars(args), env_id, env, plan, learner.q_net, learner.replay, exact)
         diagnostics = Diagnostics(env, exact, noise)
         with RunRecord(run_dir, config, plan, metrics, diagnostics, began) as run:
@@ -489,7 +503,7 @@ def train(
                 metrics.add_(record, chunk.before, chunk.first_update)
                 run.advance(chunk)
 
-                # Side jobs, in one order: log, evaluate, save. The only reads from the device.
+                # Side jobs, in one order: evaluate, log, save. The only reads from the device.
                 log, evaluation, save = (chunk.crosses(interval) for interval in plan.intervals)
                 stopped = should_stop()
                 done = chunk.after == plan.end and not stopped
@@ -497,10 +511,6 @@ def train(
                     continue
                 run.check_finite()
                 row: dict[str, Any] = {}
-                if log or stopped or done:
-                    row = run.read() | q_probe(learner.q_net, probe)
-                    row["charts/epsilon"] = float(epsilon(args, chunk.after))
-                    run.diagnose(learner.q_net, learner.target_net, learner.replay, learner.gamma)
                 if evaluation or done:
                     result = evaluate(
                         env,
@@ -511,14 +521,19 @@ def train(
                         gamma=args.gamma,
                     )
                     known = exact.compare(learner.q_net) if exact else {}
-                    row |= run.evaluated(result, known, learner.q_net)
+                    row = run.evaluated(result, known, learner.q_net)
+                solved = reached_goal(args, row)
+                if log or stopped or done or solved:
+                    row = run.read() | q_probe(learner.q_net, probe) | row
+                    row["charts/epsilon"] = float(epsilon(args, chunk.after))
+                    run.diagnose(learner.q_net, learner.target_net, learner.replay, learner.gamma)
                 run.log(row)
                 if on_log is not None:
                     on_log(chunk.after, learner, row)
-                if save or stopped or done:
+                if save or stopped or done or solved:
                     run.save(learner.state_dict())
-                if stopped:
-                    run.status = "stopped"
+                if stopped or solved:
+                    run.status = "stopped" if stopped else "solved"
                     break
     return Result(learner.q_net, env, run.summary, run_dir)
 
@@ -542,6 +557,14 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
     numbers = args.num_seeds * (args.num_envs * per_copy + 2 * updates * args.batch_size)
     return dataclasses.replace(plan, max_window_steps=max(1, 2**19 // numbers))
+
+
+def reached_goal(args: Args, row: dict[str, Any]) -> bool:
+    """Whether an evaluation's metrics meet --stop-when-optimal or --stop-at-return."""
+    if args.stop_when_optimal and all(row.get("exact/policy_optimal", [False])):
+        return True
+    returns = row.get("eval/return_mean", [-math.inf])
+    return args.stop_at_return is not None and min(returns) >= args.stop_at_return
 
 
 def most_episodes(args: Args) -> int:

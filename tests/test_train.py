@@ -21,7 +21,7 @@ from dqn_fast.agent import Adam
 from dqn_fast.checkpoint import load_agent, load_checkpoint
 from dqn_fast.envs import LineWorld, TensorEnv
 from dqn_fast.noise import Noise
-from dqn_fast.run import TrainingError
+from dqn_fast.run import TrainingError, UsageError
 from dqn_fast.train import (
     Args,
     Learner,
@@ -174,6 +174,37 @@ def test_without_gradient_steps_nothing_is_learned(tmp_path):
     fresh = make_learner(SHORT, result.env, Noise(0, 1)).q_net
     assert result.summary["num_updates"] == 0
     assert all(map(torch.equal, fresh.params, result.q_net.params))
+
+
+@pytest.mark.parametrize(
+    "goal", [{"stop_when_optimal": True}, {"stop_at_return": 0.8}], ids=lambda goal: str(goal)
+)
+def test_a_run_stops_at_its_goal(goal, tmp_path):
+    """At the first evaluation in which all members are there, with everything saved."""
+    args = replace(SHORT, total_timesteps=200_000, num_seeds=2, **goal, run_dir=tmp_path / "run")
+    summary = train(args).summary
+    assert summary["status"] == "solved"
+    assert summary["global_step"] < 60_000
+    reached = [
+        all(row["members"]["exact/policy_optimal"])
+        if args.stop_when_optimal
+        else min(row["members"]["eval/return_mean"]) >= 0.8
+        for row in rows(tmp_path / "run")
+        if "eval/return_mean" in row
+    ]
+    assert reached == [False] * (len(reached) - 1) + [True]
+    content = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert content["global_step"] == [summary["global_step"]] * 2
+
+
+def test_what_cannot_be_solved_cannot_stop_when_optimal(tmp_path):
+    """The flag is refused before anything is written."""
+    args = replace(SHORT, stop_when_optimal=True, run_dir=tmp_path / "run")
+    with pytest.raises(
+        UsageError, match="--stop-when-optimal: OnlyTruncates has no exact solution"
+    ):
+        train(args, env=OnlyTruncates())
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------- that it repeats
