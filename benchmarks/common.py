@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dqn_fast.checkpoint import finite
 from dqn_fast.describe import software
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,12 +49,12 @@ def pin(cores: tuple[int, ...]) -> None:
 
 def finish(benchmark: str, result: Mapping[str, Any], out: str | None) -> None:
     """Print one JSON line, the last one; with `out` also write it to results/<out>.json."""
-    record = {
+    record: dict[str, Any] = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": "python -m benchmarks." + " ".join([benchmark, *sys.argv[1:]]),
         "machine": machine_card(),
-        **result,
+        **finite(result),
     }
     if out is not None:
         RESULTS.mkdir(exist_ok=True)

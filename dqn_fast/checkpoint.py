@@ -51,17 +51,18 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as indented JSON, whole or not at all; NaN and infinity become null."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as strict JSON can hold it: NaN and infinity become None, nested ones too."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
