@@ -152,11 +152,11 @@ class RunRecord:
         self.summary = self._summarise()
         self._write("summary.json", lambda path: write_json(path, self.summary))
         self._write_arrays()
-        for line in closing(self.summary, self._args, self.run_dir):
-            self._tracker.message(line)
         if (best := self.run_dir / "best.pt").exists():
             self._tracker.log_artifact(best, f"{self.run_dir.name}-best", "model")
         self._tracker.finish(self.summary, exit_code=0 if error is None else 1)
+        if not self._args["quiet"]:  # below the progress bar, which is closed by now
+            print(*closing(self.summary, self._args, self.run_dir), sep="\n")
 
     def advance(self, chunk: Chunk) -> None:
         """Note how far the run is."""

@@ -142,7 +142,7 @@ class Args:
     checkpoint_interval: int = 16_384
     """Transitions between checkpoints; >= 0. The end of the run is always saved."""
     quiet: bool = False
-    """Print nothing but errors."""
+    """Print nothing but warnings and errors."""
     track: bool = False
     """Log to wandb as well; offline where it cannot be reached."""
     wandb_project: str = "dqn_fast"
