@@ -132,6 +132,7 @@ def reference_args(seeds: int, transitions: int) -> Args:
         buffer_size=config.buffer_size,
         learning_starts=config.learning_starts,
         learning_rate=config.learning_rate,
+        learning_rate_end=None,
         gamma=config.gamma,
         target_update_interval=config.target_update_interval,
         tau=config.tau,

@@ -74,7 +74,7 @@ class TrackerConfig:
     run_name: str
     """Name of the run on dashboards."""
     config: Mapping[str, Any]
-    """Settings of the run, as JSON can hold them."""
+    """Content of `config.json`: settings under "args", with the first member's seed."""
     total_timesteps: int
     """Value of global_step at which the progress bar is full."""
     num_members: int
@@ -396,9 +396,8 @@ class WandbTracker(Tracker):
         mean = wandb.init(name=name, config=dict(config.config), job_type=job_type, **common)
         self._runs.append(mean)
         for i in range(members):
-            own = {**config.config, "member": i}
-            if isinstance(own.get("seed"), int):
-                own["seed"] += i
+            args = config.config["args"]
+            own = {**config.config, "args": {**args, "seed": args["seed"] + i}, "member": i}
             run = wandb.init(
                 name=f"{name}__m{i}",
                 id=os.urandom(4).hex(),  # WANDB_RUN_ID can name one run only

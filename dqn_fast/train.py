@@ -82,8 +82,8 @@ class Args:
     gamma: float = 0.99
     """Discount per environment step; in [0, 1]."""
     learning_rate: float = 1e-3
-    """Adam's step size; > 0."""
-    learning_rate_end: float | None = None
+    """Adam's step size at the start; > 0."""
+    learning_rate_end: float | None = 0.0
     """Step size at the end of the run, reached linearly; >= 0. None: constant."""
     buffer_size: int = 25_000
     """Transitions that the replay memory of a member holds; >= num_envs and >= batch_size."""

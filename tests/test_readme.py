@@ -62,9 +62,12 @@ def test_the_notebooks_settings_are_complete():
     from benchmarks.reference import ReferenceConfig
 
     flags = re.search(r"The notebook's own: `(.*?)`", README, re.DOTALL).group(1).split()
-    given = {name.removeprefix("--").replace("-", "_"): float(value)
-             for name, value in zip(flags[::2], flags[1::2], strict=True)}  # fmt: skip
+    given = {
+        name.removeprefix("--").replace("-", "_"): None if value == "None" else float(value)
+        for name, value in zip(flags[::2], flags[1::2], strict=True)
+    }
     args, reference = vars(Args()) | given, ReferenceConfig()
     for name, value in vars(reference).items():
         if name in args and name not in ("seed", "log_interval"):
             assert args[name] == value, name
+    assert args["learning_rate_end"] is None

@@ -39,7 +39,7 @@ run_dir, options, before, middle = Path(sys.argv[1]), json.loads(sys.argv[2]), *
 exec(before)
 start = time.monotonic()
 tracker = make_tracker(TrackerConfig(
-    run_dir=run_dir, run_name="r", config={"seed": 0}, total_timesteps=1000, num_members=1,
+    run_dir=run_dir, run_name="r", config={"args": {"seed": 0}}, total_timesteps=1000, num_members=1,
     **options))
 made = time.monotonic()
 for step in range(100, 1001, 100):
@@ -103,7 +103,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 def config(run_dir: Path, **options: Any) -> TrackerConfig:
     defaults: dict[str, Any] = {
         "run_name": "LineWorld__x",
-        "config": {"seed": 3, "learning_rate": 1e-3, "hidden_sizes": [128, 128]},
+        "config": {"args": {"seed": 3, "learning_rate": 1e-3, "hidden_sizes": [128, 128]}},
         "total_timesteps": 1000,
         "num_members": 1,
     }
@@ -505,8 +505,8 @@ def test_wandb_offline_run_holds_everything(
     assert file.run.run_group == "g"
     assert list(file.run.tags) == ["a", "b"]
     assert file.run.display_name == "LineWorld__x"
-    assert file.config["learning_rate"] == 1e-3
-    assert file.config["hidden_sizes"] == [128, 128]
+    assert file.config["args"]["learning_rate"] == 1e-3
+    assert file.config["args"]["hidden_sizes"] == [128, 128]
     assert [row["global_step"] for row in file.history] == [64, 128, 192, 192]
     assert [row.get("charts/epsilon") for row in file.history] == [1 / 64, 1 / 128, 1 / 192, None]
     assert not any("losses/td_loss" in row for row in file.history)
@@ -550,7 +550,7 @@ def test_wandb_members_are_runs_of_one_group(
     mean, first, second = (files[name] for name in sorted(files))
     assert mean.run.job_type == "mean"
     assert first.run.job_type == second.run.job_type == "member"
-    assert [file.config["seed"] for file in (mean, first, second)] == [3, 3, 4]
+    assert [file.config["args"]["seed"] for file in (mean, first, second)] == [3, 3, 4]
     assert mean.history[0]["charts/episodic_return"] == 2.0
     assert mean.history[0]["charts/epsilon"] == 0.5
     assert first.history[0]["charts/episodic_return"] == 1.0

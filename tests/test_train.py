@@ -139,7 +139,7 @@ def test_any_number_of_envs_solves_line_world(num_envs, seed, tmp_path):
         {"loss": "squared"},
         {"hidden_sizes": ()},
         {"hidden_sizes": (32,)},
-        {"learning_rate_end": 0.0},
+        {"learning_rate_end": None},
         {"tau": 1.0, "target_update_interval": 500},
         {"target_update_interval": 0},
         {"gradient_steps": 3, "train_freq": 100},
