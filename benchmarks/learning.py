@@ -145,6 +145,7 @@ def reference_args(seeds: int, transitions: int) -> Args:
         eval_interval=0,
         checkpoint_interval=0,
         quiet=True,
+        report=False,
     )
 
 
@@ -253,6 +254,7 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
                 checkpoint_interval=0,
                 eval_episodes=1000,
                 quiet=True,
+                report=False,
                 run_dir=Path(folder) / "run",
             )
             summary = train(settings).summary

@@ -51,7 +51,7 @@ def steps_per_second(flags: str, args: LoggingArgs) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         common = (
-            f"--quiet --total-timesteps {args.total_timesteps} --log-interval {args.log_interval} "
+            f"--quiet --no-report --total-timesteps {args.total_timesteps} --log-interval {args.log_interval} "
             f"--eval-interval 0 --checkpoint-interval 0 --run-dir {run_dir}"
         )
         command = [sys.executable, "-m", "dqn_fast.train", *common.split(), *flags.split()]

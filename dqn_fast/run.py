@@ -6,6 +6,7 @@ import contextlib
 import math
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from dqn_fast.evaluate import Evaluation
 from dqn_fast.metrics import EpisodeLog, Metrics
 from dqn_fast.networks import QNetwork
 from dqn_fast.replay import Replay
+from dqn_fast.report import run_figures, write_report
 from dqn_fast.schedule import Chunk, Plan
 from dqn_fast.tracker import TrackerConfig, make_tracker
 
@@ -154,7 +156,11 @@ class RunRecord:
         self._write_arrays()
         if (best := self.run_dir / "best.pt").exists():
             self._tracker.log_artifact(best, f"{self.run_dir.name}-best", "model")
+        if self._args["track"]:
+            self._best_effort("figures", self._log_figures)
         self._tracker.finish(self.summary, exit_code=0 if error is None else 1)
+        if self._args["report"]:
+            self._best_effort("report.html", self._write_report)
         if not self._args["quiet"]:  # below the progress bar, which is closed by now
             print(*closing(self.summary, self._args, self.run_dir), sep="\n")
 
@@ -260,6 +266,19 @@ class RunRecord:
                 self._tracker.message(
                     f"warning: {name} could not be written ({error.strerror}); training goes on"
                 )
+
+    def _best_effort(self, what: str, make: Callable[[], object]) -> None:
+        """A picture of a run is never worth the run: whatever goes wrong here is one warning."""
+        try:
+            make()
+        except Exception as error:
+            print(f"warning: no {what}: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _write_report(self) -> None:
+        write_report([self.run_dir], self.run_dir / "report.html")
+
+    def _log_figures(self) -> None:
+        self._tracker.log_figures(self._global_step, run_figures(self.run_dir))
 
     def _write_arrays(self) -> None:
         episodes = self._episodes.arrays() | {"num_dropped": np.array(self._episodes.num_dropped)}

@@ -141,6 +141,8 @@ class Args:
     are within 0.05 of the exact ones; for environments that can be solved exactly."""
     checkpoint_interval: int = 16_384
     """Transitions between checkpoints; >= 0. The end of the run is always saved."""
+    report: bool = True
+    """Write report.html at the end of the run."""
     quiet: bool = False
     """Print nothing but warnings and errors."""
     track: bool = False

@@ -26,7 +26,7 @@ from dqn_fast.train import Args, train
 def run_dir(tmp_path_factory):
     """A short run of three members."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    train(Args(total_timesteps=9_000, num_seeds=3, run_dir=path, quiet=True))
+    train(Args(total_timesteps=9_000, num_seeds=3, run_dir=path, quiet=True, report=False))
     return path
 
 
@@ -95,7 +95,9 @@ def test_foreign_files_are_refused(tmp_path, content):
 
 def test_the_last_agent_is_the_trained_network(run_dir, tmp_path):
     """Its values are those of `Result.q_net`, for each member."""
-    result = train(Args(total_timesteps=2_000, num_seeds=2, run_dir=tmp_path / "run", quiet=True))
+    result = train(
+        Args(total_timesteps=2_000, num_seeds=2, run_dir=tmp_path / "run", quiet=True, report=False)
+    )
     obs = result.env.observe(result.env.states())
     expected = result.q_net(result.env.features(obs).expand(2, -1, -1))
     for member in range(2):

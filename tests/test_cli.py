@@ -117,7 +117,7 @@ def test_a_run_from_the_command_line(tmp_path):
     )  # fmt: skip
     assert done.stderr == ""
     for text in (
-        "LineWorld-v0 (n_states=7, max_steps=40, step_penalty=-0.01, goal_reward=1.0, slip_prob=0.1)",
+        "LineWorld-v0 (n_states=7, max_steps=40, step_penalty=-0.01, goal_reward=1.0, slip_prob=",
         "engine eager (",
         "replay ratio 4",
         "learning_starts 500 -> 540",
@@ -154,6 +154,7 @@ def test_a_signal_ends_the_run_well(number, status, tmp_path):
     assert stderr == ""
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "stopped"
+    assert "stopped" in (run_dir / "report.html").read_text()
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["global_step"] == summary["global_step"] > 0
     for which in ("best", "last"):

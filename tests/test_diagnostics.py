@@ -21,7 +21,14 @@ from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.train import Args, chunk_, make_learner, make_plan, planned, train
 
-ARGS = Args(total_timesteps=6_000, num_seeds=2, quiet=True, eval_interval=0, log_interval=1_000)
+ARGS = Args(
+    total_timesteps=6_000,
+    num_seeds=2,
+    quiet=True,
+    report=False,
+    eval_interval=0,
+    log_interval=1_000,
+)
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def test_the_states_are_in_the_order_of_the_table():
 def test_command_line(tmp_path):
     """A saved run is evaluated from the command line: a line for people, one JSON line last."""
     run_dir = tmp_path / "run"
-    train(Args(total_timesteps=2_000, num_seeds=2, run_dir=run_dir, quiet=True))
+    train(Args(total_timesteps=2_000, num_seeds=2, run_dir=run_dir, quiet=True, report=False))
     command = [sys.executable, "-m", "dqn_fast.evaluate", str(run_dir), "--episodes", "7"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("member 0: return ")

@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
     {"bellman", "noise", "schedule"},
-    {"envs", "networks", "replay", "engine", "statistics"},
+    {"envs", "networks", "replay", "engine"},
     {"agent", "metrics", "tracker"},
-    {"checkpoint", "recorded"},
-    {"evaluate", "health", "diagnostics"},
-    {"report", "describe"},
+    {"checkpoint"},
+    {"evaluate", "diagnostics", "report"},
+    {"describe"},
     {"run"},
     {"train"},
 )

@@ -34,19 +34,11 @@ def test_readings_equal_plain_counting():
     for steps, num_updates in ((5, 3), (1, 0), (7, 4)):
         record = random_record(rng, steps, 3, 8, num_updates)
         metrics.add_(record, step, update)
-        for k in range(steps):
-            for m in range(3):
-                for n in range(8):
-                    if record.episode_length[k, m, n]:
-                        expected.append(
-                            (
-                                step + (k + 1) * 8,
-                                m,
-                                n,
-                                record.episode_return[k, m, n].item(),
-                                record.episode_length[k, m, n].item(),
-                            )
-                        )
+        expected += [
+            (step + (k + 1) * 8, m, n, record.episode_return[k, m, n].item(), length.item())
+            for (k, m, n), length in np.ndenumerate(record.episode_length.numpy())
+            if length
+        ]
         updates.append(record.updates)
         step, update = step + steps * 8, update + num_updates
     reading = metrics.read_()

@@ -13,7 +13,7 @@ from dqn_fast.describe import summarise
 from dqn_fast.train import Args, train
 from tests.test_tracker import on_terminal, wandb_files
 
-ARGS = Args(total_timesteps=4_000, eval_interval=2_000, quiet=True)
+ARGS = Args(total_timesteps=4_000, eval_interval=2_000, quiet=True, report=False)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,11 @@ def test_track_logs_settings_and_every_metric(tmp_path):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert file.summary["eval_return_mean"] == summary["eval_return_mean"]
     assert any(artifact.type == "model" for artifact in file.artifacts)
+    charts = {
+        path.name for path in run_dir.glob("wandb/offline-run-*/files/media/plotly/**/*.json")
+    }
+    for name in ("training-return", "q-table"):
+        assert any(name in chart for chart in charts), charts
     assert file.exit_code == 0
 
 
@@ -87,3 +92,25 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     run_dir = tmp_path / "run"
     train(replace(ARGS, tensorboard=True, run_dir=run_dir))
     assert list(run_dir.glob("tensorboard/**/events.out.tfevents.*"))
+
+
+def test_a_report_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
+    """Whatever goes wrong with the page, the run's own files are there and the run succeeds."""
+    from dqn_fast import run
+
+    def fail(*_):
+        raise ZeroDivisionError("no such luck")
+
+    monkeypatch.setattr(run, "write_report", fail)
+    result = train(replace(ARGS, report=True, run_dir=tmp_path / "run"))
+    assert result.summary["status"] == "done"
+    err = capsys.readouterr().err
+    assert err == "warning: no report.html: ZeroDivisionError: no such luck\n"
+
+
+def test_every_run_leaves_a_report(tmp_path):
+    """One HTML file that shows this run, also of several members."""
+    train(replace(ARGS, report=True, num_seeds=2, name="mine", run_dir=tmp_path / "run"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "LineWorld-v0" in page
+    assert "mine" in page

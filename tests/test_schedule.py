@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,7 +63,7 @@ def test_chunks_tile_the_run(plan):
     chunks = chunks_of(plan)
     assert chunks[0].before == 0
     assert chunks[-1].after == plan.end >= plan.total_timesteps > plan.end - plan.num_envs
-    for previous, chunk in zip(chunks, chunks[1:], strict=False):
+    for previous, chunk in itertools.pairwise(chunks):
         assert previous.after == chunk.before
         assert previous.first_update + previous.num_updates == chunk.first_update
     assert sum(chunk.num_updates for chunk in chunks) == plan.total_updates

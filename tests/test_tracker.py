@@ -39,8 +39,8 @@ run_dir, options, before, middle = Path(sys.argv[1]), json.loads(sys.argv[2]), *
 exec(before)
 start = time.monotonic()
 tracker = make_tracker(TrackerConfig(
-    run_dir=run_dir, run_name="r", config={"args": {"seed": 0}}, total_timesteps=1000, num_members=1,
-    **options))
+    run_dir=run_dir, run_name="r", config={"args": {"seed": 0}}, total_timesteps=1000,
+    num_members=1, **options))
 made = time.monotonic()
 for step in range(100, 1001, 100):
     tracker.progress(step - 50)

@@ -35,7 +35,7 @@ from dqn_fast.train import (
     train,
 )
 
-SHORT = Args(total_timesteps=4_000, eval_interval=2_000, eval_episodes=10, quiet=True)
+SHORT = Args(total_timesteps=4_000, eval_interval=2_000, eval_episodes=10, quiet=True, report=False)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,45 @@
+"""Write a report: `python -m dqn_fast.report RUN_DIR [RUN_DIR ...]`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dqn_fast.report import write_report
+
+
+@dataclass
+class ReportArgs:
+    """One HTML file about one run or several."""
+
+    run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Directories that training runs wrote."""
+    out: Path | None = None
+    """File to write. None: report.html in the run directory, or here if there are several."""
+
+
+def main() -> int:
+    """Write the report and print where it is; returns the exit status."""
+    args = tyro.cli(ReportArgs)
+    folder = args.run_dirs[0] if len(args.run_dirs) == 1 else Path()
+    out = args.out or folder / "report.html"
+    try:
+        if not args.run_dirs:
+            raise ValueError("RUN_DIRS: name at least one run directory")
+        write_report(args.run_dirs, out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""Panels of one group from the diagnostics: tables over states and actions, and TD errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from dqn_fast.report.figures import (
+    INK,
+    MAX_CELLS,
+    MAX_STRETCHES,
+    OKABE_ITO,
+    Curve,
+    Group,
+    Panel,
+    add_band,
+    heatmap,
+    line_trace,
+    new_figure,
+)
+from dqn_fast.report.recorded import DIAGNOSTICS_AXES
+from dqn_fast.report.statistics import Array, stretch_means, stretches
+
+BLUE, VERMILLION = OKABE_ITO[:2]
+DIVERGING = [[0.0, BLUE], [0.5, "#F7F7F7"], [1.0, VERMILLION]]
+MAX_COLUMNS, MAX_ROWS = 200, 200
+"""Cells of the visits heatmap over time and over states; more are added up."""
+NOT_TABULAR = "Only tabular environments, whose states can be listed, have this record."
+
+
+def stack(group: Group, name: str) -> tuple[NDArray[Any], Array, list[str]] | None:
+    """An array of the diagnostics with the members of all runs on one axis.
+
+    Returns:
+        The array; global_step [L] of its rows; and which runs are left out, in words. None if no
+        run has it.
+    """
+    runs = [run for run in group.runs if len(run.diagnostics.get(name, ()))]
+    if not runs:
+        return None
+    axis = DIAGNOSTICS_AXES[name].index("M")
+    step = runs[0].diagnostics["global_step"]
+    shape = np.delete(runs[0].diagnostics[name].shape, axis)
+    joined = [
+        run.diagnostics[name]
+        for run in runs
+        if np.array_equal(step, run.diagnostics["global_step"])
+        and np.array_equal(shape, np.delete(run.diagnostics[name].shape, axis))
+    ]
+    left_out = len(group.runs) - len(joined)
+    notes = [f"Runs left out: {left_out:,}, without this record or with one at other steps."]
+    array = np.concatenate(joined, axis)
+    return array, step.astype(np.float64), notes if left_out else []
+
+
+def q_table(group: Group) -> Panel:
+    """Q of every state and action at the last log point."""
+    words = ("q-table", "Values", "Learned values of all states")
+    caption = "Q(s, a) at the last log point. Rings mark greedy actions, terminal states are blank."
+    found = stack(group, "q_values")
+    if found is None:
+        return Panel(*words, caption, None, [f"q_values was not recorded. {NOT_TABULAR}"])
+    q = found[0][-1].astype(np.float64).mean(0)  # [X, A]
+    if found[0].shape[1] > 1:
+        caption += f" Mean of {found[0].shape[1]} agents."
+    live = ~terminal(group, len(q))
+    return _table(words, caption, q, live, "Q", q.argmax(1), live, found[2])
+
+
+def q_error_table(group: Group) -> Panel:
+    """Q - Q* of every state and action at the last log point."""
+    words = ("q-error-table", "Values", "Error of the learned values")
+    caption = "Q - Q* at the last log point: orange is too high, blue is too low."
+    found = stack(group, "q_values")
+    q_star = next((r.diagnostics["q_star"] for r in group.runs if "q_star" in r.diagnostics), None)
+    if found is None or q_star is None or q_star.shape != found[0].shape[2:]:
+        reason = f"q_values and the exact q_star were not recorded. {NOT_TABULAR}"
+        return Panel(*words, caption, None, [reason])
+    q = found[0][-1].astype(np.float64)  # [agents, X, A]
+    error = q - q_star
+    worst = np.take_along_axis(error, np.abs(error).argmax(0)[None], 0)[0]
+    if len(q) > 1:
+        caption += f" Of {len(q)} agents, the largest error of each cell."
+    live = ~terminal(group, len(q_star))
+    greedy = q.argmax(2)  # [agents, X]
+    lost = q_star.max(1) - q_star[np.arange(len(q_star)), greedy]  # [agents, X]
+    wrong = live & (lost.max(0) > 1e-6)
+    caption += (
+        f" The greedy action is not a best one in {int(wrong.sum()):,} of {int(live.sum()):,} "
+        f"states{', marked by crosses' if wrong.any() else ''}."
+    )
+    action = greedy[lost.argmax(0), np.arange(len(q_star))]
+    return _table(words, caption, worst, live, "Q - Q*", action, wrong, found[2], centred=True)
+
+
+def terminal(group: Group, num_states: int) -> NDArray[np.bool_]:
+    """Which states are terminal, [X]; none where that is not recorded."""
+    for run in group.runs:
+        if len(run.diagnostics.get("terminal", ())) == num_states:
+            return run.diagnostics["terminal"].astype(bool)
+    return np.zeros(num_states, bool)
+
+
+def _table(
+    words: tuple[str, str, str],
+    caption: str,
+    values: Array,
+    live: NDArray[np.bool_],
+    z_title: str,
+    action: NDArray[np.int64],
+    marked: NDArray[np.bool_],
+    notes: list[str],
+    centred: bool = False,
+) -> Panel:
+    """Heatmap of values [X, A], with a mark at (s, action[s]) for each marked state."""
+    num_states, num_actions = values.shape
+    if values.size > MAX_CELLS:
+        reason = f"{num_states:,} states with {num_actions:,} actions are too many to draw."
+        return Panel(*words, caption, None, [reason])
+    figure = new_figure("action", "state")
+    values = np.where(live[:, None], values, np.nan)
+    colours: dict[str, Any] = {}
+    if centred:
+        limit = float(np.nanmax(np.abs(values), initial=1e-9))
+        colours = {"colorscale": DIVERGING, "zmin": -limit, "zmax": limit}
+    hover = "state %{x}, action %{y}: %{z:.4g}<extra></extra>"
+    figure.add_trace(heatmap(values.T, z_title, hovertemplate=hover, **colours))
+    states = np.flatnonzero(marked)
+    if len(states) <= 200:
+        symbol = "x-thin" if centred else "circle"
+        line = {"color": INK if centred else "white", "width": 2}
+        marker = {"symbol": symbol, "size": 8, "color": "rgba(0,0,0,0)", "line": line}
+        figure.add_trace(
+            go.Scatter(
+                x=states.tolist(),
+                y=action[states].tolist(),
+                mode="markers",
+                marker=marker,
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        )
+    for update, number in (
+        (figure.update_xaxes, num_states),
+        (figure.update_yaxes, num_actions),
+    ):
+        dtick = 1 if number <= 8 else None  # fractions of a state make no sense
+        update(range=[-0.5, number - 0.5], dtick=dtick, showgrid=False, zeroline=False)
+    return Panel(*words, caption, figure, notes, height=min(420, 150 + 45 * num_actions))
+
+
+def visits(group: Group) -> Panel:
+    """Which states were visited when."""
+    words = ("visits", "Exploration", "Visited states")
+    caption = (
+        "Share of each state among the visits of its stretch of training (log colour scale); "
+        "blank where a state was not visited."
+    )
+    found = stack(group, "visits")
+    if found is None:
+        return Panel(*words, caption, None, [f"visits was not recorded. {NOT_TABULAR}"])
+    counts, step, notes = found[0].sum(1), found[1], found[2]  # [L, X]
+    num_rows, num_states = counts.shape
+    columns, rows = stretches(num_rows, MAX_COLUMNS), stretches(num_states, MAX_ROWS)
+    counts = np.add.reduceat(np.add.reduceat(counts, columns[:-1], 0), rows[:-1], 1)
+    if counts.shape != (num_rows, num_states):
+        notes = [
+            *notes,
+            f"Added up: {num_rows:,} log points and {num_states:,} states in "
+            f"{len(columns) - 1:,} by {len(rows) - 1:,} cells.",
+        ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.log10(counts / counts.sum(1, keepdims=True))
+    share[~np.isfinite(share)] = np.nan
+    edges = np.append(0.0, step)[columns]
+    figure = new_figure("state")
+    trace = heatmap(
+        share.T,
+        "share of visits",
+        x=[int(edge) for edge in edges],
+        y=(rows - 0.5).tolist(),
+        meta={"clock": group.clock},
+        hoverinfo="skip",
+    )
+    ticks = np.arange(np.floor(np.nanmin(share, initial=-1.0)), 1)
+    trace.colorbar.update(tickvals=ticks.tolist(), ticktext=[f"{100 * 10**t:g} %" for t in ticks])
+    figure.add_trace(trace)
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
+    return Panel(*words, caption, figure, notes)
+
+
+def td_error_fan(group: Group) -> Panel:
+    """Quantiles of the TD errors of a replayed batch over training."""
+    words = ("td-errors", "Optimisation", "TD errors during training")
+    caption = "Of a batch sampled from replay at each log point: target minus value."
+    found = stack(group, "td_error_quantiles")
+    levels = next(
+        (
+            r.diagnostics["quantile_levels"]
+            for r in group.runs
+            if "quantile_levels" in r.diagnostics
+        ),
+        np.empty(0),
+    )
+    if found is None or len(levels) != found[0].shape[2]:
+        return Panel(*words, caption, None, ["td_error_quantiles was not recorded."])
+    errors, step, notes = found
+    if errors.shape[1] > 1:
+        caption += f" Of {errors.shape[1]} agents the mean quantiles, and all extremes."
+    quantiles = errors.mean(1, dtype=np.float64)
+    quantiles[:, 0], quantiles[:, -1] = errors[:, :, 0].min(1), errors[:, :, -1].max(1)
+    known = np.isfinite(quantiles).all(1)
+    quantiles, step = quantiles[known], step[known]
+    edges = stretches(len(step), MAX_STRETCHES)
+    if len(edges) <= len(step):
+        notes = [
+            *notes,
+            f"Thinned: {len(step):,} log points as {len(edges) - 1:,} stretches, with their "
+            "extremes and their mean quantiles.",
+        ]
+        low = np.minimum.reduceat(quantiles[:, 0], edges[:-1])
+        high = np.maximum.reduceat(quantiles[:, -1], edges[:-1])
+        quantiles, step = stretch_means(quantiles, edges), stretch_means(step, edges)
+        quantiles[:, 0], quantiles[:, -1] = low, high
+    figure = new_figure("TD error (reward units)")
+    for i in range(len(levels) // 2):
+        label = f"{100 * (levels[-1 - i] - levels[i]):g} %" if i else "all"
+        low, high = quantiles[:, i], quantiles[:, -1 - i]
+        add_band(figure, step, low, high, group.clock, BLUE, label, opacity=0.12 * (i + 1))
+    if len(levels) % 2:
+        median = Curve(step, quantiles[:, len(levels) // 2], group.clock)
+        figure.add_trace(line_trace(median, "median", INK, "solid", 1.5))
+    return Panel(*words, caption, figure, notes)
+
+
+def td_error_histogram(group: Group) -> Panel:
+    """TD errors of the last replayed batch."""
+    words = ("td-error-sample", "Optimisation", "TD errors at the end")
+    caption = "Of a batch sampled from replay at the last log point (counts on a log scale)."
+    found = stack(group, "td_error_sample")
+    errors = found[0][np.isfinite(found[0])] if found else np.empty(0)
+    if found is None or not len(errors):
+        return Panel(*words, caption, None, ["td_error_sample was not recorded."])
+    count, edges = np.histogram(errors, bins=min(60, max(10, len(errors) // 20)))
+    figure = new_figure("transitions", "TD error (reward units)", log=True)
+    figure.add_trace(
+        go.Bar(
+            x=(edges[:-1] + edges[1:]) / 2,
+            y=count,
+            width=np.diff(edges),
+            marker={"color": BLUE, "line": {"color": "white", "width": 0.5}},
+            hovertemplate="%{x:.3g}: %{y}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(range=[-0.3, np.log10(count.max()) + 0.1])  # shows a count of one
+    return Panel(*words, caption, figure, found[2])

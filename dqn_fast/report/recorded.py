@@ -1,0 +1,266 @@
+"""Reads back what a training run wrote, whole or not: a run directory as arrays.
+
+Nothing here needs torch or the code that wrote the files. Whatever is missing or broken is left
+out and named, so that an interrupted or failed run can still be looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Axes of the stored arrays. A letter is a length that all arrays of a file agree on: E episodes,
+# L log points, M members, K quantile levels, S sampled errors, X states, A actions.
+EPISODE_AXES = {"global_step": "E", "episode_return": "E", "episode_length": "E", "member": "E"}
+DIAGNOSTICS_AXES = {
+    "global_step": "L",
+    "quantile_levels": "K",
+    "td_error_quantiles": "LMK",
+    "td_error_sample": "MS",
+    "dead_units": "LM",
+    "policy_changes": "LM",
+    "num_syncs": "L",
+    "q_values": "LMXA",
+    "visits": "LMX",
+    "q_star": "XA",
+    "terminal": "X",
+    "optimal_return": "",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedRun:
+    """A run directory as it was found.
+
+    Attributes:
+        path: the directory.
+        config: content of `config.json`, {} if there is none.
+        summary: content of `summary.json`, {} if there is none.
+        global_step: of the log points, [L].
+        wall_s: seconds since training began, at the log points, [L], never decreasing.
+        metrics: by name, [L, M], or [L, 1] where the members share a value; NaN for no value.
+        loss_not_finite_at: global_step of the first log point whose TD loss was not finite.
+        episodes: columns of `episodes.npz` by name, [E], and how many episodes were dropped from
+            it, num_dropped []; {} if no episode was recorded.
+        diagnostics: arrays of `diagnostics.npz` by name; {} if there is none.
+        gaps: what is missing or broken, a sentence each.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    global_step: Array
+    wall_s: Array
+    metrics: Mapping[str, Array]
+    loss_not_finite_at: int | None
+    episodes: Mapping[str, NDArray[Any]]
+    diagnostics: Mapping[str, NDArray[Any]]
+    gaps: tuple[str, ...]
+
+    @property
+    def env_id(self) -> str:
+        return str(self.config.get("env_id") or self.summary.get("env_id") or "unknown environment")
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return str(self.part("args").get("name", ""))
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """A part of `config.json`, such as "args" or "software"; {} if there is none."""
+        return _mapping(self.config.get(name))
+
+    @property
+    def num_members(self) -> int:
+        """M, agents trained side by side."""
+        return max(1, int(self.number("num_seeds") or 1))
+
+    def number(self, name: str) -> float | None:
+        """A finite number of the summary, or else of the settings; None if there is neither."""
+        for source in (self.summary, self.part("args"), self.part("env_params")):
+            value = source.get(name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if math.isfinite(value):
+                return float(value)
+        return None
+
+    @property
+    def last_step(self) -> float | None:
+        """global_step up to which the run is known to have gone."""
+        known = self.number("global_step")
+        return float(self.global_step[-1]) if known is None and len(self.global_step) else known
+
+    def series(self, name: str) -> tuple[Array, Array] | None:
+        """A metric, or a per-member array of the diagnostics, over training.
+
+        Returns:
+            global_step [L] and values [L, M or 1]; None if no value was recorded.
+        """
+        if name in self.metrics:
+            step, values = self.global_step, self.metrics[name]
+        elif DIAGNOSTICS_AXES.get(name) == "LM" and name in self.diagnostics:
+            step = self.diagnostics["global_step"].astype(np.float64)
+            values = self.diagnostics[name].astype(np.float64)
+        else:
+            return None
+        return (step, values) if np.isfinite(values).any() else None
+
+    def last(self, name: str) -> Array:
+        """Last value of a series, for each member that has one: [M or fewer]."""
+        found = self.series(name)
+        if found is None:
+            return np.empty(0)
+        columns = [column[np.isfinite(column)] for column in found[1].T]
+        return np.array([column[-1] for column in columns if len(column)])
+
+    @property
+    def final_returns(self) -> Array:
+        """Mean return of the last evaluation, for each member that was evaluated."""
+        returns = self.last("eval/return_mean")
+        known = self.number("eval_return_mean")
+        return returns if len(returns) or known is None else np.array([known])
+
+    @property
+    def optimal_return(self) -> float | None:
+        """Exact expected return of the optimal policy, where it is known."""
+        known = self.number("optimal_return")
+        if known is None and "optimal_return" in self.diagnostics:
+            known = float(self.diagnostics["optimal_return"])
+        return known
+
+
+def read_run(path: Path) -> RecordedRun:
+    """Read a run directory.
+
+    Raises:
+        ValueError: it is no directory, or holds none of the files that a run writes.
+    """
+    gaps: list[str] = []
+    names = ("config.json", "metrics.jsonl", "episodes.npz", "summary.json", "diagnostics.npz")
+    if not any((path / name).is_file() for name in names):
+        raise ValueError(f"{path}: is not a run directory; none of {', '.join(names)} is there")
+    config = _read_json(path / "config.json", "the settings are not known", gaps)
+    summary = _read_json(path / "summary.json", "the run was cut off before its end", gaps)
+    rows = _read_rows(path / "metrics.jsonl", gaps)
+    episodes = _read_arrays(path / "episodes.npz", EPISODE_AXES | {"num_dropped": ""}, gaps)
+    diagnostics = _read_arrays(path / "diagnostics.npz", DIAGNOSTICS_AXES, gaps)
+    loss_rows = [row for row in rows if "losses/td_loss" in row]
+    bad = [row["global_step"] for row in loss_rows if row["losses/td_loss"] is None]
+    wall = np.array([_float(row.get("wall_s")) for row in rows])
+    return RecordedRun(
+        path=path,
+        config=config,
+        summary=summary,
+        global_step=np.array([row["global_step"] for row in rows], np.float64),
+        wall_s=_elapsed(wall),
+        metrics=_columns(rows),
+        loss_not_finite_at=int(bad[0]) if bad else None,
+        episodes=episodes if set(EPISODE_AXES) <= set(episodes) else {},
+        diagnostics=diagnostics if "global_step" in diagnostics else {},
+        gaps=tuple(gaps),
+    )
+
+
+def _read_json(path: Path, consequence: str, gaps: list[str]) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        gaps.append(f"{path.name} is missing: {consequence}.")
+        return {}
+    except (OSError, ValueError) as error:
+        gaps.append(f"{path.name} cannot be read ({error}): {consequence}.")
+        return {}
+    return _mapping(content)
+
+
+def _read_rows(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
+    """The log points in order of global_step."""
+    rows: list[dict[str, Any]] = []
+    broken = 0
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    row["global_step"] = int(row["global_step"])
+                    rows.append(row)
+                except (ValueError, TypeError, KeyError):
+                    broken += 1
+    except FileNotFoundError:
+        gaps.append(f"{path.name} is missing: no metric is known.")
+    except OSError as error:
+        gaps.append(f"{path.name} cannot be read to its end ({error}).")
+    if broken:
+        lines = (
+            "a line that is not whole" if broken == 1 else f"{broken:,} lines that are not whole"
+        )
+        gaps.append(f"{path.name} holds {lines}, left out here.")
+    return sorted(rows, key=lambda row: row["global_step"])
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
+    """Log points as a table per metric, [L, M] or [L, 1]."""
+    columns: dict[str, Array] = {}
+    for i, row in enumerate(rows):
+        members = _mapping(row.get("members"))
+        for name, shared in row.items():
+            if name in ("global_step", "wall_s", "members"):
+                continue
+            values = members.get(name, [shared])
+            if name not in columns:
+                columns[name] = np.full((len(rows), len(values)), np.nan)
+            if len(values) == columns[name].shape[1]:
+                columns[name][i] = [_float(value) for value in values]
+    return columns
+
+
+def _read_arrays(path: Path, axes: Mapping[str, str], gaps: list[str]) -> dict[str, NDArray[Any]]:
+    """Numeric arrays of an .npz file whose lengths fit together."""
+    arrays: dict[str, NDArray[Any]] = {}
+    lengths: dict[str, int] = {}
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            for name in axes:
+                if name not in file:
+                    continue
+                array = file[name]
+                sizes = dict(zip(axes[name], array.shape, strict=False))
+                fits = array.ndim == len(axes[name]) and array.dtype.kind in "biuf"
+                if fits and all(lengths.get(axis, n) == n for axis, n in sizes.items()):
+                    lengths |= sizes
+                    arrays[name] = array
+                else:
+                    gaps.append(f"{path.name}: {name} has shape {array.shape}, left out here.")
+    except FileNotFoundError:
+        gaps.append(f"{path.name} is missing.")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        gaps.append(f"{path.name} cannot be read ({error}).")
+    return arrays
+
+
+def _elapsed(wall_s: Array) -> Array:
+    """Time spent on the whole run: a resumed one starts its clock again at zero."""
+    known = np.maximum.accumulate(np.where(np.isfinite(wall_s), np.arange(len(wall_s)), 0))
+    wall_s = np.nan_to_num(wall_s[known])
+    spent = np.diff(wall_s, prepend=0.0)
+    return np.asarray(np.cumsum(np.where(spent < 0, wall_s, spent)))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else np.nan
