@@ -47,7 +47,7 @@ def test_track_logs_settings_and_every_metric(tmp_path):
     charts = {
         path.name for path in run_dir.glob("wandb/offline-run-*/files/media/plotly/**/*.json")
     }
-    for name in ("training-return", "q-table"):
+    for name in ("epsilon", "q-error-table"):
         assert any(name in chart for chart in charts), charts
     assert file.exit_code == 0
 
