@@ -519,7 +519,7 @@ class BreaksLater(LineWorld):
 
 def test_a_broken_environment_loses_nothing(tmp_path):
     """Its error comes through; what was recorded until then is in the files."""
-    args = replace(SHORT, log_interval=640, run_dir=tmp_path / "run")
+    args = replace(SHORT, log_interval=640, eval_interval=0, run_dir=tmp_path / "run")
     with pytest.raises(RuntimeError, match="the environment broke"):
         train(args, env=BreaksLater(slip_prob=0.05))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
