@@ -1,19 +1,21 @@
-"""What logging costs: steps/s of the default run with loggers, against the same run without.
+"""What logging costs the loop, as a share of its time.
 
     python -m benchmarks.logging_cost
 
-Each run is the training command in a process of its own, pinned with its helpers to the same cores;
-the settings take turns. Evaluations and checkpoints are off, so that the difference is logging.
+Whole runs with and without a logger differ by less than the machine drifts between them, so the
+logging calls themselves are timed, inside a run of the training loop: reading the metrics, taking
+the snapshot for the report, and handing the row to the loggers. What loggers do in threads of their
+own is the CPU time of all threads but the main one; it costs the loop at most as much.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,67 +24,95 @@ import tyro
 
 from benchmarks.common import finish, pin
 
-SETTINGS = {
-    "no log points": "--log-interval 0",
-    "metrics.jsonl, snapshots": "",
-    "the same and wandb, offline": "--track --wandb-mode offline",
-    "the same and TensorBoard": "--tensorboard",
+SETTINGS: dict[str, dict[str, Any]] = {
+    "metrics.jsonl, snapshots": {},
+    "the same and wandb, offline": {"track": True, "wandb_mode": "offline"},
+    "the same and TensorBoard": {"tensorboard": True},
 }
 
 
 @dataclass
 class LoggingArgs:
-    """Steps per second with and without loggers."""
+    """Share of the loop's time that goes into logging, at the default log interval."""
 
-    total_timesteps: int = 131_072
+    total_timesteps: int = 65_536
     """Length of a run in transitions."""
     repeats: int = 5
     """Rounds; >= 1."""
-    cores: tuple[int, ...] = (0, 1)
-    """Cores that every run is pinned to, wandb's service included; none: not pinned."""
+    cores: tuple[int, ...] = (0,)
+    """Cores that every run is pinned to; none: not pinned."""
     out: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Write results/NAME.json as well."""
 
 
-def steps_per_second(flags: str, args: LoggingArgs) -> float:
-    """Steps/s of one run, from its summary."""
+def measure(changes: dict[str, Any], total_timesteps: int, cores: tuple[int, ...]) -> list[float]:
+    """Seconds of a run's loop, of its logging calls, and CPU seconds of its other threads."""
+    from dqn_fast.run import RunRecord
+    from dqn_fast.train import Args, train
+
+    pin(cores)
+    logging_s = 0.0
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal logging_s
+            start = time.perf_counter()
+            result = method(*args)
+            logging_s += time.perf_counter() - start
+            return result
+
+        return call
+
+    for name in ("read", "diagnose", "log"):
+        setattr(RunRecord, name, timed(getattr(RunRecord, name)))
+    first: list[float] = []
+    last: list[float] = []
+
+    def clocks(*_: object) -> None:
+        figures = [time.perf_counter(), logging_s, time.process_time() - time.thread_time()]
+        last[:] = figures
+        first.extend(figures if not first else [])
+
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        common = (
-            f"--quiet --no-report --total-timesteps {args.total_timesteps} "
-            f"--eval-interval 0 --checkpoint-interval 0 --run-dir {run_dir}"
+        os.environ["HOME"] = folder  # wandb's caches
+        args = Args(
+            total_timesteps=total_timesteps,
+            eval_interval=0,
+            checkpoint_interval=0,
+            report=False,
+            quiet=True,
+            run_dir=Path(folder) / "run",
+            **changes,
         )
-        command = [sys.executable, "-m", "dqn_fast.train", *common.split(), *flags.split()]
-        subprocess.run(command, check=True, env=os.environ | {"HOME": folder})
-        return float(json.loads((run_dir / "summary.json").read_text())["env_steps_per_s"])
+        train(args, on_log=clocks)
+    return [b - a for a, b in zip(first, last, strict=True)]
 
 
 def main() -> None:
     """Print a table and one JSON line last."""
     args = tyro.cli(LoggingArgs)
-    pin(args.cores)
-    samples: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    samples: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
+    context = multiprocessing.get_context("spawn")
     for _ in range(args.repeats):
-        for name, flags in SETTINGS.items():
-            samples[name].append(steps_per_second(flags, args))
+        for name, changes in SETTINGS.items():
+            with context.Pool(1) as pool:  # a fresh process: loggers import much
+                figures = pool.apply(measure, (changes, args.total_timesteps, args.cores))
+            samples[name].append(figures)
     rows: list[dict[str, Any]] = []
-    without = samples["no log points"]
-    print(f"{'loggers':<28}{'env steps/s':>13}{'cost':>9}{'(min .. max)':>20}")
+    print(f"{'loggers':<29}{'in the loop':>12}{'(min .. max)':>16}{'other threads':>15}")
     for name, sample in samples.items():
-        costs = [1.0 - a / b for a, b in zip(sample, without, strict=True)]
-        rows.append(
-            {
-                "loggers": name,
-                "env_steps_per_s": statistics.median(sample),
-                "cost": statistics.median(costs),
-                "cost_min": min(costs),
-                "cost_max": max(costs),
-            }
-        )
-        spread = f"{min(costs):.1%} .. {max(costs):.1%}"
-        print(
-            f"{name:<28}{rows[-1]['env_steps_per_s']:>13,.0f}{rows[-1]['cost']:>9.1%}{spread:>20}"
-        )
+        shares = [logging_s / loop_s for loop_s, logging_s, _ in sample]
+        threads = statistics.median(cpu_s / loop_s for loop_s, _, cpu_s in sample)
+        row = {
+            "loggers": name,
+            "share": statistics.median(shares),
+            "share_min": min(shares),
+            "share_max": max(shares),
+            "other_threads": threads,
+        }
+        rows.append(row)
+        spread = f"{min(shares):.1%} .. {max(shares):.1%}"
+        print(f"{name:<29}{row['share']:>12.1%}{spread:>16}{threads:>15.1%}")
     finish("logging_cost", {"args": vars(args), "rows": rows}, args.out)
 
 
