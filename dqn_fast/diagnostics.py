@@ -1,8 +1,8 @@
 """What a run looked like from inside, taken at log points: the content of `diagnostics.npz`.
 
-Nothing here runs inside a chunk. A batch is sampled from replay, with a random stream of its own,
-and looked at: its TD errors, the hidden units that never fire on it, the states in which the greedy
-action has changed. Tabular environments add the whole Q-table and the states visited.
+Nothing here runs inside a chunk. Rows spread evenly over replay are looked at: their TD errors, the
+hidden units that never fire on them, the states in which the greedy action has changed. Tabular
+environments add the whole Q-table and the states visited.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dqn_fast.agent import td_target
 from dqn_fast.envs import TabularEnv, TensorEnv
 from dqn_fast.evaluate import ExactValues
 from dqn_fast.networks import QNetwork
-from dqn_fast.noise import Noise, Stream
 from dqn_fast.replay import Replay
 
 QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-SAMPLE_SIZE = 512
+SAMPLE_SIZE = 256
 MOST_SNAPSHOTS = 256
 
 Snapshot = dict[str, NDArray[Any]]
@@ -38,12 +38,12 @@ class Diagnostics:
         snapshots: arrays by name, one dict a snapshot, in order.
     """
 
-    def __init__(self, env: TensorEnv, exact: ExactValues | None, noise: Noise) -> None:
+    def __init__(self, env: TensorEnv, exact: ExactValues | None) -> None:
         self.snapshots: list[Snapshot] = []
-        self._env, self._exact, self._noise = env, exact, noise
+        self._env, self._exact = env, exact
         self._count, self._stride = 0, 1
         self._previous: QNetwork | None = None
-        self._td_error = np.zeros((noise.num_members, 0), np.float32)
+        self._td_error = np.zeros((0, 0), np.float32)
 
     @torch.no_grad()
     def take(
@@ -51,7 +51,7 @@ class Diagnostics:
         q_net: QNetwork,
         target_net: QNetwork,
         replay: Replay,
-        gamma: torch.Tensor,
+        gamma: Tensor,
         global_step: int,
         new_rows: int,
         num_syncs: int,
@@ -67,10 +67,10 @@ class Diagnostics:
             new_rows: transitions of one member stored since the last snapshot.
             num_syncs: synchronisations of the target so far.
         """
-        rows = self._noise.integers(Stream.DIAGNOSIS, self._count, 1, (SAMPLE_SIZE,))[0]
-        batch = replay.sample(rows)
+        rows = torch.arange(SAMPLE_SIZE, device=gamma.device) * replay.size // SAMPLE_SIZE
+        batch = replay.sample(rows.expand(q_net.num_members, -1))
         obs, next_obs = self._env.features(batch.obs), self._env.features(batch.next_obs)
-        q_values = q_net(obs)
+        *hidden, q_values = q_net.activations(obs)
         q_taken = q_values.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
         target = td_target(target_net(next_obs), batch.reward, batch.terminated, gamma)
         td_error = target - q_taken
@@ -83,7 +83,7 @@ class Diagnostics:
             "global_step": np.array(global_step),
             "num_syncs": np.array(num_syncs),
             "td_error_quantiles": td_error.quantile(levels, dim=1).T.cpu().numpy(),
-            "dead_units": dead_units(q_net, obs).cpu().numpy(),
+            "dead_units": dead_units(hidden, q_values).cpu().numpy(),
             "policy_changes": changes.cpu().numpy(),
         }
         if self._exact is not None:
@@ -91,7 +91,9 @@ class Diagnostics:
         if isinstance(self._env, TabularEnv) and self._exact is not None:
             snapshot["visits"] = visits(self._env, replay, new_rows, len(self._exact.q_star))
         self._td_error = td_error.cpu().numpy()
-        self._previous = copy.deepcopy(q_net)
+        if self._previous is None:
+            self._previous = copy.deepcopy(q_net)
+        torch._foreach_copy_(self._previous.params, q_net.params)
         self._add(snapshot)
 
     def _add(self, snapshot: Snapshot) -> None:
@@ -125,16 +127,16 @@ def _merge(earlier: Snapshot, later: Snapshot) -> Snapshot:
     return later | {"visits": earlier["visits"] + later["visits"]}
 
 
-@torch.no_grad()
-def dead_units(q_net: QNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Share of a member's hidden units that are zero on every row of features [M, B, F]; [M]."""
-    x, dead = features, []
-    for weight, bias in q_net.layers[:-1]:
-        x = torch.relu(torch.baddbmm(bias, x, weight))
-        dead.append((x == 0).all(1))
-    if not dead:
-        return torch.zeros(q_net.num_members)
-    return torch.cat(dead, 1).float().mean(1)
+def dead_units(hidden: list[Tensor], q_values: Tensor) -> Tensor:
+    """Share of a member's hidden units that are zero on every row of a batch, [M].
+
+    Args:
+        hidden: activations of the hidden layers, [M, B, width] each.
+        q_values: [M, B, A].
+    """
+    if not hidden:
+        return torch.zeros(len(q_values))
+    return torch.cat([(x == 0).all(1) for x in hidden], 1).float().mean(1)
 
 
 def visits(env: TabularEnv, replay: Replay, new_rows: int, num_states: int) -> NDArray[np.int64]:

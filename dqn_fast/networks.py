@@ -56,11 +56,16 @@ class QNetwork(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Q-values [M, B, A] of features [M, B, F], float32."""
-        x = features
+        return self.activations(features)[-1]
+
+    def activations(self, features: Tensor) -> list[Tensor]:
+        """Output of every layer, [M, B, width]; the last is the Q-values."""
+        x, outputs = features, []
         for weight, bias in self.layers[:-1]:
             x = torch.relu(torch.baddbmm(bias, x, weight))
+            outputs.append(x)
         weight, bias = self.layers[-1]
-        return torch.baddbmm(bias, x, weight)
+        return [*outputs, torch.baddbmm(bias, x, weight)]
 
     @property
     def num_parameters(self) -> int:

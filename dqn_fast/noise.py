@@ -34,7 +34,6 @@ class Stream(IntEnum):
     REPLAY = 4
     EVALUATION_STEP = 5
     EVALUATION_RESET = 6
-    DIAGNOSIS = 7
 
 
 def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:

@@ -498,7 +498,7 @@ def train(
         probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
         config = describe(vars(args), env_id, env, plan, learner.q_net, learner.replay, exact)
-        diagnostics = Diagnostics(env, exact, noise)
+        diagnostics = Diagnostics(env, exact)
         with RunRecord(run_dir, config, plan, metrics, diagnostics, began) as run:
             for chunk, steps, updates in planned(args, env, noise, plan):
                 record = chunk_(learner, steps, updates, chunk.update_counts)

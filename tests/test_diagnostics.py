@@ -87,8 +87,9 @@ def test_dead_units_are_those_that_never_fire():
         weight.copy_(torch.tensor([[[1.0, 1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]]))
         bias.copy_(torch.tensor([[[0.0, -9.0, -9.0, -0.5]]]))
     features = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
-    assert dead_units(q_net, features).tolist() == [0.5]
-    assert dead_units(QNetwork((2, 3)), features).tolist() == [0.0]
+    for net, expected in ((q_net, [0.5]), (QNetwork((2, 3)), [0.0])):
+        *hidden, q_values = net.activations(features)
+        assert dead_units(hidden, q_values).tolist() == expected
 
 
 def test_long_runs_are_thinned_and_lose_no_visit():
@@ -97,7 +98,7 @@ def test_long_runs_are_thinned_and_lose_no_visit():
     learner = make_learner(ARGS, env, noise)
     chunk, steps, updates = next(iter(planned(ARGS, env, noise, make_plan(ARGS, env))))
     chunk_(learner, steps, updates, chunk.update_counts)
-    diagnostics = Diagnostics(env, solve(env, 0.99, torch.device("cpu")), noise)
+    diagnostics = Diagnostics(env, solve(env, 0.99, torch.device("cpu")))
     total = 3 * MOST_SNAPSHOTS + 5
     for i in range(1, total + 1):
         diagnostics.take(
