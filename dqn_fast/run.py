@@ -205,7 +205,7 @@ class RunRecord:
 
     def evaluated(
         self, result: Evaluation, exact: Mapping[str, list[Any]], q_net: QNetwork
-    ) -> dict[str, list[Any]]:
+    ) -> dict[str, Any]:
         """Take in an evaluation of the network as it is; a best one is saved as `best.pt`.
 
         Args:
@@ -214,7 +214,7 @@ class RunRecord:
             q_net: the network.
 
         Returns:
-            Metrics, a value per member.
+            Metrics, a value per member or one for all.
         """
         self.num_evaluations += 1
         self._evaluation = {
@@ -227,12 +227,16 @@ class RunRecord:
                 self.config, self._best.weights, self._best.global_step, self._best.return_mean
             )
             self._write("best.pt", lambda path: save_checkpoint(path, best))
-        return {
+        metrics: dict[str, Any] = {
             "eval/return_mean": self._evaluation["eval_return_mean"],
             "eval/return_std": self._evaluation["eval_return_std"],
             "eval/discounted_return": result.discounted_return.mean(1).tolist(),
             "eval/q_start": result.q_start.mean(1).tolist(),
-        } | {f"exact/{name}": values for name, values in exact.items()}
+        }
+        if exact:
+            metrics |= {f"exact/{name}": values for name, values in exact.items()}
+            metrics["exact/optimal_return"] = self.config["derived"]["optimal_return"]
+        return metrics
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Hand metrics to the loggers, at the current global_step."""

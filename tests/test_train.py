@@ -427,6 +427,7 @@ def test_log_points_and_metrics(tmp_path):
         "losses/td_loss", "losses/q_value", "losses/td_target", "losses/grad_norm",
         "eval/return_mean", "eval/return_std", "perf/env_steps_per_s", "perf/updates_per_s",
         "q/probe_0", "q/probe_1", "exact/q_error_max", "exact/policy_optimal",
+        "exact/optimal_return",
     }  # fmt: skip
 
 
