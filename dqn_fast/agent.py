@@ -39,13 +39,39 @@ def epsilon_greedy(q_values: Tensor, noise: Tensor, epsilon: Tensor) -> Tensor:
     return torch.where(coin < epsilon, random, q_values.argmax(-1))
 
 
-def td_target(next_q: Tensor, reward: Tensor, terminated: Tensor, gamma: Tensor) -> Tensor:
-    """One-step Q-learning target; truncation still bootstraps.
+def bootstrap_value(
+    q_net: QNetwork, target_net: QNetwork, next_obs: Tensor, double_q: bool
+) -> Tensor:
+    """What the true successor is worth.
 
-    y = r + gamma * (not terminated) * max_a Q_target(s', a)
+    max_a Q_target(s', a); with `double_q` Q_target(s', argmax_a Q(s', a)): the online network
+    chooses and the target network judges, so noise in one is not taken for value by the other.
 
     Args:
-        next_q: target network's values of the true successor, [M, B, A] float32.
+        q_net: online network, asked with `double_q` only.
+        target_net: target network.
+        next_obs: features of the true successor, [M, B, F] float32.
+        double_q: which of the two.
+
+    Returns:
+        [M, B] float32.
+
+    Source: Mnih et al. (2015), eq. 2; van Hasselt, Guez & Silver (2016), eq. 4.
+    """
+    next_q = target_net(next_obs)
+    if not double_q:
+        return next_q.amax(-1)
+    choice = q_net(next_obs).argmax(-1, keepdim=True)
+    return next_q.gather(-1, choice).squeeze(-1)
+
+
+def td_target(next_value: Tensor, reward: Tensor, terminated: Tensor, gamma: Tensor) -> Tensor:
+    """One-step target; truncation still bootstraps.
+
+    y = r + gamma * (not terminated) * V(s')
+
+    Args:
+        next_value: what the true successor is worth, [M, B] float32; see `bootstrap_value`.
         reward: [M, B] float32, in the env's reward units.
         terminated: [M, B] bool; True only where the MDP ended, never for a time limit.
         gamma: discount per env step, [M, 1], in [0, 1].
@@ -55,7 +81,7 @@ def td_target(next_q: Tensor, reward: Tensor, terminated: Tensor, gamma: Tensor)
 
     Source: Mnih et al. (2015), eq. 2; Pardo et al. (2018) for time limits.
     """
-    return reward + torch.where(terminated, 0.0, gamma * next_q.amax(-1))
+    return reward + torch.where(terminated, 0.0, gamma * next_value)
 
 
 def td_loss(q_taken: Tensor, target: Tensor, kind: LossName) -> Tensor:
@@ -161,6 +187,7 @@ def update_(
     gamma: Tensor,
     max_grad_norm: Tensor,
     loss_name: LossName,
+    double_q: bool,
     schedule: UpdateSchedule,
 ) -> Tensor:
     """One gradient step of every member on its own batch, then the target's synchronisation.
@@ -176,13 +203,15 @@ def update_(
         gamma: [M, 1].
         max_grad_norm: [M, 1].
         loss_name: "huber" or "squared".
+        double_q: see `bootstrap_value`.
         schedule: of this gradient step.
 
     Returns:
         Loss, mean Q(s, a), mean target and gradient norm before clipping: float32 [4, M].
     """
     with torch.no_grad():
-        target = td_target(target_net(batch.next_obs), batch.reward, batch.terminated, gamma)
+        next_value = bootstrap_value(q_net, target_net, batch.next_obs, double_q)
+        target = td_target(next_value, batch.reward, batch.terminated, gamma)
     q_taken = q_net(batch.obs).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
     loss = td_loss(q_taken, target, loss_name)
 

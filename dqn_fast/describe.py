@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
 import subprocess
@@ -45,7 +44,6 @@ def describe(
     """
     engine, reason = choose_engine(settings["engine"])
     num_envs = settings["num_envs"]
-    params: dict[str, Any] = dataclasses.asdict(env) if dataclasses.is_dataclass(env) else {}
     every = f"at the first multiple of {num_envs} from there on"
     rounded = [
         f"{name} {asked:,} -> {taken:,}"
@@ -68,7 +66,7 @@ def describe(
         )
     return {
         "env_id": env_id,
-        "env_params": params,
+        "env_params": env.params,
         "args": {**settings, "run_dir": str(settings["run_dir"]) if settings["run_dir"] else None},
         "derived": {
             "num_actions": env.num_actions,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.agent import td_target
+from dqn_fast.agent import bootstrap_value, td_target
 from dqn_fast.envs import TabularEnv, TensorEnv
 from dqn_fast.evaluate import ExactValues
 from dqn_fast.networks import QNetwork
@@ -38,9 +38,9 @@ class Diagnostics:
         snapshots: arrays by name, one dict a snapshot, in order.
     """
 
-    def __init__(self, env: TensorEnv, exact: ExactValues | None) -> None:
+    def __init__(self, env: TensorEnv, exact: ExactValues | None, double_q: bool = False) -> None:
         self.snapshots: list[Snapshot] = []
-        self._env, self._exact = env, exact
+        self._env, self._exact, self._double_q = env, exact, double_q
         self._count, self._stride = 0, 1
         self._previous: QNetwork | None = None
         self._td_error = np.zeros((0, 0), np.float32)
@@ -72,7 +72,8 @@ class Diagnostics:
         obs, next_obs = self._env.features(batch.obs), self._env.features(batch.next_obs)
         *hidden, q_values = q_net.activations(obs)
         q_taken = q_values.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
-        target = td_target(target_net(next_obs), batch.reward, batch.terminated, gamma)
+        next_value = bootstrap_value(q_net, target_net, next_obs, self._double_q)
+        target = td_target(next_value, batch.reward, batch.terminated, gamma)
         td_error = target - q_taken
         levels = torch.tensor(QUANTILE_LEVELS, device=td_error.device)
         if self._previous is None:

@@ -9,6 +9,7 @@ researcher edits to change the experiment stands here, everything else in the fi
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import sys
@@ -35,7 +36,7 @@ from dqn_fast.agent import (
 from dqn_fast.describe import describe
 from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.engine import EngineName, choose_device, cpu_threads, upload
-from dqn_fast.envs import Outcome, TensorEnv, VectorState, make_env
+from dqn_fast.envs import Outcome, TensorEnv, VectorState, experiment, make_env
 from dqn_fast.evaluate import evaluate, q_probe, solve
 from dqn_fast.metrics import ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
@@ -110,6 +111,9 @@ class Args:
     """Global norm to which the gradients of a member are clipped; > 0, inf for no clipping."""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """Widths of the hidden layers; each >= 1."""
+    double_q: bool = False
+    """Double DQN: the online network chooses the successor's action, the target network judges
+    it. Lowers the overestimation that plain DQN suffers from, for one more forward pass."""
     loss: LossName = "huber"
     """Loss of the TD error: huber (smooth L1, beta 1) or squared."""
 
@@ -159,6 +163,12 @@ class Args:
     """None: WANDB_MODE if set, else online where the server answers and a key is configured."""
     tensorboard: bool = False
     """Log to TensorBoard as well; needs the extra: pip install -e ".[tensorboard]"."""
+
+    @classmethod
+    def for_env(cls, env_id: str, **settings: Any) -> Args:
+        """Settings that work for an environment: its `experiment`, with `settings` over it."""
+        table = {k: v for k, v in experiment(env_id).items() if k != "env_params"}
+        return cls(**{**table, "env_id": env_id, **settings})
 
 
 def check(args: Args) -> None:
@@ -226,6 +236,7 @@ class Learner:
     gamma: Tensor
     max_grad_norm: Tensor
     loss: LossName
+    double_q: bool
 
     def by_member(self, tensor: Tensor) -> Tensor:
         """[E, ...] as [M, N, ...]."""
@@ -297,6 +308,7 @@ def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
         gamma=torch.full((args.num_seeds, 1), args.gamma, device=device),
         max_grad_norm=torch.full((args.num_seeds, 1), args.max_grad_norm, device=device),
         loss=args.loss,
+        double_q=args.double_q,
     )
 
 
@@ -395,6 +407,7 @@ def store_and_learn_(
                 learner.gamma,
                 learner.max_grad_norm,
                 learner.loss,
+                learner.double_q,
                 UpdateSchedule(*schedule),
             )
         )
@@ -498,7 +511,7 @@ def train(
         probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
         config = describe(vars(args), env_id, env, plan, learner.q_net, learner.replay, exact)
-        diagnostics = Diagnostics(env, exact)
+        diagnostics = Diagnostics(env, exact, args.double_q)
         with RunRecord(run_dir, config, plan, metrics, diagnostics, began) as run:
             for chunk, steps, updates in planned(args, env, noise, plan):
                 record = chunk_(learner, steps, updates, chunk.update_counts)
@@ -577,9 +590,19 @@ def most_episodes(args: Args) -> int:
 # ------------------------------------------------------------------------------- command line
 
 
+def asked_env_id(argv: list[str]) -> str:
+    """The value of --env-id: which defaults the other flags have follows from it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
+    try:
+        return str(parser.parse_known_args(argv)[0].env_id)
+    except argparse.ArgumentError:  # no value: tyro says so
+        return Args.env_id
+
+
 def main() -> int:
     """Train from the command line; returns the exit status."""
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
     interruption = Interruption()
     try:
         train(args, should_stop=interruption)

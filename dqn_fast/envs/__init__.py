@@ -1,11 +1,12 @@
-"""Environments whose copies are tensors on one device."""
+"""Environments whose copies are tensors on one device, and Gymnasium's in both directions."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dqn_fast.envs.cartpole import CartPole
 from dqn_fast.envs.core import (
     EnvCheckError,
     Outcome,
@@ -18,6 +19,7 @@ from dqn_fast.envs.line_world import LineWorld
 
 __all__ = [
     "TENSOR_ENVS",
+    "CartPole",
     "EnvCheckError",
     "LineWorld",
     "Outcome",
@@ -25,15 +27,31 @@ __all__ = [
     "TensorEnv",
     "VectorState",
     "check_env",
+    "experiment",
     "make_env",
 ]
 
-TENSOR_ENVS: dict[str, type[TensorEnv]] = {"LineWorld-v0": LineWorld}
+TENSOR_ENVS: dict[str, type[TensorEnv]] = {
+    "CartPole-v1": CartPole,
+    "LineWorld-v0": LineWorld,
+}
 """Environments by id; a user's own joins by an assignment."""
 
 
+def experiment(env_id: str) -> Mapping[str, Any]:
+    """Settings of `train` that work for an environment; see `TensorEnv.experiment`.
+
+    Args:
+        env_id: as for `make_env`; `gym:CartPole-v1` has those of `CartPole-v1`.
+    """
+    name = env_id.removeprefix("gym:")
+    if name in TENSOR_ENVS:
+        return TENSOR_ENVS[name].experiment
+    return {}
+
+
 def make_env(env_id: str, params: Mapping[str, Any] | None = None) -> TensorEnv:
-    """Make a tensor environment by its id.
+    """Make an environment by its id.
 
     Args:
         env_id: a key of TENSOR_ENVS.
@@ -49,7 +67,7 @@ def make_env(env_id: str, params: Mapping[str, Any] | None = None) -> TensorEnv:
     cls = TENSOR_ENVS[env_id]
     hints = get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    values: dict[str, Any] = dict(getattr(cls, "experiment", {}))
+    values: dict[str, Any] = dict(cls.experiment.get("env_params", {}))
     for name, value in (params or {}).items():
         if name not in fields:
             raise ValueError(
@@ -63,8 +81,13 @@ def make_env(env_id: str, params: Mapping[str, Any] | None = None) -> TensorEnv:
         raise ValueError(f"--env-params {error}") from None
 
 
-def _cast(name: str, value: Any, kind: type) -> Any:
+def _cast(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`; only a whole number becomes an int, only true and false a bool."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            allowed = " or ".join(map(str, get_args(kind)))
+            raise ValueError(f"--env-params {name} {value}: must be {allowed}")
+        return value
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]

@@ -10,14 +10,20 @@ The leading axis E counts env copies: M members times N copies each.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP
+
+if TYPE_CHECKING:  # a fifth of a second that a run on tensors does not need
+    import gymnasium
 
 
 class VectorState(NamedTuple):
@@ -83,12 +89,15 @@ class TensorEnv(ABC):
         max_steps: time limit of an episode in steps, >= 1.
         reset_noise_dim: uniform numbers that `reset` reads for each copy.
         step_noise_dim: uniform numbers that `step` reads for each copy.
+        experiment: settings of `train` that work for this environment, by field of its `Args`;
+            "env_params" holds parameters of the environment itself.
     """
 
     num_actions: ClassVar[int]
     max_steps: int
     reset_noise_dim: ClassVar[int] = 0
     step_noise_dim: ClassVar[int] = 0
+    experiment: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def reset(self, noise: Tensor) -> Any:
@@ -121,6 +130,20 @@ class TensorEnv(ABC):
     def features(self, obs: Tensor) -> Tensor:
         """What the network reads: float32 [..., F] of observations [..., *obs_shape]."""
         return obs.float()
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters by name, as JSON can hold them."""
+        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+
+    @property
+    def observation_space(self) -> gymnasium.Space[Any]:
+        """Space, in Gymnasium's terms, of what one copy shows to the outside: its features, or the
+        number of its state where the space is Discrete."""
+        from gymnasium.spaces import Box
+
+        obs = self.observe(self.reset(torch.zeros(1, self.reset_noise_dim)))
+        return Box(-math.inf, math.inf, self.features(obs).shape[1:], np.float32)
 
     def vector_reset(self, noise: Tensor) -> VectorState:
         """Start E episodes; arguments as `reset`."""

@@ -1,0 +1,114 @@
+"""CartPole-v1: keep a pole upright on a cart that is pushed left or right.
+
+Source: Barto, Sutton & Anderson (1983); dynamics, limits and rewards as in Gymnasium's CartPole-v1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dqn_fast.envs.core import TensorEnv
+
+
+class CartPoleState(NamedTuple):
+    """physics: x (m), x_dot (m/s), theta (rad, 0 upright), theta_dot (rad/s), float32 [E, 4]."""
+
+    physics: Tensor
+
+
+@dataclass(frozen=True)
+class CartPole(TensorEnv):
+    """A pole hinged on a cart; action 0 pushes the cart left, 1 right.
+
+    The episode ends when the cart leaves the track or the pole leans too far. Every step rewards 1,
+    the last one too. With `sutton_barto_reward` it is 0, and -1 for the step that ends the episode.
+
+    Attributes:
+        gravity: m/s^2.
+        masscart, masspole: kg, > 0.
+        length: half of the pole's length, m, > 0.
+        force_mag: force of a push, N.
+        tau: seconds of a step, > 0.
+        kinematics_integrator: "euler" or "semi-implicit": positions move with the old velocities,
+            or with the new ones.
+        theta_threshold_radians: lean at which the episode ends, > 0.
+        x_threshold: distance from the middle at which the episode ends, > 0.
+        sutton_barto_reward: which of the two rewards.
+        max_steps: time limit in steps, >= 1.
+
+    Raises:
+        ValueError: a parameter is out of range.
+    """
+
+    gravity: float = 9.8
+    masscart: float = 1.0
+    masspole: float = 0.1
+    length: float = 0.5
+    force_mag: float = 10.0
+    tau: float = 0.02
+    kinematics_integrator: Literal["euler", "semi-implicit"] = "euler"
+    theta_threshold_radians: float = 12 * 2 * math.pi / 360
+    x_threshold: float = 2.4
+    sutton_barto_reward: bool = False
+    max_steps: int = 500
+
+    num_actions: ClassVar[int] = 2
+    reset_noise_dim: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        positive = ("masscart", "masspole", "length", "tau")
+        for name in (*positive, "theta_threshold_radians", "x_threshold"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: must be above 0 and finite")
+        if self.kinematics_integrator not in ("euler", "semi-implicit"):
+            raise ValueError(
+                f"kinematics_integrator {self.kinematics_integrator}: "
+                "must be euler or semi-implicit"
+            )
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps {self.max_steps}: must be at least 1")
+
+    @property
+    def total_mass(self) -> float:
+        return self.masscart + self.masspole
+
+    @property
+    def polemass_length(self) -> float:
+        return self.masspole * self.length
+
+    def reset(self, noise: Tensor) -> CartPoleState:
+        return CartPoleState(0.1 * noise - 0.05)
+
+    def step(
+        self, state: CartPoleState, action: Tensor, noise: Tensor
+    ) -> tuple[CartPoleState, Tensor, Tensor]:
+        x, x_dot, theta, theta_dot = state.physics.unbind(-1)
+        force = torch.where(action == 1, self.force_mag, -self.force_mag)
+        cos, sin = theta.cos(), theta.sin()
+        temp = (force + self.polemass_length * theta_dot.square() * sin) / self.total_mass
+        theta_acc = (self.gravity * sin - cos * temp) / (
+            self.length * (4.0 / 3.0 - self.masspole * cos.square() / self.total_mass)
+        )
+        x_acc = temp - self.polemass_length * theta_acc * cos / self.total_mass
+        next_x_dot = x_dot + self.tau * x_acc
+        next_theta_dot = theta_dot + self.tau * theta_acc
+        if self.kinematics_integrator == "euler":
+            x, theta = x + self.tau * x_dot, theta + self.tau * theta_dot
+        else:
+            x, theta = x + self.tau * next_x_dot, theta + self.tau * next_theta_dot
+        terminated = (x.abs() > self.x_threshold) | (theta.abs() > self.theta_threshold_radians)
+        reward = -terminated.float() if self.sutton_barto_reward else torch.ones_like(x)
+        return (
+            CartPoleState(torch.stack([x, next_x_dot, theta, next_theta_dot], -1)),
+            reward,
+            terminated,
+        )
+
+    def observe(self, state: CartPoleState) -> Tensor:
+        """All of the state, float32 [E, 4]."""
+        return state.physics
