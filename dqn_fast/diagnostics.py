@@ -68,7 +68,7 @@ class Diagnostics:
             num_syncs: synchronisations of the target so far.
         """
         rows = torch.arange(SAMPLE_SIZE, device=gamma.device) * replay.size // SAMPLE_SIZE
-        batch = replay.sample(rows.expand(q_net.num_members, -1))
+        batch = replay.sample(rows)
         obs, next_obs = self._env.features(batch.obs), self._env.features(batch.next_obs)
         *hidden, q_values = q_net.activations(obs)
         q_taken = q_values.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
@@ -150,5 +150,6 @@ def visits(env: TabularEnv, replay: Replay, new_rows: int, num_states: int) -> N
     newest = (
         replay.cursor - 1 - torch.arange(count, device=replay.cursor.device)
     ) % replay.capacity
-    state = env.state_index(replay.data.obs[:, newest])
+    rows = replay.data.obs
+    state = env.state_index(torch.stack([obs[row] for obs, row in zip(rows, newest, strict=True)]))
     return torch.stack([torch.bincount(s, minlength=num_states) for s in state]).cpu().numpy()

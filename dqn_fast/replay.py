@@ -30,13 +30,12 @@ class Transition(NamedTuple):
 class Replay:
     """The newest C transitions of each member.
 
-    Cursor and size live on the device, so that adding and sampling read nothing on the host. They
-    are shared: members collect in step.
+    Cursor and size live on the device, so that adding and sampling read nothing on the host.
 
     Attributes:
         data: storage [M, C, ...]; actions as uint8 or int16.
-        cursor: row that is written next, int64 [].
-        size: rows that hold a transition, int64 [].
+        cursor: each member's row that is written next, int64 [M, 1].
+        size: each member's rows that hold a transition, int64 [M, 1].
     """
 
     def __init__(self, capacity: int, example: Transition, num_actions: int) -> None:
@@ -61,8 +60,8 @@ class Replay:
                 for t in example._replace(action=example.action.to(action_dtype))
             )
         )
-        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
-        self.size = torch.zeros((), dtype=torch.int64, device=device)
+        self.cursor = torch.zeros((num_members, 1), dtype=torch.int64, device=device)
+        self.size = torch.zeros((num_members, 1), dtype=torch.int64, device=device)
         # Where member m's rows start when the first two axes are one: [M, 1].
         self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
         self._flat = [stored.flatten(0, 1) for stored in self.data]  # views [M * C, ...]
@@ -86,13 +85,27 @@ class Replay:
         return {**self.data._asdict(), "cursor": self.cursor, "size": self.size}
 
     @torch.no_grad()
-    def add_(self, batch: Transition) -> None:
-        """Write N transitions of every member over the oldest rows."""
-        rows = (self.cursor + self._new_rows) % self.capacity
-        for stored, new in zip(self.data, batch, strict=True):
-            stored.index_copy_(1, rows, new.to(stored.dtype))
-        self.cursor.add_(len(rows)).remainder_(self.capacity)
-        self.size.add_(len(rows)).clamp_(max=self.capacity)
+    def add_(self, batch: Transition, valid: Tensor | None = None) -> None:
+        """Write N transitions of every member over the oldest rows.
+
+        Args:
+            batch: transitions [M, N, ...].
+            valid: which of them to keep, bool [M, N]; None: all.
+        """
+        place, count = self._new_rows, len(self._new_rows)
+        if valid is not None:  # the kept ones first, in their order; the others go beyond them
+            kept = valid.cumsum(1)
+            count = kept[:, -1:]
+            place = torch.where(valid, kept - 1, count + (~valid).cumsum(1) - 1)
+        rows = ((self.cursor + place) % self.capacity + self._offsets).flatten()
+        for stored, new in zip(self._flat, batch, strict=True):
+            new = new.flatten(0, 1).to(stored.dtype)
+            if valid is not None:  # beyond the cursor lie the oldest rows: written as they are
+                keep = valid.view(-1, *[1] * (new.ndim - 1))
+                new = torch.where(keep, new, stored.index_select(0, rows))
+            stored.index_copy_(0, rows, new)
+        self.cursor.add_(count).remainder_(self.capacity)
+        self.size.add_(count).clamp_(max=self.capacity)
 
     def sample(self, noise: Tensor) -> Transition:
         """Draw rows uniformly, with replacement, among those that hold a transition.

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from dqn_fast.envs.cartpole import CartPole
 from dqn_fast.envs.core import (
     EnvCheckError,
+    EnvError,
     Outcome,
     TabularEnv,
     TensorEnv,
@@ -21,6 +22,7 @@ __all__ = [
     "TENSOR_ENVS",
     "CartPole",
     "EnvCheckError",
+    "EnvError",
     "LineWorld",
     "Outcome",
     "TabularEnv",

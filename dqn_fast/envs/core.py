@@ -66,6 +66,8 @@ class Outcome(NamedTuple):
         truncated: the time limit was reached, bool [E]; may be true together with `terminated`.
         episode_return: return of the episode up to and with this step, float32 [E].
         episode_length: its length in steps, int32 [E].
+        valid: bool [E], False where a copy took no step but was reset, as Gymnasium's NEXT_STEP
+            environments do: no transition, nothing to store. None: all copies took a step.
     """
 
     reward: Tensor
@@ -74,6 +76,7 @@ class Outcome(NamedTuple):
     truncated: Tensor
     episode_return: Tensor
     episode_length: Tensor
+    valid: Tensor | None = None
 
     @property
     def done(self) -> Tensor:
@@ -145,6 +148,22 @@ class TensorEnv(ABC):
         obs = self.observe(self.reset(torch.zeros(1, self.reset_noise_dim)))
         return Box(-math.inf, math.inf, self.features(obs).shape[1:], np.float32)
 
+    # What only environments that live on the host have: the rest of the class is for tensors.
+
+    background: ClassVar[bool] = False
+    """Whether a step runs beside the learner, between `send` and `vector_step`."""
+
+    def send(self, action: Tensor) -> None:
+        """Begin the step that the next `vector_step` ends; action int64 [E]."""
+        raise NotImplementedError(f"{type(self).__name__} steps at once")
+
+    def for_evaluation(self) -> TensorEnv:
+        """An environment of the same kind that shares no episode with this one."""
+        return self
+
+    def close(self) -> None:
+        """Give back what is held outside: processes, windows."""
+
     def vector_reset(self, noise: Tensor) -> VectorState:
         """Start E episodes; arguments as `reset`."""
         state = self.reset(noise)
@@ -207,6 +226,10 @@ class TabularEnv(TensorEnv):
 def _select(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:
     """`torch.where` with the mask [E] spread over the trailing axes."""
     return torch.where(mask.view(-1, *[1] * (if_true.ndim - 1)), if_true, if_false)
+
+
+class EnvError(RuntimeError):
+    """An environment broke its contract in a run; the message names it, the copy and the step."""
 
 
 class EnvCheckError(AssertionError):
