@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dqn_fast.agent import (
     Adam,
     UpdateSchedule,
+    bootstrap_value,
     clip_global_norm_,
     epsilon_greedy,
     sync_target_,
@@ -46,18 +47,48 @@ def random_batch(generator: torch.Generator, members: int, size: int, features: 
 
 def test_td_target_by_hand():
     """Terminated cuts the bootstrap, nothing else does; each member has its own gamma."""
-    next_q = torch.tensor([[[1.0, 3.0], [5.0, 2.0]], [[1.0, 3.0], [5.0, 2.0]]])
+    next_value = torch.tensor([[3.0, 5.0], [3.0, 5.0]])
     reward = torch.tensor([[0.5, -1.0], [0.5, -1.0]])
     terminated = torch.tensor([[False, True], [True, False]])
-    target = td_target(next_q, reward, terminated, torch.tensor([[0.9], [0.5]]))
+    target = td_target(next_value, reward, terminated, torch.tensor([[0.9], [0.5]]))
     torch.testing.assert_close(target, torch.tensor([[3.2, -1.0], [0.5, 1.5]]))
 
 
 def test_td_target_ignores_a_diverged_value_behind_the_end():
     """0 times infinity is not a number; behind a terminal state nothing is looked at."""
-    next_q = torch.full((1, 1, 2), math.inf)
-    target = td_target(next_q, torch.ones(1, 1), torch.ones(1, 1).bool(), torch.tensor([[0.9]]))
+    next_value = torch.full((1, 1), math.inf)
+    target = td_target(next_value, torch.ones(1, 1), torch.ones(1, 1).bool(), torch.tensor([[0.9]]))
     assert target.item() == 1.0
+
+
+def linear_net(weight: list[list[list[float]]]) -> QNetwork:
+    """A network without hidden layer or bias; weight [M, F, A]."""
+    q_net = QNetwork((len(weight[0]), len(weight[0][0])), len(weight))
+    with torch.no_grad():
+        q_net.layers[0][0].copy_(torch.tensor(weight))
+    return q_net
+
+
+def test_bootstrap_value_by_hand():
+    """Plain: the target's largest value. Double: the target's value of the online choice."""
+    online = linear_net([[[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    target = linear_net([[[5.0, 2.0], [3.0, 4.0]], [[5.0, 2.0], [3.0, 4.0]]])
+    states = torch.eye(2).expand(2, 2, 2)  # what each row of weights says is the value there
+    plain = bootstrap_value(online, target, states, double_q=False)
+    double = bootstrap_value(online, target, states, double_q=True)
+    assert plain.tolist() == [[5.0, 4.0], [5.0, 4.0]]
+    assert double.tolist() == [[2.0, 3.0], [5.0, 3.0]]
+
+
+def test_double_q_does_not_overestimate():
+    """All actions worth 0, each network wrong by independent noise: the plain maximum of ten is
+    1.54 standard deviations too high, the double estimate right on average."""
+    generator = torch.Generator().manual_seed(0)
+    nets = [linear_net(torch.randn(1, 2_000, 10, generator=generator).tolist()) for _ in range(2)]
+    states = torch.eye(2_000)[None]
+    plain, double = (bootstrap_value(*nets, states, double_q=flag) for flag in (False, True))
+    assert plain.mean().item() == pytest.approx(1.5388, abs=4 * 0.587 / 2_000**0.5)
+    assert double.mean().item() == pytest.approx(0.0, abs=4 / 2_000**0.5)
 
 
 @pytest.mark.parametrize("kind", ["huber", "squared"])
@@ -177,7 +208,7 @@ def test_sync_is_a_weighted_mean(weight):
 class PlainDQN:
     """One member in plain torch: nn.Linear, torch.optim.Adam, backward, clip_grad_norm_."""
 
-    def __init__(self, q_net: QNetwork, member: int, gamma: float) -> None:
+    def __init__(self, q_net: QNetwork, member: int, gamma: float, double_q: bool) -> None:
         layers: list[nn.Module] = []
         for weight, bias in q_net.layers:
             linear = nn.Linear(weight.shape[1], weight.shape[2])
@@ -186,11 +217,13 @@ class PlainDQN:
         self.online = nn.Sequential(*layers[:-1])
         self.target = copy.deepcopy(self.online)
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=1e-3)
-        self.gamma = gamma
+        self.gamma, self.double_q = gamma, double_q
 
     def update(self, batch: Transition, tau: float) -> tuple[float, float, float, float]:
         with torch.no_grad():
-            next_q = self.target(batch.next_obs).max(1).values
+            choice = self.online if self.double_q else self.target
+            best = choice(batch.next_obs).argmax(1, keepdim=True)
+            next_q = self.target(batch.next_obs).gather(1, best)[:, 0]
             target = batch.reward + self.gamma * next_q * (1 - batch.terminated.float())
         q_taken = self.online(batch.obs)[range(len(target)), batch.action]
         loss = nn.functional.smooth_l1_loss(q_taken, target)
@@ -203,14 +236,15 @@ class PlainDQN:
         return loss.item(), q_taken.mean().item(), target.mean().item(), norm.item()
 
 
-def test_update_equals_plain_torch_for_every_member():
+@pytest.mark.parametrize("double_q", [False, True])
+def test_update_equals_plain_torch_for_every_member(double_q):
     """300 updates of 3 members with own gammas equal three single agents in plain torch."""
     generator = torch.Generator().manual_seed(0)
     gammas = (0.5, 0.9, 0.99)
     q_net = QNetwork((6, 16, 16, 3), 3).init_(Noise(0, 3))
     target_net = copy.deepcopy(q_net).requires_grad_(False)
     adam = Adam.zeros(q_net.params)
-    plain = [PlainDQN(q_net, member, gamma) for member, gamma in enumerate(gammas)]
+    plain = [PlainDQN(q_net, member, gamma, double_q) for member, gamma in enumerate(gammas)]
     for t in range(1, 301):
         batch = random_batch(generator, 3, 20, 6)
         tau = 0.1 if t % 3 == 0 else 0.0
@@ -222,6 +256,7 @@ def test_update_equals_plain_torch_for_every_member():
             torch.tensor(gammas)[:, None],
             torch.full((3, 1), 0.5),
             "huber",
+            double_q,
             schedule(t, sync=tau),
         )
         expected = [
@@ -243,7 +278,14 @@ def test_a_member_learns_as_if_it_were_alone():
         own = Transition(*(x[members] for x in batch))
         rows = [
             update_(
-                q_net, target_net, adam, own, *(s[members] for s in settings), "huber", schedule(t)
+                q_net,
+                target_net,
+                adam,
+                own,
+                *(s[members] for s in settings),
+                "huber",
+                False,
+                schedule(t),
             )
             for t in range(1, 201)
         ]
@@ -263,6 +305,7 @@ def test_gradients_do_not_reach_the_target_network():
     before = [param.clone() for param in target_net.params]
     batch = random_batch(torch.Generator().manual_seed(1), 1, 32, 5)
     ones = torch.ones(1, 1)
-    update_(q_net, target_net, Adam.zeros(q_net.params), batch, ones, ones, "squared", schedule(1))
+    adam = Adam.zeros(q_net.params)
+    update_(q_net, target_net, adam, batch, ones, ones, "squared", True, schedule(1))
     assert all(torch.equal(a, b) for a, b in zip(before, target_net.params, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(before, q_net.params, strict=True))

@@ -72,7 +72,7 @@ def test_visits_count_the_newest_rows():
     for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
         chunk_(learner, steps, updates, chunk.update_counts)
         seen.append(learner.replay.data.obs.clone())
-    order = (int(learner.replay.cursor) - 1 - np.arange(100)) % 300
+    order = (int(learner.replay.cursor[0]) - 1 - np.arange(100)) % 300
     for member in range(2):
         expected = np.bincount(learner.replay.data.obs[member].numpy()[order], minlength=15)
         assert visits(env, learner.replay, 100, 15)[member].tolist() == expected.tolist()

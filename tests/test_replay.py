@@ -44,13 +44,34 @@ def test_only_whole_rows_of_the_newest_are_sampled(num_rows, extra, num_members,
     for i in range(num_adds):
         replay.add_(numbered(i * num_rows, num_rows, num_members))
     added = num_rows * num_adds
-    assert int(replay.size) == min(added, capacity)
+    assert replay.size.tolist() == [[min(added, capacity)]] * num_members
     noise = torch.randint(2**63 - 1, (num_members, 500), generator=torch.Generator().manual_seed(0))
     ids = assert_whole(replay.sample(noise))
     for member in range(num_members):
         own = ids[member] - 100_000 * member
         assert own.min() >= max(0, added - capacity)
         assert own.max() < added
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 3), st.integers(1, 25), st.data())
+def test_rows_that_are_not_valid_leave_no_trace(num_rows, extra, num_members, num_adds, data):
+    """What a member holds is its valid rows in order, the newest C of them, as a list would."""
+    replay = Replay(num_rows + extra, numbered(0, num_rows, num_members), num_actions=7)
+    kept: list[list[int]] = [[] for _ in range(num_members)]
+    flags = st.lists(st.booleans(), min_size=num_rows, max_size=num_rows)
+    for i in range(num_adds):
+        batch = numbered(i * num_rows, num_rows, num_members)
+        valid = [data.draw(flags) for _ in range(num_members)]
+        replay.add_(batch, torch.tensor(valid))
+        for member, ids in enumerate(batch.obs.tolist()):
+            kept[member] += [x for x, keep in zip(ids, valid[member], strict=True) if keep]
+    for member, ids in enumerate(kept):
+        size, capacity = min(len(ids), replay.capacity), replay.capacity
+        assert replay.size[member].item() == size
+        rows = (replay.cursor[member] - size + torch.arange(size)) % capacity
+        assert replay.data.obs[member, rows].tolist() == ids[len(ids) - size :]
+        held = Transition(*(t[member : member + 1, rows] for t in replay.data))
+        assert_whole(held._replace(action=held.action.long()))
 
 
 def test_every_held_row_is_sampled():
