@@ -1,7 +1,10 @@
-"""Whether it learns: the default command, the reference loop's settings, the throughput settings.
+"""Whether it learns: the default commands, the reference loop's settings, a peer's, throughput's.
 
 python -m benchmarks.learning default       # the command as a user types it, seeds 0 .. 9
+python -m benchmarks.learning cartpole      # the same for CartPole-v1, with and without its goal
+python -m benchmarks.learning environments  # the same for Acrobot, MountainCar and FrozenLake
 python -m benchmarks.learning reference     # N = 1, notebook settings, against the scalar loop
+python -m benchmarks.learning peers         # CartPole-v1 against Stable-Baselines3's DQN
 python -m benchmarks.learning throughput    # the settings of benchmarks.throughput, 10 seeds
 """
 
@@ -24,10 +27,13 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.classic import Cartpole, Environments, run_cartpole, run_environments
 from benchmarks.common import finish
+from benchmarks.comparison import Peers, run_peers
 from benchmarks.reference import QNetwork as ReferenceNetwork
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.throughput import fast_args
+from dqn_fast.run import UsageError
 from dqn_fast.train import Args, Learner, train
 
 CHECK_INTERVAL = 100
@@ -278,18 +284,34 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
     return {"args": vars(args), "rows": rows}
 
 
-def main() -> None:
-    """Print a table and one JSON line last."""
-    args: Default | Reference | Throughput = tyro.cli(Default | Reference | Throughput)
-    match args:
-        case Default():
-            result = run_default(args)
-        case Reference():
-            result = run_reference(args)
-        case Throughput():
-            result = run_throughput(args)
+def main() -> int:
+    """Print a table and one JSON line last; returns the exit status."""
+    args: Default | Cartpole | Environments | Reference | Peers | Throughput = tyro.cli(
+        Default | Cartpole | Environments | Reference | Peers | Throughput
+    )
+    try:
+        for name in ("seeds", "episodes", "processes"):
+            if getattr(args, name, 1) < 1:
+                raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+        match args:
+            case Default():
+                result = run_default(args)
+            case Cartpole():
+                result = run_cartpole(args)
+            case Environments():
+                result = run_environments(args)
+            case Reference():
+                result = run_reference(args)
+            case Peers():
+                result = run_peers(args)
+            case Throughput():
+                result = run_throughput(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finish("learning", result, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -117,11 +117,9 @@ class TabularMDP:
         first = torch.as_tensor(start, dtype=torch.float64, device=device)
         _check_tensor("start", first, (n,), torch.float64, s.device)
 
-        live = first > 0
-        live[next_s[~terminated & (s != next_s)]] = True
-        entered_both_ways = terminated & live[next_s]
-        next_s = next_s.masked_fill(entered_both_ways, n)
-        n_states = n + int(entered_both_ways.any())
+        elsewhere = ends_elsewhere(s, next_s, terminated, first)
+        next_s = next_s.masked_fill(elsewhere, n)
+        n_states = n + int(elsewhere.any())
         terminal = torch.zeros(n_states, dtype=torch.bool, device=device)
         terminal[next_s[terminated]] = True
         zeros = probability.new_zeros
@@ -135,6 +133,25 @@ class TabularMDP:
             terminal=terminal,
             start=torch.cat([first, zeros(n_states - n)]),
         )
+
+
+def ends_elsewhere(state: Tensor, next_state: Tensor, terminated: Tensor, start: Tensor) -> Tensor:
+    """Which outcomes terminate in a state where other episodes go on, or start.
+
+    Their successor is worth 0 and that state is not: `TabularMDP.from_transition_table` leads them
+    to a terminal state of its own.
+
+    Args:
+        state, next_state: int64 [J], of J outcomes of positive probability.
+        terminated: [J] bool.
+        start: Pr(S_0 = s), [X].
+
+    Returns:
+        [J] bool.
+    """
+    live = start > 0
+    live[next_state[~terminated & (state != next_state)]] = True
+    return terminated & live[next_state]
 
 
 class Solution(NamedTuple):
@@ -297,10 +314,7 @@ def reach_probability(mdp: TabularMDP, policy: Tensor, horizon: int | None) -> T
     if horizon is not None:
         if horizon < 0:
             raise ValueError(f"horizon must be >= 0 or None, got {horizon}")
-        visited = torch.eye(mdp.n_states, dtype=chain.dtype, device=chain.device)
-        for _ in range(horizon):
-            visited = (chain @ visited).fill_diagonal_(1.0)
-        return (mdp.start @ visited).clamp(0.0, 1.0)
+        return _reach(chain, mdp.start, horizon, torch.arange(mdp.n_states, device=chain.device))
 
     leads_to = _transitive_closure(chain > 0)
     recurrent = (~leads_to | leads_to.T).all(1)
@@ -316,6 +330,28 @@ def reach_probability(mdp: TabularMDP, policy: Tensor, horizon: int | None) -> T
         first = first + into.outer(onward / leave)
     reach = torch.where(recurrent, first[-1] @ same_class, visited[-1])
     return reach.clamp(0.0, 1.0)
+
+
+def visited_states(
+    mdp: TabularMDP, policy: Tensor, horizon: int, probability: float = 0.0
+) -> Tensor:
+    """[X] bool: `reach_probability(mdp, policy, horizon) > probability`, much sooner.
+
+    With p_t(s) = Pr(S_t = s), found in O(X^2) per step, the probability of a visit is bounded:
+
+        max_t p_t(s) <= Pr(S_t = s for some t <= horizon) <= sum_t p_t(s)
+
+    Only where `probability` lies between the bounds is the visit followed from every state.
+    """
+    chain, _ = _markov_chain(mdp, policy)
+    most = total = now = mdp.start
+    for _ in range(horizon):
+        now = now @ chain
+        most, total = torch.maximum(most, now), total + now
+    open_question = ((most <= probability) & (total > probability)).nonzero()[:, 0]
+    visited = most > probability
+    visited[open_question] = _reach(chain, mdp.start, horizon, open_question) > probability
+    return visited
 
 
 def reachable_states(mdp: TabularMDP) -> Tensor:
@@ -384,6 +420,17 @@ def _markov_chain(mdp: TabularMDP, policy: Tensor) -> tuple[Tensor, Tensor]:
     """P_pi(s, s') = sum_a pi(a|s) P(s, a, s') [X, X] and R_pi(s) = sum_a pi(a|s) R(s, a) [X]."""
     pi = _action_probabilities(policy, mdp.R)
     return torch.einsum("xa,xay->xy", pi, mdp.P), (pi * mdp.R).sum(1)
+
+
+def _reach(chain: Tensor, start: Tensor, horizon: int, states: Tensor) -> Tensor:
+    """Pr(S_t = s for some t <= horizon) for J states s, int64 [J]: [J] float64."""
+    column = torch.arange(len(states), device=states.device)
+    visited = torch.zeros(len(chain), len(states), dtype=chain.dtype, device=chain.device)
+    visited[states, column] = 1.0
+    for _ in range(horizon):
+        visited = chain @ visited
+        visited[states, column] = 1.0
+    return (start @ visited).clamp(0.0, 1.0)
 
 
 def _action_probabilities(policy: Tensor, q: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "plotly", "tyro", "wandb")
 
 def describe(
     settings: Mapping[str, Any],
+    usual: Mapping[str, Any],
     env_id: str,
     env: TensorEnv,
     plan: Plan,
@@ -35,6 +36,7 @@ def describe(
 
     Args:
         settings: the fields of `train.Args`.
+        usual: the same, as they are for this environment where nothing is asked for.
         env_id: the environment's name.
         env: the environment.
         plan: of the run.
@@ -67,6 +69,7 @@ def describe(
     return {
         "env_id": env_id,
         "env_params": env.params,
+        "changed": [name for name, value in settings.items() if value != usual[name]],
         "args": {**settings, "run_dir": str(settings["run_dir"]) if settings["run_dir"] else None},
         "derived": {
             "num_actions": env.num_actions,
@@ -79,6 +82,7 @@ def describe(
             "total_vector_steps": plan.num_vector_steps,
             "total_updates": plan.total_updates,
             "optimal_return": exact.optimal_return if exact else None,
+            "optimal_start_value": exact.optimal_start_value if exact else None,
             "rounded": rounded,
             "device": device_name(q_net.params[0].device),
             "num_threads": torch.get_num_threads(),
@@ -127,6 +131,8 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
     params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
     threads = f", {derived['num_threads']} thread(s)" if derived["device"] == "cpu" else ""
     rounded = [f"rounded   {text}" for text in derived["rounded"]]
+    unseen = ("env_id", "env_params", "seed", "num_seeds", "num_envs", "run_dir", "name", "quiet")
+    changed = [f"{name} {args[name]}" for name in config["changed"] if name not in unseen]
     return [
         f"env       {config['env_id']} ({params})",
         f"device    {derived['device']}{threads}; engine {derived['engine']} "
@@ -138,6 +144,7 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
         f"network   {'-'.join(map(str, derived['sizes']))}, {derived['num_parameters']:,} "
         f"parameters; replay {args['buffer_size']:,} x {derived['replay_bytes_per_transition']} "
         f"bytes, {derived['replay_bytes'] / 1e6:.2g} MB",
+        *([f"changed   {', '.join(changed)}"] if changed else []),
         *rounded,
         f"writing   {run_dir}",
     ]

@@ -35,12 +35,13 @@ class Diagnostics:
     Beyond that, two neighbours become one: the later one, with the visits of both.
 
     Attributes:
+        env: the environment.
         snapshots: arrays by name, one dict a snapshot, in order.
     """
 
     def __init__(self, env: TensorEnv, exact: ExactValues | None, double_q: bool = False) -> None:
         self.snapshots: list[Snapshot] = []
-        self._env, self._exact, self._double_q = env, exact, double_q
+        self.env, self._exact, self._double_q = env, exact, double_q
         self._count, self._stride = 0, 1
         self._previous: QNetwork | None = None
         self._td_error = np.zeros((0, 0), np.float32)
@@ -69,7 +70,7 @@ class Diagnostics:
         """
         rows = torch.arange(SAMPLE_SIZE, device=gamma.device) * replay.size // SAMPLE_SIZE
         batch = replay.sample(rows)
-        obs, next_obs = self._env.features(batch.obs), self._env.features(batch.next_obs)
+        obs, next_obs = self.env.features(batch.obs), self.env.features(batch.next_obs)
         *hidden, q_values = q_net.activations(obs)
         q_taken = q_values.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
         next_value = bootstrap_value(q_net, target_net, next_obs, self._double_q)
@@ -89,8 +90,8 @@ class Diagnostics:
         }
         if self._exact is not None:
             snapshot["q_values"] = self._exact.q_values(q_net).float().numpy()
-        if isinstance(self._env, TabularEnv) and self._exact is not None:
-            snapshot["visits"] = visits(self._env, replay, new_rows, len(self._exact.q_star))
+        if isinstance(self.env, TabularEnv) and self._exact is not None:
+            snapshot["visits"] = visits(self.env, replay, new_rows, len(self._exact.q_star))
         self._td_error = td_error.cpu().numpy()
         if self._previous is None:
             self._previous = copy.deepcopy(q_net)

@@ -20,14 +20,16 @@ from dqn_fast.bellman import (
     expected_return,
     greedy_policy,
     is_optimal_policy,
-    reach_probability,
+    policy_evaluation,
     reachable_states,
     value_iteration,
+    visited_states,
 )
 from dqn_fast.checkpoint import AgentFile, load_agent
 from dqn_fast.envs import TabularEnv, TensorEnv
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
+from dqn_fast.video import EVALUATION_EPOCH, ready, record
 
 _STEPS_PER_CHECK = 32
 
@@ -118,6 +120,7 @@ class ExactValues:
         q_star: optimal action values at the training discount, [X, A] float64.
         optimal_return: undiscounted return, within the time limit, of the policy that is optimal
             at the training discount.
+        optimal_start_value: V* of the start distribution, at the training discount.
         features: what the network reads in each state, [X, F] float32.
     """
 
@@ -126,10 +129,11 @@ class ExactValues:
 
     def __init__(self, env: TabularEnv, gamma: float, device: torch.device) -> None:
         self.mdp = env.mdp()
-        self.q_star = value_iteration(self.mdp, gamma).q
+        self.q_star, v_star, *_ = value_iteration(self.mdp, gamma)
+        self.optimal_start_value = float(self.mdp.start @ v_star)
         self.optimal_return = expected_return(self.mdp, greedy_policy(self.q_star), env.max_steps)
         self.features = env.features(env.observe(env.states())).to(device)
-        self._max_steps = env.max_steps
+        self._gamma, self._max_steps = gamma, env.max_steps
         self._matters = reachable_states(self.mdp) & ~self.mdp.terminal
 
     @torch.no_grad()
@@ -144,18 +148,22 @@ class ExactValues:
             "q_error_max": the largest |Q - Q*| over the actions of every non-terminal state that
             the greedy policy reaches with probability above 1e-3 per episode; "policy_optimal":
             whether the greedy policy is optimal in every non-terminal state that any policy
-            reaches and q_error_max is below 0.05.
+            reaches and q_error_max is below 0.05; "start_value": what the greedy policy is worth
+            from the start distribution, at the training discount and without time limit.
         """
         errors: list[float] = []
         optimal: list[bool] = []
+        start_values: list[float] = []
         for q in self.q_values(q_net):
             policy = greedy_policy(q)
-            reached = reach_probability(self.mdp, policy, self._max_steps) > self.REACH_PROBABILITY
-            seen = reached & ~self.mdp.terminal
+            seen = visited_states(self.mdp, policy, self._max_steps, self.REACH_PROBABILITY)
+            seen &= ~self.mdp.terminal
             errors.append((q - self.q_star).abs()[seen].max().item())
             right = is_optimal_policy(self.q_star, policy, where=self._matters)
             optimal.append(right and errors[-1] < self.VALUE_TOLERANCE)
-        return {"q_error_max": errors, "policy_optimal": optimal}
+            v = policy_evaluation(self.mdp, policy, self._gamma)
+            start_values.append(float(self.mdp.start @ v))
+        return {"q_error_max": errors, "policy_optimal": optimal, "start_value": start_values}
 
 
 def solve(env: TensorEnv, gamma: float, device: torch.device) -> ExactValues | None:
@@ -187,24 +195,33 @@ class EvaluateArgs:
     """Weights to play: best (of the best evaluation during training) or last."""
     device: str = "auto"
     """Where to compute: auto (cuda, then cpu), cpu, cuda, cuda:1, mps."""
+    video: Path | None = None
+    """Film to write of the best member's first episodes, .gif or .mp4; needs the extra:
+    pip install -e ".[video]"."""
+    video_episodes: int = 1
+    """Episodes in the film; >= 1."""
+    video_steps: int = 500
+    """Steps of each of them at most; >= 1."""
 
 
 def main() -> int:
     """Print a line per member and one JSON line last; returns the exit status."""
     args = tyro.cli(EvaluateArgs)
     try:
-        for name, value, least in (("episodes", args.episodes, 1), ("seed", args.seed, 0)):
-            if value < least:
-                raise ValueError(f"--{name} {value}: must be at least {least}")
+        least = {"episodes": 1, "seed": 0, "video_episodes": 1, "video_steps": 1}
+        for name, lowest in least.items():
+            if getattr(args, name) < lowest:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {getattr(args, name)}: must be at least {lowest}")
         agent = load_agent(args.run_dir, args.agent, device=args.device)
+        draws = ready(agent, args.video) if args.video else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
     device = next(agent.q_net.parameters()).device
     noise = Noise(args.seed, agent.q_net.num_members, device)
-    # The training run's own evaluations count their epochs from 0.
-    result = evaluate(agent.env, agent.q_net, args.episodes, noise, epoch=2**32 - 1)
+    result = evaluate(agent.env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH)
     rows = []
     for member in range(agent.q_net.num_members):
         returns, lengths = result.episode_return[member], result.episode_length[member]
@@ -229,6 +246,16 @@ def main() -> int:
         "episodes": args.episodes,
         "members": rows,
     }
+    if args.video and draws:
+        try:
+            count = record(
+                agent, draws, args.video, args.video_episodes, args.seed, args.video_steps
+            )
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            print(f"error: --video {args.video}: {reason}", file=sys.stderr)
+            return 2
+        print(f"film of member {agent.member}: {args.video} ({count} pictures)")
     print(json.dumps(summary))
     return 0
 

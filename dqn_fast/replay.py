@@ -107,6 +107,25 @@ class Replay:
         self.cursor.add_(count).remainder_(self.capacity)
         self.size.add_(count).clamp_(max=self.capacity)
 
+    def first_not_finite(self) -> tuple[str, int, int] | None:
+        """The oldest row of the first member that holds NaN or infinity; waits for the device.
+
+        Returns:
+            Name of the field, member, and how many rows of that member are newer; None where all
+            numbers are finite.
+        """
+        for name in ("reward", "next_obs", "obs"):  # a bad obs was a next_obs first
+            stored = getattr(self.data, name)
+            bad = (~stored.isfinite()).flatten(2).any(2) if stored.ndim > 2 else ~stored.isfinite()
+            newer = (self.cursor - 1 - torch.arange(self.capacity, device=bad.device)).remainder(
+                self.capacity
+            )
+            age = torch.where(bad & (newer < self.size), newer, -1).amax(1).tolist()
+            for member, rows in enumerate(age):
+                if rows >= 0:
+                    return name, member, rows
+        return None
+
     def sample(self, noise: Tensor) -> Transition:
         """Draw rows uniformly, with replacement, among those that hold a transition.
 

@@ -28,6 +28,7 @@ from dqn_fast.checkpoint import (
 )
 from dqn_fast.describe import closing, header, summarise
 from dqn_fast.diagnostics import Diagnostics
+from dqn_fast.envs import EnvError
 from dqn_fast.evaluate import Evaluation
 from dqn_fast.metrics import EpisodeLog, Metrics
 from dqn_fast.networks import QNetwork
@@ -35,6 +36,7 @@ from dqn_fast.replay import Replay
 from dqn_fast.report import run_figures, write_report
 from dqn_fast.schedule import Chunk, Plan
 from dqn_fast.tracker import TrackerConfig, make_tracker
+from dqn_fast.video import RUN_FILM, film_run
 
 
 class UsageError(ValueError):
@@ -160,6 +162,8 @@ class RunRecord:
             self._best_effort("figures", self._log_figures)
         self._tracker.finish(self.summary, exit_code=0 if error is None else 1)
         if self._args["report"]:
+            if error is None:
+                self._best_effort(RUN_FILM, self._film)
             self._best_effort("report.html", self._write_report)
         if not self._args["quiet"]:  # below the progress bar, which is closed by now
             print(*closing(self.summary, self._args, self.run_dir), sep="\n")
@@ -171,14 +175,30 @@ class RunRecord:
         self._num_syncs += int(chunk.syncs.sum())
         self._tracker.progress(chunk.after)
 
-    def check_finite(self) -> None:
-        """Raise TrainingError if a gradient step went wrong; reads one number from the device."""
+    def check_finite(self, replay: Replay) -> None:
+        """Reads one number from the device, and replay only if that number tells of trouble.
+
+        Raises:
+            EnvError: a gradient step went wrong and replay holds a reward or an observation that is
+                not finite.
+            TrainingError: a gradient step went wrong over good data.
+        """
         number = self._metrics.first_bad_update()
-        if number is not None:
-            raise TrainingError(
-                f"loss or gradient not finite in gradient step {number:,}, "
-                f"at global_step {self._plan.step_of_update(number):,}"
+        if number is None:
+            return
+        if (bad := replay.first_not_finite()) is not None:
+            name, member, newer = bad
+            num_envs = self._args["num_envs"]
+            which = f" of member {member}" if self._num_members > 1 else ""
+            raise EnvError(
+                f"{self.config['env_id']}: {name} not finite in copy "
+                f"{num_envs - 1 - newer % num_envs}{which}, in vector step "
+                f"{self._global_step // num_envs - newer // num_envs:,}; it must be finite"
             )
+        raise TrainingError(
+            f"loss or gradient not finite in gradient step {number:,}, "
+            f"at global_step {self._plan.step_of_update(number):,}"
+        )
 
     def read(self) -> dict[str, Any]:
         """Metrics since the last reading, a value per member, and the speed; keeps episodes."""
@@ -235,7 +255,8 @@ class RunRecord:
         }
         if exact:
             metrics |= {f"exact/{name}": values for name, values in exact.items()}
-            metrics["exact/optimal_return"] = self.config["derived"]["optimal_return"]
+            for name in ("optimal_return", "optimal_start_value"):
+                metrics[f"exact/{name}"] = self.config["derived"][name]
         return metrics
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -278,6 +299,9 @@ class RunRecord:
         except Exception as error:
             print(f"warning: no {what}: {type(error).__name__}: {error}", file=sys.stderr)
 
+    def _film(self) -> None:
+        film_run(self.run_dir, self._diagnostics.env, self._args["seed"])
+
     def _write_report(self) -> None:
         write_report([self.run_dir], self.run_dir / "report.html")
 
@@ -311,6 +335,7 @@ class RunRecord:
             "updates_per_s": self._num_updates * self._num_members / seconds,
             "eval_episodes": self._args["eval_episodes"],
             "optimal_return": self.config["derived"]["optimal_return"],
+            "optimal_start_value": self.config["derived"]["optimal_start_value"],
             "episodes_dropped": self._episodes.num_dropped,
             "engine": self.config["derived"]["engine"],
             "device": self.config["derived"]["device"],
@@ -321,6 +346,7 @@ class RunRecord:
             "eval_return_std": unknown,
             "q_error_max": unknown,
             "policy_optimal": unknown,
+            "start_value": unknown,
         }
         return summarise(shared, members | self._evaluation, self._num_members)
 

@@ -2,8 +2,8 @@
 
     python -m dqn_fast.train --num-envs 64
 
-Read it top to bottom: the settings; what is carried from step to step; one vector step in three
-functions (act, step the environments, store and learn); a chunk of vector steps; the loop. What a
+Read it top to bottom: the settings; what is carried from step to step; one vector step in four
+functions (act, step the environments, store, learn); a chunk of vector steps; the loop. What a
 researcher edits to change the experiment stands here, everything else in the files it names.
 """
 
@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -36,7 +37,17 @@ from dqn_fast.agent import (
 from dqn_fast.describe import describe
 from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.engine import EngineName, choose_device, cpu_threads, upload
-from dqn_fast.envs import Outcome, TensorEnv, VectorState, experiment, make_env
+from dqn_fast.envs import (
+    EnvCheckError,
+    EnvError,
+    Outcome,
+    TensorEnv,
+    VectorizationMode,
+    VectorState,
+    check_env,
+    experiment,
+    make_env,
+)
 from dqn_fast.evaluate import evaluate, q_probe, solve
 from dqn_fast.metrics import ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
@@ -65,11 +76,16 @@ class Args:
 
     # Experiment
     env_id: str = "LineWorld-v0"
-    """Environment."""
+    """Environment: one of tensors where there is one, else any that Gymnasium knows; gym:ID takes
+    Gymnasium's own in any case. What the other flags default to depends on it."""
     env_params: Annotated[
         dict[str, str | int | float | bool], tyro.conf.arg(metavar="[NAME VALUE ...]")
     ] = field(default_factory=dict)
     """Parameters of the environment, as pairs: --env-params n_states 31 slip_prob 0.1."""
+    vectorization_mode: VectorizationMode = "sync"
+    """How the copies of an environment that is not made of tensors are stepped: sync, one after
+    the other; async, in a process each, beside the learner; vector_entry_point, by its own
+    vector version."""
     num_envs: int = 64
     """Copies of the environment that step together, for each member; >= 1."""
     num_seeds: int = 1
@@ -362,7 +378,7 @@ def draw_inputs(
     return steps, UpdateInputs(rows, *schedules[1:])
 
 
-# ------------------------------------------------------------ one vector step, three functions
+# ------------------------------------------------------------- one vector step, four functions
 
 
 @torch.no_grad()
@@ -377,26 +393,28 @@ def step_envs(
     learner: Learner, action: Tensor, step_noise: Tensor, reset_noise: Tensor
 ) -> tuple[VectorState, Outcome]:
     """One step of all copies; see `TensorEnv.vector_step`."""
-    return learner.env.vector_step(learner.vector, action, step_noise, reset_noise)
+    try:
+        return learner.env.vector_step(learner.vector, action, step_noise, reset_noise)
+    except EnvError:
+        raise
+    except Exception as error:
+        raise EnvError(f"{type(learner.env).__name__}: {type(error).__name__}: {error}") from error
 
 
-def store_and_learn_(
-    learner: Learner, action: Tensor, outcome: Outcome, inputs: list[UpdateInputs]
-) -> list[Tensor]:
-    """Store the transitions that start at `learner.vector`, then take the gradient steps.
-
-    Returns:
-        UPDATE_METRICS of each gradient step, float32 [4, M] each.
-    """
-    env, replay = learner.env, learner.replay
+def store_(learner: Learner, action: Tensor, outcome: Outcome) -> None:
+    """Write the transitions that start at `learner.vector` into replay."""
     batch = Transition(
         learner.vector.obs, action, outcome.reward, outcome.next_obs, outcome.terminated
     )
-    replay.add_(Transition(*map(learner.by_member, batch)))
+    valid = None if outcome.valid is None else learner.by_member(outcome.valid)
+    learner.replay.add_(Transition(*map(learner.by_member, batch)), valid)
 
-    metrics = []
+
+def learn_(learner: Learner, inputs: list[UpdateInputs]) -> list[Tensor]:
+    """Take gradient steps; UPDATE_METRICS of each, float32 [4, M]."""
+    env, metrics = learner.env, []
     for rows, *schedule in inputs:
-        batch = replay.sample(rows)
+        batch = learner.replay.sample(rows)
         batch = batch._replace(obs=env.features(batch.obs), next_obs=env.features(batch.next_obs))
         metrics.append(
             update_(
@@ -417,10 +435,16 @@ def store_and_learn_(
 def vector_step_(
     learner: Learner, noise: StepInputs, updates: list[UpdateInputs]
 ) -> tuple[Outcome, list[Tensor]]:
-    """Act, step the environments, store and learn, and carry the state over."""
+    """Act, step the environments, store, learn, and carry the state over."""
+    metrics = []
     action = act(learner, noise.explore, noise.epsilon)
+    if learner.env.background:  # learn while they step, from what was stored before
+        learner.env.send(action)
+        metrics = learn_(learner, updates)
     vector, outcome = step_envs(learner, action, noise.env_step, noise.env_reset)
-    metrics = store_and_learn_(learner, action, outcome, updates)
+    store_(learner, action, outcome)
+    if not learner.env.background:
+        metrics = learn_(learner, updates)
     learner.vector.copy_(vector)
     return outcome, metrics
 
@@ -481,40 +505,53 @@ def train(
 
     Args:
         args: settings.
-        env: environment of one's own; None makes `args.env_id` with `args.env_params`.
+        env: environment of one's own, see `from_gymnasium` for Gymnasium's; it stays open. None
+            makes `args.env_id` with `args.env_params`.
         on_log: called after every log point with global_step, the learner and the metrics.
         should_stop: asked between chunks; once true, the run is saved and ends.
 
     Raises:
         UsageError: a setting makes no sense; nothing was written.
         TrainingError: a loss or gradient is not finite; the run up to there is saved.
+        EnvError: the environment broke its contract; the run up to there is saved.
     """
     began = time.perf_counter()
     check(args)
-    env_id = args.env_id if env is None else type(env).__name__
-    try:
-        device = choose_device(args.device)
-        env = make_env(args.env_id, args.env_params) if env is None else env
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    exact = solve(env, args.gamma, device)
-    if args.stop_when_optimal and exact is None:
-        raise UsageError(
-            f"--stop-when-optimal: {env_id} has no exact solution here; use --stop-at-return"
+    with ExitStack() as stack:
+        stack.enter_context(cpu_threads(args.num_threads))
+        try:
+            device = choose_device(args.device)
+            if env is None:
+                env_id = args.env_id
+                env = make_env(env_id, args.env_params, args.vectorization_mode)
+                stack.callback(env.close)
+            else:
+                env_id = type(env).__name__
+                if not env.on_host:
+                    check_env(env, num_envs=2, num_steps=2)
+            exact = solve(env, args.gamma, device)
+            if args.stop_when_optimal and exact is None:
+                raise UsageError(
+                    f"--stop-when-optimal: {env_id} has no exact solution here; "
+                    "use --stop-at-return"
+                )
+            plan = make_plan(args, env)
+            noise = Noise(args.seed, args.num_seeds, device)
+            learner = make_learner(args, env, noise)
+        except (ValueError, EnvCheckError) as error:
+            raise UsageError(str(error)) from error
+        run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
+        usual = vars(Args.for_env(env_id))
+        config = describe(
+            vars(args), usual, env_id, env, plan, learner.q_net, learner.replay, exact
         )
-    plan = make_plan(args, env)
-    run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
-
-    with cpu_threads(args.num_threads):
-        noise = Noise(args.seed, args.num_seeds, device)
-        learner = make_learner(args, env, noise)
         probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
-        config = describe(vars(args), env_id, env, plan, learner.q_net, learner.replay, exact)
         diagnostics = Diagnostics(env, exact, args.double_q)
         with RunRecord(run_dir, config, plan, metrics, diagnostics, began) as run:
             for chunk, steps, updates in planned(args, env, noise, plan):
-                record = chunk_(learner, steps, updates, chunk.update_counts)
+                with located(chunk):
+                    record = chunk_(learner, steps, updates, chunk.update_counts)
                 metrics.add_(record, chunk.before, chunk.first_update)
                 run.advance(chunk)
 
@@ -524,11 +561,11 @@ def train(
                 done = chunk.after == plan.end and not stopped
                 if not (log or evaluation or save or stopped or done):
                     continue
-                run.check_finite()
+                run.check_finite(learner.replay)
                 row: dict[str, Any] = {}
                 if evaluation or done:
                     result = evaluate(
-                        env,
+                        env.for_evaluation(),
                         learner.q_net,
                         args.eval_episodes,
                         noise,
@@ -550,21 +587,23 @@ def train(
                 if stopped or solved:
                     run.status = "stopped" if stopped else "solved"
                     break
-    return Result(learner.q_net, env, run.summary, run_dir)
+        return Result(learner.q_net, env, run.summary, run_dir)
 
 
 def make_plan(args: Args, env: TensorEnv) -> Plan:
     """Which vector steps learn, when the target is synchronised, and where chunks end."""
     # An interval longer than the run fires once, at its end.
     intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval)
+    # Beside a step in the background one learns without that step's transitions.
+    lag = args.num_envs if env.background else 0
     plan = Plan(
         num_envs=args.num_envs,
         total_timesteps=args.total_timesteps,
-        learning_starts=max(args.learning_starts, args.batch_size),
+        learning_starts=max(args.learning_starts, args.batch_size) + lag,
         train_freq=args.train_freq,
         gradient_steps=args.gradient_steps,
         target_update_interval=args.target_update_interval,
-        max_chunk_steps=args.chunk_steps,
+        max_chunk_steps=1 if env.on_host else args.chunk_steps,
         intervals=tuple(min(interval, args.total_timesteps) for interval in intervals),
     )
     # Enough numbers at once to hide the cost of a call, few enough to stay in the cache.
@@ -572,6 +611,16 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
     numbers = args.num_seeds * (args.num_envs * per_copy + 2 * updates * args.batch_size)
     return dataclasses.replace(plan, max_window_steps=max(1, 2**19 // numbers))
+
+
+@contextmanager
+def located(chunk: Chunk) -> Iterator[None]:
+    """Say when it was that an environment broke its contract."""
+    try:
+        yield
+    except EnvError as error:
+        when = f"between global_step {chunk.before:,} and {chunk.after:,}"
+        raise EnvError(f"{error} ({when})") from error
 
 
 def reached_goal(args: Args, row: dict[str, Any]) -> bool:
@@ -606,7 +655,7 @@ def main() -> int:
     interruption = Interruption()
     try:
         train(args, should_stop=interruption)
-    except (UsageError, TrainingError) as error:
+    except (UsageError, TrainingError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 128 + interruption.signal if interruption.signal is not None else 0

@@ -14,7 +14,7 @@ LAYERS = (
     {"envs", "networks", "replay", "engine"},
     {"agent", "metrics", "tracker"},
     {"checkpoint"},
-    {"evaluate", "diagnostics", "report"},
+    {"evaluate", "diagnostics", "report", "video"},
     {"describe"},
     {"run"},
     {"train"},

@@ -321,7 +321,7 @@ def test_replay_holds_what_the_environment_did():
         )
     chunk_(learner, steps, updates, chunk.update_counts)
     size = chunk.num_steps * 8
-    assert int(learner.replay.size) == size
+    assert learner.replay.size.tolist() == [[size]] * 2
     for i, stored in enumerate(learner.replay.data):
         ours = torch.cat([row[i].view(2, 8) for row in expected], 1)
         assert torch.equal(stored[:, :size], ours.to(stored.dtype))
@@ -505,30 +505,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert len(rows(tmp_path / "run")) >= 1
 
 
-@dataclass(frozen=True)
-class BreaksLater(LineWorld):
-    """Raises in its step once it was called 40 times."""
-
-    calls: tuple[list[int], ...] = ([],)
-
-    def step(self, state, action, noise):
-        self.calls[0].append(1)
-        if len(self.calls[0]) > 40:
-            raise RuntimeError("the environment broke")
-        return super().step(state, action, noise)
-
-
-def test_a_broken_environment_loses_nothing(tmp_path):
-    """Its error comes through; what was recorded until then is in the files."""
-    args = replace(SHORT, log_interval=640, eval_interval=0, run_dir=tmp_path / "run")
-    with pytest.raises(RuntimeError, match="the environment broke"):
-        train(args, env=BreaksLater(slip_prob=0.05))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed: the environment broke"
-    assert rows(tmp_path / "run")[0]["global_step"] == 640
-    assert len(np.load(tmp_path / "run" / "episodes.npz")["global_step"]) > 0
-
-
 def test_adam_state_is_part_of_the_checkpoint(tmp_path):
     """What is needed to go on: networks, moments, envs, replay, counters."""
     train(replace(SHORT, run_dir=tmp_path / "run"))
@@ -538,4 +514,4 @@ def test_adam_state_is_part_of_the_checkpoint(tmp_path):
     learner = resume["learner"]
     assert set(learner) == {"q_net", "target_net", "adam", "vector", "replay"}
     assert set(learner["adam"]) == set(Adam._fields)
-    assert int(learner["replay"]["size"]) == 4_032
+    assert learner["replay"]["size"].tolist() == [[4_032]]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dqn_fast.envs.acrobot import Acrobot
 from dqn_fast.envs.cartpole import CartPole
 from dqn_fast.envs.core import (
     EnvCheckError,
@@ -17,27 +18,41 @@ from dqn_fast.envs.core import (
     check_env,
 )
 from dqn_fast.envs.line_world import LineWorld
+from dqn_fast.envs.mountain_car import MountainCar
+from dqn_fast.envs.tabular import EXPERIMENTS, GymTable, NoTableError
 
 __all__ = [
     "TENSOR_ENVS",
+    "Acrobot",
     "CartPole",
     "EnvCheckError",
     "EnvError",
+    "GymTable",
     "LineWorld",
+    "MountainCar",
     "Outcome",
     "TabularEnv",
     "TensorEnv",
     "VectorState",
+    "VectorizationMode",
     "check_env",
     "experiment",
     "make_env",
 ]
 
 TENSOR_ENVS: dict[str, type[TensorEnv]] = {
+    "Acrobot-v1": Acrobot,
     "CartPole-v1": CartPole,
     "LineWorld-v0": LineWorld,
+    "MountainCar-v0": MountainCar,
 }
 """Environments by id; a user's own joins by an assignment."""
+
+VectorizationMode = Literal["sync", "async", "vector_entry_point"]
+"""How Gymnasium steps the copies of an environment; see `from_gymnasium`."""
+
+GYMNASIUM = "gym:"
+"""Before an id: Gymnasium's own environment, even where there is one of tensors."""
 
 
 def experiment(env_id: str) -> Mapping[str, Any]:
@@ -46,31 +61,59 @@ def experiment(env_id: str) -> Mapping[str, Any]:
     Args:
         env_id: as for `make_env`; `gym:CartPole-v1` has those of `CartPole-v1`.
     """
-    name = env_id.removeprefix("gym:")
+    name = env_id.removeprefix(GYMNASIUM)
     if name in TENSOR_ENVS:
         return TENSOR_ENVS[name].experiment
-    return {}
+    return EXPERIMENTS.get(name, {})
 
 
-def make_env(env_id: str, params: Mapping[str, Any] | None = None) -> TensorEnv:
+def make_env(
+    env_id: str,
+    params: Mapping[str, Any] | None = None,
+    vectorization_mode: VectorizationMode = "sync",
+) -> TensorEnv:
     """Make an environment by its id.
 
     Args:
-        env_id: a key of TENSOR_ENVS.
-        params: fields of the environment's dataclass; text is cast to the field's type. Fields
-            that are not named take the environment's `experiment` values, then its defaults.
+        env_id: a key of TENSOR_ENVS, or what Gymnasium knows: as a tensor environment where it has
+            a table of transitions, else adapted, as is every `gym:ID`.
+        params: fields of the environment's dataclass, or keyword arguments of Gymnasium's
+            environment; text is cast to the type. What is not named takes the value of
+            `experiment`, then the default.
+        vectorization_mode: how copies on the host are stepped.
 
     Raises:
-        ValueError: unknown id or field, or a value that cannot be cast or is out of range.
+        ValueError: unknown id or parameter, or a value that cannot be cast or is out of range.
     """
-    if env_id not in TENSOR_ENVS:
-        known = ", ".join(sorted(TENSOR_ENVS))
-        raise ValueError(f"--env-id {env_id}: unknown environment; known are {known}")
+    if env_id in TENSOR_ENVS:
+        return _make_tensor_env(env_id, params or {})
+    values = {**experiment(env_id).get("env_params", {}), **(params or {})}
+    if not env_id.startswith(GYMNASIUM):
+        try:
+            return GymTable(env_id, values)
+        except NoTableError:
+            pass
+    import gymnasium
+
+    from dqn_fast.envs.from_gymnasium import from_gymnasium
+
+    name = env_id.removeprefix(GYMNASIUM)
+    if ":" not in name and name not in gymnasium.registry:
+        known = ", ".join(sorted({*TENSOR_ENVS, *EXPERIMENTS}))
+        raise ValueError(
+            f"--env-id {env_id}: unknown environment; known are {known}, and what Gymnasium knows "
+            "(module:ID imports the module that registers it)"
+        )
+    return from_gymnasium(name, values, vectorization_mode)
+
+
+def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
+    """Make an environment of TENSOR_ENVS; see `make_env`."""
     cls = TENSOR_ENVS[env_id]
     hints = get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     values: dict[str, Any] = dict(cls.experiment.get("env_params", {}))
-    for name, value in (params or {}).items():
+    for name, value in params.items():
         if name not in fields:
             raise ValueError(
                 f"--env-params {name} {value}: {env_id} has no such parameter; "

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.envs.core import TensorEnv
+
+if TYPE_CHECKING:
+    import gymnasium
 
 
 class CartPoleState(NamedTuple):
@@ -29,10 +34,10 @@ class CartPole(TensorEnv):
     the last one too. With `sutton_barto_reward` it is 0, and -1 for the step that ends the episode.
 
     Attributes:
-        gravity: m/s^2.
+        gravity: m/s^2, finite.
         masscart, masspole: kg, > 0.
         length: half of the pole's length, m, > 0.
-        force_mag: force of a push, N.
+        force_mag: force of a push, N, finite.
         tau: seconds of a step, > 0.
         kinematics_integrator: "euler" or "semi-implicit": positions move with the old velocities,
             or with the new ones.
@@ -59,8 +64,12 @@ class CartPole(TensorEnv):
 
     num_actions: ClassVar[int] = 2
     reset_noise_dim: ClassVar[int] = 4
+    gymnasium_id: ClassVar[str] = "CartPole-v1"
 
     def __post_init__(self) -> None:
+        for name in ("gravity", "force_mag"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)}: must be finite")
         positive = ("masscart", "masspole", "length", "tau")
         for name in (*positive, "theta_threshold_radians", "x_threshold"):
             if not 0.0 < getattr(self, name) < math.inf:
@@ -81,6 +90,15 @@ class CartPole(TensorEnv):
     def polemass_length(self) -> float:
         return self.masspole * self.length
 
+    @property
+    def observation_space(self) -> gymnasium.Space[Any]:
+        """Box of twice the thresholds, velocities without limits, float32 (4,)."""
+        from gymnasium.spaces import Box
+
+        x, theta = 2.0 * self.x_threshold, 2.0 * self.theta_threshold_radians
+        high = np.array([x, math.inf, theta, math.inf], np.float32)
+        return Box(-high, high, dtype=np.float32)
+
     def reset(self, noise: Tensor) -> CartPoleState:
         return CartPoleState(0.1 * noise - 0.05)
 
@@ -88,27 +106,30 @@ class CartPole(TensorEnv):
         self, state: CartPoleState, action: Tensor, noise: Tensor
     ) -> tuple[CartPoleState, Tensor, Tensor]:
         x, x_dot, theta, theta_dot = state.physics.unbind(-1)
-        force = torch.where(action == 1, self.force_mag, -self.force_mag)
+        push = self.force_mag / self.total_mass
+        swing = self.polemass_length / self.total_mass  # share of the pole in the cart's motion
         cos, sin = theta.cos(), theta.sin()
-        temp = (force + self.polemass_length * theta_dot.square() * sin) / self.total_mass
-        theta_acc = (self.gravity * sin - cos * temp) / (
-            self.length * (4.0 / 3.0 - self.masspole * cos.square() / self.total_mass)
+        # The cart's acceleration if the pole's rotation did not accelerate.
+        temp = torch.where(action == 1, push, -push).addcmul(theta_dot.square(), sin, value=swing)
+        theta_acc = (self.gravity * sin).addcmul(cos, temp, value=-1.0) / torch.rsub(
+            cos.square(), self.length * 4.0 / 3.0, alpha=swing
         )
-        x_acc = temp - self.polemass_length * theta_acc * cos / self.total_mass
-        next_x_dot = x_dot + self.tau * x_acc
-        next_theta_dot = theta_dot + self.tau * theta_acc
-        if self.kinematics_integrator == "euler":
-            x, theta = x + self.tau * x_dot, theta + self.tau * theta_dot
-        else:
-            x, theta = x + self.tau * next_x_dot, theta + self.tau * next_theta_dot
+        x_acc = temp.addcmul(theta_acc, cos, value=-swing)
+
+        if self.kinematics_integrator == "semi-implicit":
+            x_dot = x_dot.add(x_acc, alpha=self.tau)
+            theta_dot = theta_dot.add(theta_acc, alpha=self.tau)
+        rates = torch.stack([x_dot, x_acc, theta_dot, theta_acc], -1)
+        physics = state.physics.add(rates, alpha=self.tau)
+        x, _, theta, _ = physics.unbind(-1)
         terminated = (x.abs() > self.x_threshold) | (theta.abs() > self.theta_threshold_radians)
         reward = -terminated.float() if self.sutton_barto_reward else torch.ones_like(x)
-        return (
-            CartPoleState(torch.stack([x, next_x_dot, theta, next_theta_dot], -1)),
-            reward,
-            terminated,
-        )
+        return CartPoleState(physics), reward, terminated
 
     def observe(self, state: CartPoleState) -> Tensor:
         """All of the state, float32 [E, 4]."""
         return state.physics
+
+    def gymnasium_state(self, state: CartPoleState) -> NDArray[np.float64]:
+        """What `unwrapped.state` of Gymnasium's environment holds, float64 [E, 4]."""
+        return state.physics.cpu().double().numpy()

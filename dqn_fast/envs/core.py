@@ -150,7 +150,9 @@ class TensorEnv(ABC):
 
     # What only environments that live on the host have: the rest of the class is for tensors.
 
-    background: ClassVar[bool] = False
+    on_host: ClassVar[bool] = False
+    """Whether the copies live outside torch."""
+    background: bool = False
     """Whether a step runs beside the learner, between `send` and `vector_step`."""
 
     def send(self, action: Tensor) -> None:
@@ -161,7 +163,7 @@ class TensorEnv(ABC):
         """An environment of the same kind that shares no episode with this one."""
         return self
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nothing to do unless something is held
         """Give back what is held outside: processes, windows."""
 
     def vector_reset(self, noise: Tensor) -> VectorState:
@@ -260,7 +262,12 @@ def check_env(env: TensorEnv, num_envs: int = 64, num_steps: int = 200, seed: in
 
     def pure(name: str, function: Callable[..., Any], *args: Any) -> Any:
         before = [[t.clone() for t in _tensors(a)] for a in args]
-        first, second = function(*args), function(*args)
+        try:
+            first, second = function(*args), function(*args)
+        except Exception as error:
+            raise EnvCheckError(
+                f"{type(env).__name__}: {name} raises {type(error).__name__}: {error}"
+            ) from error
         after = [list(_tensors(a)) for a in args]
         ensure(_equal(before, after), f"{name} must not change its inputs")
         ensure(_equal(first, second), f"{name} must give equal results for equal inputs")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP
 from dqn_fast.envs.core import TabularEnv
+
+if TYPE_CHECKING:
+    import gymnasium
 
 LEFT, RIGHT = 0, 1
 
@@ -65,6 +69,13 @@ class LineWorld(TabularEnv):
         if self.n_states <= 2**8:
             return torch.uint8
         return torch.int16 if self.n_states <= 2**15 else torch.int32
+
+    @property
+    def observation_space(self) -> gymnasium.Space[Any]:
+        """Box of the one-hot position, float32 (n_states,)."""
+        from gymnasium.spaces import Box
+
+        return Box(0.0, 1.0, (self.n_states,), np.float32)
 
     def reset(self, noise: Tensor) -> LineWorldState:
         return LineWorldState(torch.zeros(noise.shape[0], dtype=torch.int32, device=noise.device))

@@ -6,6 +6,7 @@ run did not record is left out, and the page says so.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # training imports this file, and Plotly is wanted only once 
 
 SYMBOLS: dict[Status, str] = {"problem": "✕", "warning": "!", "not known": "?", "ok": "✓"}
 UNKNOWN = "not known"
+MAX_FILMS = 6
+"""Films in one report; each is a few hundred kilobytes of the file."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -98,7 +101,7 @@ def _head(title: str, runs: Sequence[RecordedRun]) -> str:
 
 def _summary(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
-    html = _key_numbers(runs[0]) if len(runs) == 1 else ""
+    html = (_key_numbers(runs[0]) if len(runs) == 1 else "") + _films(runs)
     agents = [row for run in runs for row in _agent_rows(run)]
     if len(agents) > 1:
         heads = ("agent", "seed", "status", "final return", "± between episodes", "max |Q - Q*|")
@@ -144,6 +147,33 @@ def _key_numbers(run: RecordedRun) -> str:
         ("Device", str(summary.get("device", UNKNOWN)), f"engine {summary.get('engine', UNKNOWN)}"),
     ]
     return pairs("numbers", entries)
+
+
+def _films(runs: Sequence[RecordedRun]) -> str:
+    """The agents at play, as films that run by themselves."""
+    filmed = [run for run in runs if run.film]
+    if not filmed:
+        words = (
+            "No film of the agent: agent.gif is not there. Training writes it of environments that "
+            'can be drawn, with the extra libraries of pip install -e ".[video]"; for a run that '
+            "is over, python -m dqn_fast.evaluate RUN_DIR --video RUN_DIR/agent.gif does."
+        )
+        return f'<p class="notes">{escape(words)}</p>'
+    html = "".join(
+        f'<figure><img src="data:image/gif;base64,{base64.b64encode(run.film).decode()}" '
+        f'alt="{escape(f"The greedy agent playing {run.env_id}")}">'
+        f"<figcaption>{escape(_film_caption(run, len(runs) > 1))}</figcaption></figure>"
+        for run in filmed[:MAX_FILMS]
+    )
+    if len(filmed) > MAX_FILMS:
+        html += f'<p class="notes">{len(filmed) - MAX_FILMS:,} more films are left out.</p>'
+    return f'<div class="films">{html}</div>'
+
+
+def _film_caption(run: RecordedRun, named: bool) -> str:
+    whose = "The best member" if run.num_members > 1 else "The best agent"
+    words = f"{whose} of the run at play, greedily, with its Q-values."
+    return f"{run.path}: {words}" if named else words
 
 
 def _scores(groups: Sequence[Group]) -> str:

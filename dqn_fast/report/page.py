@@ -51,6 +51,13 @@ legend { position: absolute; left: -99rem; }
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .numbers small { display: block; font-size: .78rem; font-weight: 400; color: var(--soft); }
 
+.films { display: flex; flex-wrap: wrap; gap: 1.25rem; margin-top: 1.25rem;
+  align-items: flex-start; }
+.films figure { margin: 0; width: min(20rem, 100%); }
+.films img { max-width: 100%; border: 1px solid var(--line); border-radius: 8px; display: block; }
+.films figcaption { font-size: .82rem; color: var(--soft); margin-top: .3rem;
+  overflow-wrap: anywhere; }
+
 .panels { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5rem 1.75rem; }
 .panel { margin: 0; min-width: 0; }
 .panel.wide { grid-column: 1 / -1; }
@@ -108,7 +115,7 @@ footer { padding: 2.5rem 1.25rem 2rem; font-size: .82rem; color: var(--soft); }
   .bar, .modebar-container { display: none; }
   header, main, footer { max-width: none; padding-left: 0; padding-right: 0; }
   h2 { break-after: avoid; margin-top: 1.5rem; }
-  .panel, .numbers div, .findings li, tr { break-inside: avoid; }
+  .panel, .films figure, .numbers div, .findings li, tr { break-inside: avoid; }
   .panels { display: block; }
   .panel { margin: 0 0 1.2rem; }
 }

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+MAX_FILM_BYTES = 2_000_000
+
 # Axes of the stored arrays. A letter is a length that all arrays of a file agree on: E episodes,
 # L log points, M members, K quantile levels, S sampled errors, X states, A actions.
 EPISODE_AXES = {"global_step": "E", "episode_return": "E", "episode_length": "E", "member": "E"}
@@ -55,6 +57,7 @@ class RecordedRun:
             it, num_dropped []; {} if no episode was recorded.
         diagnostics: arrays of `diagnostics.npz` by name; {} if there is none.
         gaps: what is missing or broken, a sentence each.
+        film: content of `agent.gif`, empty if there is none.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class RecordedRun:
     episodes: Mapping[str, NDArray[Any]]
     diagnostics: Mapping[str, NDArray[Any]]
     gaps: tuple[str, ...]
+    film: bytes = b""
 
     @property
     def env_id(self) -> str:
@@ -170,6 +174,7 @@ def read_run(path: Path) -> RecordedRun:
         episodes=episodes if set(EPISODE_AXES) <= set(episodes) else {},
         diagnostics=diagnostics if "global_step" in diagnostics else {},
         gaps=tuple(gaps),
+        film=_read_film(path / "agent.gif"),
     )
 
 
@@ -248,6 +253,15 @@ def _read_arrays(path: Path, axes: Mapping[str, str], gaps: list[str]) -> dict[s
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         gaps.append(f"{path.name} cannot be read ({error}).")
     return arrays
+
+
+def _read_film(path: Path) -> bytes:
+    """A GIF as it is; nothing in place of something else, or of one too long for a page."""
+    try:
+        content = path.read_bytes() if path.stat().st_size <= MAX_FILM_BYTES else b""
+    except OSError:
+        return b""
+    return content if content.startswith(b"GIF8") else b""
 
 
 def _elapsed(wall_s: Array) -> Array:

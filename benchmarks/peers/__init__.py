@@ -1,0 +1,1 @@
+"""Other people's DQNs, run at the settings of this one."""

@@ -1,0 +1,492 @@
+"""Gymnasium's environments that have a table of transitions, such as FrozenLake, on the device.
+
+Toy-text environments hold all there is to know in `P[s][a] = [(probability, next state, reward,
+terminated), ...]`. Any other environment whose `unwrapped` has such a `P` and an
+`initial_state_distrib` does as well: registered with Gymnasium, it runs as tensors and can be
+solved exactly.
+
+    env = GymTable("FrozenLake8x8-v1", {"is_slippery": False})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_origin
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqn_fast.bellman import TabularMDP, ends_elsewhere
+from dqn_fast.envs.core import TabularEnv
+
+if TYPE_CHECKING:  # a fifth of a second that a run on tensors does not need
+    import gymnasium
+    from gymnasium.envs.registration import EnvSpec
+
+DEFAULT_MAX_STEPS = 200
+"""Time limit in steps where Gymnasium has none, as for CliffWalking."""
+
+EXPERIMENTS: dict[str, Mapping[str, Any]] = {}
+"""Settings of `train` that work, by id; see `TensorEnv.experiment`."""
+
+# Arguments with which the next step depends on more than the state that `P` is a table of.
+_BEYOND_THE_TABLE = {"fickle_passenger": "that the passenger's mind may change is not in its table"}
+_CHECK_STEPS = 200
+
+
+class NoTableError(ValueError):
+    """Gymnasium does not know the id, or its environment has no table of transitions."""
+
+
+class TableState(NamedTuple):
+    """number: of the state, as Gymnasium observes it, int32 [E]."""
+
+    number: Tensor
+
+
+@dataclass(frozen=True)
+class GymTable(TabularEnv):
+    """A Gymnasium environment played from its table: the same states, rewards and terminations.
+
+    States are Gymnasium's 0 .. n - 1. Where a step may terminate in a state in which other episodes
+    go on, as in Taxi, the MDP has one state more, n: the end. `observe` never shows it, but what
+    Gymnasium shows; it is in `states` and `mdp` only.
+
+    Attributes:
+        env_id: id registered with Gymnasium.
+        arguments: of its constructor, by name, and "max_steps"; text is cast to the type that the
+            constructor names. What is not given takes the registered value, then the constructor's
+            own, and for the time limit DEFAULT_MAX_STEPS if none is registered. Held as pairs, all
+            of them.
+        max_steps: time limit in steps, >= 1.
+        num_actions: Gymnasium's.
+        num_states: n.
+
+    Raises:
+        NoTableError: the id is unknown or its environment has no table, whatever the arguments.
+        ValueError: an argument is unknown, of another type or refused by the constructor; or the
+            environment does not do what its table says.
+    """
+
+    env_id: str
+    arguments: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    max_steps: int = field(init=False, compare=False, repr=False)
+    num_actions: int = field(init=False, compare=False, repr=False)  # type: ignore[misc]
+    num_states: int = field(init=False, compare=False, repr=False)
+    _table: _Table = field(init=False, compare=False, repr=False)
+
+    reset_noise_dim: ClassVar[int] = 1
+    step_noise_dim: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        spec, given = _spec(self.env_id), dict(self.arguments)
+        try:
+            arguments = _arguments(spec, given)
+            table = _Table(*_read(spec, arguments, given))
+        except ValueError as error:
+            if given and not isinstance(error, NoTableError):
+                _ensure_table(self.env_id)
+            raise
+        for name, value in (
+            ("arguments", tuple(arguments.items())),
+            ("max_steps", arguments["max_steps"]),
+            ("num_actions", table.num_actions),
+            ("num_states", table.num_states),
+            ("_table", table),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.arguments)
+
+    @property
+    def observation_space(self) -> gymnasium.Space[Any]:
+        from gymnasium.spaces import Discrete
+
+        return Discrete(self.num_states)
+
+    @property
+    def obs_dtype(self) -> torch.dtype:
+        """Smallest integer type that holds a state: the replay stores two per transition."""
+        if self._table.mdp_states <= 2**8:
+            return torch.uint8
+        return torch.int16 if self._table.mdp_states <= 2**15 else torch.int32
+
+    def reset(self, noise: Tensor) -> TableState:
+        table = self._table.on(noise.device)
+        which = torch.searchsorted(table.first_bounds, noise[:, 0].contiguous(), right=True)
+        return TableState(table.first[which])
+
+    def step(
+        self, state: TableState, action: Tensor, noise: Tensor
+    ) -> tuple[TableState, Tensor, Tensor]:
+        table = self._table.on(action.device)
+        row = state.number * self.num_actions + action
+        outcome = row, (noise >= table.bounds[row]).sum(1)
+        return (
+            TableState(table.next_state[outcome]),
+            table.reward[outcome],
+            table.terminated[outcome],
+        )
+
+    def observe(self, state: TableState) -> Tensor:
+        """The number of the state, [E]; the network reads it one-hot."""
+        return state.number.to(self.obs_dtype)
+
+    def features(self, obs: Tensor) -> Tensor:
+        """One-hot state, float32 [..., num_states]; all 0 for the end."""
+        states = torch.arange(self.num_states, device=obs.device, dtype=obs.dtype)
+        return (obs.unsqueeze(-1) == states).float()
+
+    def mdp(self) -> TabularMDP:
+        """The table of n states, or of n + 1 with the end; see
+        `TabularMDP.from_transition_table`."""
+        cells, num_actions = self._table.cells, self.num_actions
+        table = {
+            s: dict(enumerate(cells[s * num_actions : (s + 1) * num_actions]))
+            for s in range(self.num_states)
+        }
+        return TabularMDP.from_transition_table(table, self._table.start)
+
+    def states(self) -> TableState:
+        return TableState(torch.arange(self._table.mdp_states, dtype=torch.int32))
+
+    def state_index(self, obs: Tensor) -> Tensor:
+        """Row of the table, int64; of a terminated successor, the row of the state that Gymnasium
+        shows, where the MDP may have the end."""
+        return obs.long()
+
+
+# ------------------------------------------------------------------------------- the table
+
+Cell = list[tuple[float, int, float, bool]]
+"""Outcomes of one action in one state: (probability > 0, next state, reward, terminated)."""
+
+
+class _Tensors(NamedTuple):
+    """The table on a device: R = (n + 1) * A rows of K outcomes, and S states to start in.
+
+    Attributes:
+        bounds: noise in [bounds[k - 1], bounds[k]) draws outcome k, float32 [R, K - 1].
+        next_state: int32 [R, K].
+        reward: float32 [R, K].
+        terminated: bool [R, K].
+        first: states in which episodes start, int32 [S].
+        first_bounds: which of them noise draws, float32 [S - 1].
+    """
+
+    bounds: Tensor
+    next_state: Tensor
+    reward: Tensor
+    terminated: Tensor
+    first: Tensor
+    first_bounds: Tensor
+
+
+class _Table:
+    """A table of transitions and its tensors, on every device where they were asked for.
+
+    Attributes:
+        cells: outcomes in state s of action a, at s * num_actions + a.
+        start: Pr(S_0 = s), float64 [n].
+        num_states: n.
+        num_actions: A.
+        mdp_states: n, or n + 1 where the MDP needs the end.
+    """
+
+    def __init__(self, cells: list[Cell], start: Tensor) -> None:
+        self.cells, self.start = cells, start
+        self.num_states = len(start)
+        self.num_actions = len(cells) // self.num_states
+        width = max(map(len, cells))
+        end: Cell = [(1.0, self.num_states, 0.0, True)]
+        # Rows are filled up with their last outcome, which no noise draws a second time.
+        rows = [
+            cell + [(0.0, *cell[-1][1:])] * (width - len(cell))
+            for cell in [*cells, *[end] * self.num_actions]
+        ]
+        columns = [[[outcome[i] for outcome in row] for row in rows] for i in range(4)]
+        probability = torch.tensor(columns[0], dtype=torch.float64)
+        first = (start > 0).nonzero()[:, 0]
+        tensors = _Tensors(
+            bounds=_bounds(probability),
+            next_state=torch.tensor(columns[1], dtype=torch.int32),
+            reward=torch.tensor(columns[2], dtype=torch.float32),
+            terminated=torch.tensor(columns[3], dtype=torch.bool),
+            first=first.int(),
+            first_bounds=_bounds(start[first]),
+        )
+        self._tensors = {torch.device("cpu"): tensors}
+        state = torch.arange(len(cells)).repeat_interleave(width) // self.num_actions
+        next_state, terminated = (
+            tensor[: len(cells)].flatten() for tensor in (tensors.next_state, tensors.terminated)
+        )
+        ends = ends_elsewhere(state, next_state.long(), terminated, start)
+        self.mdp_states = self.num_states + int(ends.any())
+
+    def on(self, device: torch.device) -> _Tensors:
+        """The tensors on a device, moved there at the first use."""
+        if device not in self._tensors:
+            tensors = self._tensors[torch.device("cpu")]
+            self._tensors[device] = _Tensors(*(tensor.to(device) for tensor in tensors))
+        return self._tensors[device]
+
+
+def _ensure_table(env_id: str) -> None:
+    """Raise NoTableError if the environment made without arguments has no table."""
+    try:
+        GymTable(env_id)
+    except NoTableError:
+        raise
+    except ValueError:
+        return
+
+
+def _bounds(probability: Tensor) -> Tensor:
+    """Where uniform noise goes from one outcome to the next: [..., K] to float32 [..., K - 1].
+
+    Past the last outcome of positive probability the bound is 1, which noise never reaches,
+    whatever the rounding.
+    """
+    total = probability.cumsum(-1)
+    later = probability.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+    return total[..., :-1].masked_fill(later == 0, 1.0).float()
+
+
+def _read(
+    spec: EnvSpec, arguments: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[list[Cell], Tensor]:
+    """Cells and start distribution of the environment made with `arguments`.
+
+    Args:
+        spec: Gymnasium's.
+        arguments: all arguments.
+        given: those that the user gave, to name in errors.
+    """
+    asked = f"--env-id {spec.id}"
+    if given:
+        asked = "--env-params " + " ".join(f"{name} {value}" for name, value in given.items())
+    kwargs = {name: value for name, value in arguments.items() if name != "max_steps"}
+    try:
+        with np.errstate(invalid="ignore"):  # a map without start is told below
+            envs = [spec.make(disable_env_checker=True, **kwargs) for _ in range(2)]
+    except Exception as error:
+        if not given:
+            raise NoTableError(f"{asked}: cannot be made ({error})") from error
+        raise ValueError(
+            f"{asked}: {spec.id} cannot be made with that "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    try:
+        (cells, start), again = (_cells(env.unwrapped, asked) for env in envs)
+        if cells != again[0] or not torch.equal(start, again[1]):
+            raise ValueError(
+                f"{asked}: {spec.id} has another table each time that it is made; "
+                f"gym:{spec.id} can play it"
+            )
+        _check_play(envs[0].unwrapped, cells, start, spec.id)
+    finally:
+        for env in envs:
+            env.close()
+    return cells, start
+
+
+def _cells(env: Any, asked: str) -> tuple[list[Cell], Tensor]:
+    """Table and start distribution of an unwrapped environment, checked."""
+    from gymnasium.spaces import Discrete
+
+    spaces = (env.observation_space, env.action_space)
+    try:
+        if not all(isinstance(space, Discrete) and space.start == 0 for space in spaces):
+            raise TypeError("not Discrete")
+        n, num_actions = (int(space.n) for space in spaces)
+        start = torch.tensor(np.asarray(env.initial_state_distrib, dtype=np.float64))
+        cells = [
+            [(float(p), int(s), float(r), bool(end)) for p, s, r, end in env.P[state][action] if p]
+            for state in range(n)
+            for action in range(num_actions)
+        ]
+        if len(env.P) != n or start.shape != (n,):
+            raise TypeError("not a table of all states")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise NoTableError(f"{asked}: has no table of transitions") from error
+
+    for row, cell in enumerate(cells):
+        probabilities = [outcome[0] for outcome in cell]
+        where = f"{asked}: the table's state {row // num_actions}, action {row % num_actions}"
+        if not (min(probabilities, default=-1) > 0 and abs(sum(probabilities) - 1) <= 1e-9):
+            raise ValueError(
+                f"{where} has probabilities {probabilities}; must be above 0 and sum to 1"
+            )
+        if not all(0 <= s < n and math.isfinite(r) for _, s, r, _ in cell):
+            raise ValueError(f"{where} leads to {cell}; must be states 0 .. {n - 1}, finite reward")
+    if not ((start >= 0).all() and abs(float(start.sum()) - 1) <= 1e-9):
+        raise ValueError(f"{asked}: the start distribution sums to {float(start.sum())}, must be 1")
+    return cells, start
+
+
+def _check_play(env: Any, cells: list[Cell], start: Tensor, env_id: str) -> None:
+    """Play some steps: a `step` that was overridden may do what `P` does not tell."""
+
+    def ensure(follows: bool, where: str) -> None:
+        if not follows:
+            raise ValueError(
+                f"--env-id {env_id}: does not follow its table `P` {where}; "
+                f"gym:{env_id} can play it"
+            )
+
+    def reset(**seed: int) -> int:
+        state: int = env.reset(**seed)[0]
+        ensure(start[state].item() > 0, f"at the start, in state {state}")
+        return state
+
+    num_actions = len(cells) // len(start)
+    state = reset(seed=0)
+    for action in np.random.default_rng(0).integers(num_actions, size=_CHECK_STEPS).tolist():
+        known = [outcome[1:] for outcome in cells[state * num_actions + action]]
+        successor, reward, terminated, truncated, _ = env.step(action)
+        ensure(
+            (successor, reward, terminated) in known and not truncated,
+            f"in state {state}, action {action}",
+        )
+        state = reset() if terminated else successor
+
+
+# --------------------------------------------------------------------------- its arguments
+
+
+class _Argument(NamedTuple):
+    """Type hint of a constructor's argument, or None, and its default."""
+
+    hint: Any
+    default: Any
+
+
+_MISSING = inspect.Parameter.empty
+
+
+def _spec(env_id: str) -> EnvSpec:
+    """Gymnasium's entry of an id; of "module:id", after the import of the module."""
+    import gymnasium
+
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        spec = gymnasium.spec(name)
+    except (ImportError, gymnasium.error.Error) as error:
+        raise NoTableError(f"--env-id {env_id}: {error}") from error
+    if spec.additional_wrappers or spec.entry_point is None:
+        raise NoTableError(f"--env-id {env_id}: has wrappers around what a table could tell")
+    return spec
+
+
+def _arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name: the given ones cast, the others as registered or by default."""
+    known = _known_arguments(spec)
+    values = {name: argument.default for name, argument in known.items()}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(
+                f"--env-params {name} {value}: {spec.id} has no such parameter; "
+                f"it has {', '.join(known)}"
+            )
+        values[name] = _cast(name, value, known[name])
+        if name in _BEYOND_THE_TABLE and values[name]:
+            raise ValueError(
+                f"--env-params {name} {value}: must be false, for {_BEYOND_THE_TABLE[name]}; "
+                f"gym:{spec.id} can play it"
+            )
+    if values["max_steps"] < 1:
+        raise ValueError(f"--env-params max_steps {values['max_steps']}: must be at least 1")
+    if missing := [name for name, value in values.items() if value is _MISSING]:
+        raise ValueError(f"--env-params: {spec.id} needs {' and '.join(missing)}")
+    return values
+
+
+def _known_arguments(spec: EnvSpec) -> dict[str, _Argument]:
+    """What the constructor takes, as far as it can be held in a file, and "max_steps"."""
+    from gymnasium.envs.registration import load_env_creator
+
+    entry_point = spec.entry_point
+    try:
+        create = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+        assert create is not None
+        parameters = inspect.signature(create).parameters
+    except Exception as error:  # of the module that is imported, such as a missing dependency
+        raise NoTableError(f"--env-id {spec.id}: cannot be made ({error})") from error
+    with contextlib.suppress(NameError):  # a hint for type checkers only: the default has to do
+        parameters = inspect.signature(create, eval_str=True).parameters
+    known = {
+        name: _Argument(p.annotation, spec.kwargs.get(name, p.default))
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name != "render_mode"
+    }
+    for name, value in spec.kwargs.items():
+        known.setdefault(name, _Argument(_MISSING, value))
+    plain = {
+        name: argument._replace(default=_plain(argument.default))
+        for name, argument in known.items()
+        if argument.default is _MISSING or _is_plain(argument.default)
+    }
+    max_steps = spec.max_episode_steps or DEFAULT_MAX_STEPS
+    return {**plain, "max_steps": _Argument(int, max_steps)}
+
+
+def _cast(name: str, value: Any, argument: _Argument) -> Any:
+    """`value` as what the hint, else the default, says; only a whole number becomes an int, only
+    true and false a bool; "a,b,c" is a sequence."""
+    hint, default = argument
+    options = get_args(hint) if get_origin(hint) not in (list, tuple) else ()
+    if (default is None or NoneType in options) and str(value).lower() == "none":
+        return None
+    hint = next((option for option in options if option is not NoneType), hint)
+    kind = get_origin(hint) or hint
+    if kind not in (bool, int, float, str, list, tuple):
+        kind = type(default)
+    try:
+        if kind in (list, tuple):
+            items = get_args(hint) or tuple({type(item) for item in default or ()})
+            number = bool(items) and all(item in (int, float) for item in items)
+            listed = value.split(",") if isinstance(value, str) else value
+            return tuple(_number(item) if number else _plain(item) for item in listed)
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int:
+            return _whole(value)
+        return kind(value) if kind in (float, str) else _plain(value)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(f"--env-params {name} {value}: must be of type {kind.__name__}") from None
+
+
+def _whole(value: Any) -> int:
+    if float(value) != int(float(value)):
+        raise ValueError(value)
+    return int(float(value))
+
+
+def _number(value: Any) -> int | float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file can hold it: a number, text, None or a sequence of them."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with tuples for lists, so that it can be hashed."""
+    if value is not _MISSING and not _is_plain(value):
+        raise TypeError(value)
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

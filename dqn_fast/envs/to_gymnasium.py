@@ -1,0 +1,524 @@
+"""Tensor environments for everyone else: as Gymnasium's vector environment, and as its single one.
+
+    import dqn_fast, gymnasium
+    gymnasium.make("dqn_fast/LineWorld-v0", slip_prob=0.1)
+    gymnasium.make_vec("dqn_fast/CartPole-v1", num_envs=64, output="torch", device="cuda")
+
+`TensorVectorEnv` steps all copies at once and speaks all three autoreset modes; `TensorSingleEnv`
+is one copy of it that resets when told to. Copy i of a vector environment that was seeded with s is
+the single environment that was seeded with s + i, draw for draw, in every mode, on every device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.spaces import Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dqn_fast.engine import upload
+from dqn_fast.envs import TENSOR_ENVS
+from dqn_fast.envs.core import TabularEnv, TensorEnv, VectorState
+from dqn_fast.noise import Stream, philox_4x32
+
+if TYPE_CHECKING:
+    from dqn_fast.envs.render import Renderer
+
+_WORD = 0xFFFFFFFF
+_METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+
+class TensorVectorEnv(VectorEnv[Any, Any, Any]):
+    """N copies of a tensor environment behind Gymnasium's vector interface.
+
+    Observations are `env.features(obs)`, float32 [N, F], or the numbers of the states, int64 [N],
+    where `env.observation_space` is Discrete. All three autoreset modes behave as those of
+    Gymnasium's SyncVectorEnv over N single environments do, seeds and infos included.
+
+    With `output="torch"` observations, rewards (float32), flags and final observations are tensors
+    on `device`, and `step` reads nothing back: `final_obs` and `_final_obs` are in every info of
+    SAME_STEP, full size. Otherwise they are NumPy arrays, rewards float64, and `final_obs` is an
+    object array that is there when an episode ended, as Gymnasium's wrappers expect.
+
+    Args:
+        env: the environment, or its id with its parameters as further keyword arguments.
+        num_envs: N, >= 1.
+        device: where the copies live.
+        output: "numpy" or "torch".
+        autoreset_mode: of `gymnasium.vector`; with DISABLED, finished copies are reset by
+            `reset(options={"reset_mask": mask})`, mask bool [N], NumPy or torch.
+        render_mode: "rgb_array": `render` draws every copy, as `dqn_fast.envs.render` can.
+        max_episode_steps: a shorter time limit than `env.max_steps`, as `gymnasium.make` has it.
+
+    Raises:
+        ValueError: an argument is out of range or names nothing; nothing can draw the environment.
+        TypeError: the environment lives on the host, or its states cannot be numbered though its
+            observation space is Discrete.
+    """
+
+    def __init__(
+        self,
+        env: TensorEnv | str,
+        num_envs: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        output: Literal["numpy", "torch"] = "numpy",
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
+        max_episode_steps: int | None = None,
+        **params: Any,
+    ) -> None:
+        env = _tensor_env(env, params)
+        if max_episode_steps is not None:
+            if not 1 <= max_episode_steps <= env.max_steps:
+                raise ValueError(
+                    f"max_episode_steps {max_episode_steps}: must be in 1 .. {env.max_steps}; "
+                    "max_steps sets a longer time limit"
+                )
+            env = dataclasses.replace(env, max_steps=max_episode_steps)  # type: ignore[type-var]
+        if num_envs < 1:
+            raise ValueError(f"num_envs {num_envs}: must be at least 1")
+        if output not in ("numpy", "torch"):
+            raise ValueError(f"output {output}: must be numpy or torch")
+        if render_mode not in (None, *_METADATA["render_modes"]):
+            raise ValueError(f"render_mode {render_mode}: must be None or rgb_array")
+        self.tensor_env, self.num_envs = env, num_envs
+        # With its index, where it has one, as the devices of tensors are.
+        self.device, self.output = torch.empty(0, device=device).device, output
+        self.autoreset_mode, self.render_mode = AutoresetMode(autoreset_mode), render_mode
+        self.metadata = {**_METADATA, "autoreset_mode": self.autoreset_mode}
+        self._renderer: Renderer | None = None
+        if render_mode is not None:
+            self.metadata["render_fps"] = self._drawn_by().fps
+
+        self.single_observation_space = env.observation_space
+        self.single_action_space = Discrete(env.num_actions)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self._step_draws = _Draws(Stream.ENV_STEP, env.step_noise_dim, num_envs, self.device)
+        self._reset_draws = _Draws(Stream.ENV_RESET, env.reset_noise_dim, num_envs, self.device)
+        self._all = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+        # The base environment has put finished copies at the start of their next episode by the end
+        # of the step, whatever the mode; the other two modes only show that start later.
+        self._vector: VectorState | None = None
+        self._arguments: tuple[Any, Tensor, Tensor] | None = None  # of the last `env.step`
+        self._obs = torch.empty(0)  # as last shown, before `features`
+        self._ended = ~self._all  # copies whose last step ended an episode
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start an episode in every copy, or in those of `options["reset_mask"]`.
+
+        Args:
+            seed: copy i is seeded with seed + i, or with the i-th of a sequence. None goes on with
+                the copy's random numbers, which at first are seeded from the system's entropy.
+            options: "reset_mask", bool [N]: which copies to reset; the others stay, and show what
+                they showed last.
+
+        Returns:
+            The observations and an empty info.
+
+        Raises:
+            ValueError, TypeError: seed or mask do not fit.
+            ResetNeeded: a mask before the first reset of all.
+        """
+        mask = self._reset_mask(options)
+        seeds = self._seeds(seed)
+        super().reset(seed=None if isinstance(seed, Sequence) else seed)
+        if self._vector is None:
+            if mask is not self._all:
+                raise ResetNeeded("reset_mask: all copies have to be reset once before some are")
+            entropy = self.np_random_seed or 0
+            seeds = [entropy + i if given is None else given for i, given in enumerate(seeds)]
+        if any(given is not None for given in seeds):
+            self._step_draws.seed_(seeds, mask)
+            self._reset_draws.seed_(seeds, mask)
+
+        fresh = self.tensor_env.vector_reset(self._reset_draws.peek())
+        self._reset_draws.advance_(mask)
+        if self._vector is None:
+            self._vector, self._obs = fresh, fresh.obs
+        else:
+            self._vector = _choose(mask, fresh, self._vector)
+            self._obs = _where(mask, fresh.obs, self._obs)
+        self._ended = self._ended & ~mask
+        return self._out(self._shown(self._obs)), {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One step of every copy.
+
+        Args:
+            actions: integers [N] in 0 .. num_actions - 1, NumPy or torch. With NEXT_STEP those of
+                copies that finished in the step before are not read.
+
+        Returns:
+            Observations, rewards, terminated, truncated (each [N]) and infos.
+
+        Raises:
+            ValueError: an action of the wrong shape or type, or out of range. With torch output
+                from a CUDA device the range is asserted on the device, as PyTorch does for an
+                index, so that the step does not wait.
+            ResetNeeded: before the first reset; with DISABLED, a copy that finished was not reset.
+        """
+        before, ended = self._vector, self._ended
+        if before is None:
+            raise ResetNeeded("step: call reset first")
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            message = "step: an episode has ended and was not reset"
+            if not self._all_hold(~ended, message):
+                raise ResetNeeded(message)
+        action = self._checked(actions, ended)
+        noise = self._step_draws.peek()
+        vector, outcome = self.tensor_env.vector_step(
+            before, action, noise, self._reset_draws.peek()
+        )
+        reward, terminated, truncated = outcome.reward, outcome.terminated, outcome.truncated
+        done, infos = outcome.done, {}
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            obs, stepped, started = vector.obs, self._all, done
+            infos = self._final(outcome.next_obs, done)
+        elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            obs, stepped, started = _where(ended, before.obs, outcome.next_obs), ~ended, ended
+            vector = _choose(ended, before, vector)
+            reward = reward.masked_fill(ended, 0.0)
+            terminated, truncated = terminated & ~ended, truncated & ~ended
+            done = done & ~ended
+        else:
+            obs, stepped, started = outcome.next_obs, self._all, ~self._all
+        self._step_draws.advance_(stepped)
+        self._reset_draws.advance_(started)
+        self._vector, self._obs, self._ended = vector, obs, done
+        self._arguments = before.env, action, noise
+        if self.output == "numpy":
+            reward = reward.double()
+        return (
+            self._out(self._shown(obs)),
+            self._out(reward),
+            self._out(terminated),
+            self._out(truncated),
+            infos,
+        )
+
+    def render(self) -> tuple[NDArray[np.uint8], ...] | None:
+        """Pictures of what the copies show, uint8 [H, W, 3] each; None without a render mode.
+
+        Raises:
+            ResetNeeded: before the first reset.
+        """
+        if self.render_mode is None:
+            return None
+        if self._vector is None:
+            raise ResetNeeded("render: call reset first")
+        state = self._vector.env
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP and self._arguments is not None:
+            # Where an episode has just ended the state has gone on to the next one: step again.
+            last, _, _ = self.tensor_env.step(*self._arguments)
+            state = type(state)(
+                *(_where(self._ended, a, b) for a, b in zip(last, state, strict=True))
+            )
+        renderer = self._drawn_by()
+        return tuple(renderer.frame(state, i) for i in range(self.num_envs))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close what draws."""
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_renderer": None}  # a picture's surface cannot be copied
+
+    def _drawn_by(self) -> Renderer:
+        """What draws the environment, made when it is first needed."""
+        if self._renderer is None:
+            from dqn_fast.envs.render import renderer
+
+            self._renderer = renderer(self.tensor_env)
+        if self._renderer is None:
+            name = type(self.tensor_env).__name__
+            raise ValueError(f"render_mode rgb_array: nothing can draw {name}; give it a render()")
+        return self._renderer
+
+    def _shown(self, obs: Tensor) -> Tensor:
+        """Observations as the space has them: features, or numbers of states."""
+        if isinstance(self.single_observation_space, Discrete):
+            assert isinstance(self.tensor_env, TabularEnv)
+            return self.tensor_env.state_index(obs)
+        return self.tensor_env.features(obs)
+
+    def _out(self, tensor: Tensor) -> Any:
+        """A copy of `tensor` that the caller may write into, as the output asked for."""
+        copy = tensor.clone()
+        return copy if self.output == "torch" else copy.cpu().numpy()
+
+    def _final(self, next_obs: Tensor, done: Tensor) -> dict[str, Any]:
+        """Infos of a step with SAME_STEP: the last observations of the episodes that ended."""
+        if self.output == "torch":
+            final = {"final_obs": self._out(self._shown(next_obs)), "final_info": {}}
+            return {**final, "_final_obs": done.clone(), "_final_info": done.clone()}
+        copies = done.nonzero()[:, 0].tolist()
+        if not copies:
+            return {}
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        for i, row in zip(copies, self._out(self._shown(next_obs[done])), strict=True):
+            final_obs[i] = row
+        mask = self._out(done)
+        return {
+            "final_obs": final_obs,
+            "_final_obs": mask,
+            "final_info": {},
+            "_final_info": mask.copy(),
+        }
+
+    def _checked(self, actions: Any, ended: Tensor) -> Tensor:
+        """Actions as int64 [N] on the device."""
+        if not isinstance(actions, Tensor):
+            actions = torch.tensor(np.asarray(actions))
+        if actions.is_floating_point() or actions.is_complex() or actions.dtype == torch.bool:
+            raise ValueError(f"actions: must be integers, got {actions.dtype}")
+        if actions.shape != (self.num_envs,):
+            raise ValueError(
+                f"actions: must have shape ({self.num_envs},), got {tuple(actions.shape)}"
+            )
+        action = self._here(actions.long())
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            action = action.masked_fill(ended, 0)
+        most = self.tensor_env.num_actions - 1
+        if not self._all_hold((action >= 0) & (action <= most), f"actions: must be in 0 .. {most}"):
+            value = next(value for value in action.tolist() if not 0 <= value <= most)
+            raise ValueError(f"action {value}: must be in 0 .. {most}")
+        return action
+
+    def _all_hold(self, ok: Tensor, message: str) -> bool:
+        """Whether `ok` [N] is true everywhere; where reading it would wait, it is asserted."""
+        if self.output == "torch" and self.device.type not in ("cpu", "mps"):  # MPS asserts nothing
+            torch._assert_async(ok.all(), message)
+            return True
+        return bool(ok.all())
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device, without waiting for it."""
+        if tensor.device == self.device:
+            return tensor
+        return (
+            upload(tensor, self.device) if tensor.device.type == "cpu" else tensor.to(self.device)
+        )
+
+    def _reset_mask(self, options: dict[str, Any] | None) -> Tensor:
+        """Which copies to reset, bool [N] on the device; the object `_all` where not told."""
+        mask = (options or {}).get("reset_mask")
+        if mask is None:
+            return self._all
+        if not isinstance(mask, np.ndarray | Tensor) or mask.dtype not in (np.bool_, torch.bool):
+            raise TypeError(f"reset_mask: must be a bool array, got {mask!r}")
+        if mask.shape != (self.num_envs,):
+            raise ValueError(
+                f"reset_mask: must have shape ({self.num_envs},), got {tuple(mask.shape)}"
+            )
+        if isinstance(mask, np.ndarray):
+            if not mask.any():
+                raise ValueError("reset_mask: must be true for at least one copy")
+            mask = torch.tensor(mask)
+        return self._here(mask)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        """A seed or None for every copy."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, Sequence | np.ndarray):
+            if len(seed) != self.num_envs:
+                raise ValueError(f"seed: {self.num_envs} copies need as many, got {len(seed)}")
+            seeds = [None if given is None else operator.index(given) for given in seed]
+        else:
+            seeds = [operator.index(seed) + i for i in range(self.num_envs)]
+        for given in seeds:
+            if given is not None and given < 0:
+                raise ValueError(f"seed {given}: must be at least 0")
+        return seeds
+
+
+class TensorSingleEnv(gymnasium.Env[Any, Any]):
+    """One copy of a tensor environment behind Gymnasium's interface, with NumPy observations.
+
+    The time limit is the environment's own `max_steps`; after its end, `step` raises ResetNeeded.
+
+    Args:
+        env: the environment, or its id with its parameters as further keyword arguments.
+        device: where it is computed; a GPU is slower for one copy.
+        render_mode: "rgb_array": `render` draws the state, as `dqn_fast.envs.render` can.
+
+    Raises:
+        ValueError, TypeError: as `TensorVectorEnv`.
+    """
+
+    metadata: dict[str, Any] = _METADATA
+
+    def __init__(
+        self,
+        env: TensorEnv | str,
+        *,
+        device: torch.device | str = "cpu",
+        render_mode: str | None = None,
+        **params: Any,
+    ) -> None:
+        self._one = TensorVectorEnv(
+            env,
+            1,
+            device=device,
+            output="numpy",
+            autoreset_mode=AutoresetMode.DISABLED,
+            render_mode=render_mode,
+            **params,
+        )
+        self.metadata = {**_METADATA, "render_fps": self._one.metadata["render_fps"]}
+        self.tensor_env = self._one.tensor_env
+        self.observation_space = self._one.single_observation_space
+        self.action_space = self._one.single_action_space
+        self.render_mode = render_mode
+        self._started = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; `options` are not read.
+
+        Args:
+            seed: of all episodes from here on. None goes on with the random numbers of the last
+                seed, which at first is `np_random_seed`, from the system's entropy.
+
+        Returns:
+            The observation, float32 [F] or the number of the state, and an empty info.
+        """
+        super().reset(seed=seed)
+        if seed is None and not self._started:
+            seed = self.np_random_seed
+        self._started = True
+        obs, _ = self._one.reset(seed=seed)
+        return obs[0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step.
+
+        Args:
+            action: an integer in 0 .. num_actions - 1.
+
+        Returns:
+            The observation, reward, terminated, truncated and an empty info.
+
+        Raises:
+            ValueError: the action is not such an integer.
+            ResetNeeded: the episode is over, or none was started.
+        """
+        obs, reward, terminated, truncated, _ = self._one.step(np.reshape(action, (1,)))
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """Picture of the state, uint8 [H, W, 3]; None without a render mode."""
+        pictures = self._one.render()
+        return None if pictures is None else pictures[0]
+
+    def close(self) -> None:
+        """Close what draws."""
+        self._one.close()
+
+
+class _Draws:
+    """Uniform numbers of one stream for N copies, each with a seed and a place of its own.
+
+    Draw i of a copy is what `dqn_fast.noise.Noise` draws at index i for a member with that seed.
+    They are made in blocks of many draws, which is most of what makes Philox cheap.
+
+    Attributes:
+        keys: Philox keys, int64 [N, 2].
+        index: each copy's next draw, int64 [N].
+    """
+
+    def __init__(self, stream: Stream, dim: int, num_envs: int, device: torch.device) -> None:
+        self.stream, self.dim = stream, dim
+        self.keys = torch.zeros(num_envs, 2, dtype=torch.int64, device=device)
+        self.index = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self._copies = torch.arange(num_envs, device=device)
+        self._rows = max(1, min(256, 2**16 // num_envs))
+        self._first, self._block = self.index, torch.zeros(0, num_envs, dim, device=device)
+        self._left = 0  # peeks that the block is certain to serve
+
+    def seed_(self, seeds: Sequence[int | None], mask: Tensor) -> None:
+        """Start again with new seeds, in the copies of `mask` that are given one."""
+        if self.dim == 0:
+            return
+        states = np.zeros((len(seeds), 2), np.int64)
+        for i, seed in enumerate(seeds):
+            if seed is not None:
+                states[i] = np.random.SeedSequence([seed, self.stream]).generate_state(2)
+        given = torch.tensor([seed is not None for seed in seeds])
+        mask = mask & upload(given, mask.device)
+        self.keys = _where(mask, upload(torch.from_numpy(states), mask.device), self.keys)
+        self.index = self.index.masked_fill(mask, 0)
+        self._left = 0
+
+    def peek(self) -> Tensor:
+        """Every copy's next draw, float32 [N, dim], uniform in [0, 1)."""
+        if self.dim == 0:
+            return self._block.new_empty(len(self.index), 0)
+        if self._left == 0:
+            self._fill()
+        self._left -= 1
+        return self._block[self.index - self._first, self._copies]
+
+    def advance_(self, mask: Tensor) -> None:
+        """Go on to the next draw in the copies of `mask`; at most once for each `peek`."""
+        self.index = self.index + mask
+
+    def _fill(self) -> None:
+        rows, blocks = self._rows, -(-self.dim // 4)
+        device = self.index.device
+        index = (self.index + torch.arange(rows, device=device)[:, None])[..., None]
+        block = torch.arange(blocks, device=device)
+        counter = [block, index & _WORD, index >> 32, torch.zeros_like(block)]
+        words = torch.stack(philox_4x32(counter, self.keys[..., None].unbind(1)), -1)
+        floats = words.bitwise_right_shift_(8).float().mul_(2.0**-24)
+        self._block = floats.flatten(2)[..., : self.dim]
+        self._first, self._left = self.index, rows
+
+
+def _tensor_env(env: TensorEnv | str, params: dict[str, Any]) -> TensorEnv:
+    """The environment meant by one or by an id and parameters."""
+    if isinstance(env, str):
+        if env not in TENSOR_ENVS:
+            raise ValueError(f"env {env}: must be one of {', '.join(sorted(TENSOR_ENVS))}")
+        env = TENSOR_ENVS[env](**params)
+    elif params:
+        raise ValueError(f"{', '.join(params)}: parameters go with an id, not with {env!r}")
+    if type(env).vector_step is not TensorEnv.vector_step:
+        raise TypeError(f"{type(env).__name__} lives on the host: use it with Gymnasium directly")
+    if isinstance(env.observation_space, Discrete) and not isinstance(env, TabularEnv):
+        raise TypeError(f"{type(env).__name__}: a Discrete observation space needs a TabularEnv")
+    return env
+
+
+def _where(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:
+    """`torch.where` with the mask [N] spread over the trailing axes."""
+    return torch.where(mask.view(-1, *[1] * (if_true.ndim - 1)), if_true, if_false)
+
+
+def _choose(mask: Tensor, if_true: VectorState, if_false: VectorState) -> VectorState:
+    """The copies of `mask` from one state, the others from the other."""
+    pairs = zip(if_true.env, if_false.env, strict=True)
+    return VectorState(
+        type(if_true.env)(*(_where(mask, a, b) for a, b in pairs)),
+        *(_where(mask, a, b) for a, b in zip(if_true[1:], if_false[1:], strict=True)),
+    )
