@@ -189,8 +189,8 @@ class Agent:
                 [..., F], the environment's `features`).
         """
         obs = obs.to(self._device)
-        if not (obs.is_floating_point() and obs.shape[-1:] == (self.q_net.sizes[0],)):
-            obs = self.env.features(obs)
+        is_features = obs.is_floating_point() and obs.shape[-1:] == (self.q_net.sizes[0],)
+        obs = obs.float() if is_features else self.env.features(obs)
         rows = obs.reshape(-1, obs.shape[-1]).expand(self.q_net.num_members, -1, -1)
         return self.q_net(rows)[self.member].reshape(*obs.shape[:-1], -1)
 

@@ -26,6 +26,7 @@ from dqn_fast.bellman import (
     reach_probability,
     reachable_states,
     value_iteration,
+    visited_states,
 )
 
 F64 = torch.float64
@@ -349,6 +350,30 @@ def test_reach_probability_is_right_for_very_long_episodes():
     """Always-left takes some 10^19 steps to the goal by slips alone, and visits every state."""
     reach = reach_probability(line_world(), torch.zeros(15, dtype=torch.int64), None)
     torch.testing.assert_close(reach, torch.ones(15, dtype=F64), atol=1e-12, rtol=0)
+
+
+@random_mdps
+@given(seed=seeds, horizon=st.integers(0, 30))
+def test_visited_states_are_those_reached(seed: int, horizon: int):
+    """The short cut finds the states that `reach_probability` finds, whatever the threshold."""
+    mdp = random_mdp(seed)
+    policy = random_policy(mdp, seed)
+    reach = reach_probability(mdp, policy, horizon)
+    for probability in (0.0, *np.random.default_rng(seed).random(20).tolist()):
+        visited = visited_states(mdp, policy, horizon, probability)
+        assert torch.equal(visited, reach > probability)
+
+
+def test_visits_at_different_times_add_up():
+    """A state that is visited with probability 1/4 after one step or else 3/16 after two is visited
+    with more than 2/5, though never that much at one time; one that lingers counts once."""
+    P = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]], dtype=F64)
+    start = torch.tensor([1.0, 0.0, 0.0], dtype=F64)
+    ends = torch.tensor([False, False, True])
+    mdp = TabularMDP(P[:, None], torch.zeros(3, 1, dtype=F64), ends, start)
+    policy = torch.zeros(3, dtype=torch.int64)
+    assert visited_states(mdp, policy, 2, 0.4).tolist() == [True, True, False]
+    assert visited_states(mdp, policy, 2, 0.4375).tolist() == [True, False, False]  # 0.5625 in sum
 
 
 def test_reachable_states_are_those_of_some_policy():

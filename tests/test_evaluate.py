@@ -112,6 +112,7 @@ def test_exact_values_of_the_default_experiment():
     """The known values of LineWorld with slip 0.05, gamma 0.99."""
     exact = ExactValues(LineWorld(slip_prob=0.05), 0.99, torch.device("cpu"))
     assert exact.optimal_return == pytest.approx(0.84506, abs=1e-5)
+    assert exact.optimal_start_value == pytest.approx(0.72054, abs=1e-5)
     for state, action, value in (
         (0, 0, 0.70424),
         (0, 1, 0.72054),
@@ -141,6 +142,20 @@ def test_a_network_is_compared_where_it_goes():
     stuck = exact.compare(table_network(env, q))
     assert stuck["q_error_max"][0] > 8
     assert stuck["policy_optimal"] == [False]
+
+
+def test_the_start_value_is_that_of_the_greedy_policy():
+    """Each member's own: the optimal one, and -0.01 for ever for the one that always goes left; for
+    the discount of training, without time limit, from the start distribution."""
+    env = LineWorld(max_steps=3)
+    exact = ExactValues(env, 0.9, torch.device("cpu"))
+    q_net = QNetwork((15, 2), 2)
+    with torch.no_grad():
+        q_net.params[0].copy_(torch.stack([exact.q_star, torch.tensor([[1.0, 0.0]] * 15)]))
+        q_net.params[1].zero_()
+    best = -0.01 * (1 - 0.9**14) / 0.1 + 0.9**13
+    assert exact.optimal_start_value == pytest.approx(best, abs=1e-7)
+    assert exact.compare(q_net)["start_value"] == pytest.approx([best, -0.1], abs=1e-7)
 
 
 @pytest.mark.parametrize("slip_prob", [0.0, 0.3])

@@ -46,16 +46,18 @@ class Renderer(Protocol):
     """Draws the copies of one environment.
 
     Attributes:
-        env: what has to be played for its pictures: the environment itself, or a copy with a camera
-            of one that lives on the host.
         fps: steps of the environment in a second of its own time.
         live: whether pictures can only be taken of what `env` is doing now; `frame` does not look
             at the state then.
     """
 
-    env: TensorEnv
     fps: float
     live: bool
+
+    @property
+    def env(self) -> TensorEnv:
+        """What has to be played to be seen: the environment itself, or one more with a camera of
+        those that live on the host."""
 
     def frame(self, state: Any, i: int = 0) -> Picture:
         """Picture of copy `i` of an environment state, a NamedTuple of tensors [E, ...]."""
@@ -161,7 +163,7 @@ class TableRenderer:
             MissingLibraryError: pygame is not there.
             TypeError, ValueError: the environment draws nothing.
         """
-        arguments = {name: value for name, value in env.arguments if name != "max_steps"}
+        arguments = {name: value for name, value in env.params.items() if name != "max_steps"}
         self.env, self._drawn = env, _drawing(env.env_id, arguments)
         self.fps = float(self._drawn.metadata.get("render_fps", DEFAULT_FPS))
 

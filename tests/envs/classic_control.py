@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,22 @@ class Driven:
 
     def uniform(self, low: float, high: float) -> float:
         return low + (high - low) * self.u
+
+
+def original_of(env: TensorEnv, names: dict[str, str] | None = None) -> gymnasium.Env[Any, Any]:
+    """Gymnasium's environment, bare, with all parameters of `env`, whose defaults are its own.
+
+    Args:
+        env: the parameters.
+        names: what the original calls those whose names differ.
+    """
+    original = gymnasium.make(env.gymnasium_id).unwrapped
+    for field in dataclasses.fields(env):
+        if field.name != "max_steps":
+            name = (names or {}).get(field.name, field.name)
+            assert np.array_equal(getattr(original, name), field.default), name
+            setattr(original, name, getattr(env, field.name))
+    return original
 
 
 def play_original(
@@ -183,9 +200,7 @@ def assert_same_ends(env: TensorEnv, policy: Policy, max_steps: int, seed: int) 
         u = rng.random((1, 2))
         action = torch.tensor(policy(vector.obs.numpy(), u))
         obs, _, terminated, truncated, _ = original.step(int(policy(obs[None], u)[0]))
-        vector, outcome = env.vector_step(
-            vector, action, torch.zeros(1, env.step_noise_dim), zeros
-        )
+        vector, outcome = env.vector_step(vector, action, torch.zeros(1, env.step_noise_dim), zeros)
         assert (outcome.terminated.item(), outcome.truncated.item()) == (terminated, truncated)
         assert outcome.episode_length.item() == length
         if terminated or truncated:
@@ -199,7 +214,9 @@ def random_policy(num_actions: int) -> Policy:
     return lambda obs, u: (u[:, 0] * num_actions).astype(np.int64)
 
 
-def mostly(policy: Callable[[NDArray[Any]], NDArray[Any]], share: float, num_actions: int) -> Policy:
+def mostly(
+    policy: Callable[[NDArray[Any]], NDArray[Any]], share: float, num_actions: int
+) -> Policy:
     """`policy` in `share` of the steps, else a random action."""
     return lambda obs, u: np.where(
         u[:, 0] < share, policy(obs), (u[:, 1] * num_actions).astype(np.int64)

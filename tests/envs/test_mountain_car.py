@@ -18,6 +18,7 @@ from tests.envs.classic_control import (
     assert_same_ends,
     mostly,
     original_lengths,
+    original_of,
     play_original,
     tensor_lengths,
 )
@@ -34,17 +35,6 @@ OVERRIDES: list[dict[str, Any]] = [
     {"goal_position": 0.7, "max_position": 0.6},
     {"gravity": 0.004, "force": 0.002, "max_speed": 0.1},
 ]
-
-
-def original_of(env: MountainCar) -> gymnasium.Env[Any, Any]:
-    """Gymnasium's environment with the parameters of `env`."""
-    original = gymnasium.make("MountainCar-v0").unwrapped
-    for name in (
-        "min_position max_position max_speed goal_position goal_velocity force gravity".split()
-    ):
-        assert hasattr(original, name)
-        setattr(original, name, getattr(env, name))
-    return original
 
 
 def swing(obs: np.ndarray) -> np.ndarray:
