@@ -171,10 +171,16 @@ def train_all(runs: Sequence[Args], args: Peers) -> None:
     """Train every run in a process of its own, `args.processes` at a time, in order."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        args.processes, context, initializer=pin, initargs=(args.cores,), max_tasks_per_child=1
+        args.processes, context, prepare_worker, (args.cores,), max_tasks_per_child=1
     ) as pool:
         for run, last in zip(runs, pool.map(train_one, runs), strict=True):
             print(f"{run.name:<10} seed {run.seed:>2}: last return {last:.1f}", file=sys.stderr)
+
+
+def prepare_worker(cores: tuple[int, ...]) -> None:
+    """One thread, on the given cores: more are slower with networks of this size."""
+    pin(cores)
+    torch.set_num_threads(1)
 
 
 def train_one(args: Args) -> float:
@@ -184,7 +190,6 @@ def train_one(args: Args) -> float:
         return float(train(args).summary["eval_return_mean"])
     from benchmarks.peers.sb3 import train_sb3
 
-    torch.set_num_threads(args.num_threads)
     args.run_dir.mkdir(parents=True)
     train_sb3(args)
     return float(read_run(args.run_dir).final_returns[0])

@@ -56,7 +56,8 @@ def sb3_settings(args: Args) -> dict[str, Any]:
 
     - SB3 tosses one exploration coin for all N environments of a vector step, here each has its
       own; with N = 1 that is the same.
-    - Before learning starts SB3 acts at random, here with the epsilon of the schedule.
+    - Before learning starts SB3 acts at random, here with the epsilon of the schedule; give the
+      schedule a decay that is long beside `learning_starts`.
     - A learning rate that changes is that of the end of the vector step for the whole block; here
       it is spread over the last N transitions.
     - SB3's replay holds `buffer_size` rounded down to a multiple of N.
@@ -174,6 +175,7 @@ class Recorder(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._evaluate()
+        self._tracker.finish(self.summary)
 
     def _evaluate(self) -> None:
         if not crossed(self._evaluated_at, self.num_timesteps, self._args.eval_interval):

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import torch
 
 from benchmarks import comparison
-from benchmarks.comparison import Peers, cartpole_args, compare, learning_curves, run_peers
+from benchmarks.comparison import (
+    Peers,
+    cartpole_args,
+    compare,
+    learning_curves,
+    run_peers,
+    train_one,
+    write_png,
+)
 from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
 from dqn_fast.networks import QNetwork
@@ -205,7 +215,7 @@ def test_the_copied_policy_is_the_same_and_plays_alike():
 
     settings = sb3_settings(replace(SMALL, hidden_sizes=(8, 16)))
     env, noise = make_env("CartPole-v1"), Noise(0, 1, torch.device("cpu"))
-    starts = env.reset(noise.uniform(Stream.EVALUATION_RESET, 0, 1, (100, 4), 0)[0, 0]).physics
+    starts = env.reset(noise.uniform(Stream.EVALUATION_RESET, 0, 1, (50, 4), 0)[0, 0]).physics
     gym_env = Monitor(FromStarts(starts.double().tolist()))
     model = stable_baselines3.DQN(env=gymnasium.make("CartPole-v1"), **settings)
     q_net = QNetwork((4, 8, 16, 2))
@@ -269,25 +279,53 @@ def test_equal_curves_are_not_worse():
     assert c.difference_low == c.difference_high == 0.0
 
 
-def test_the_comparison_goes_through(tmp_path: Path, monkeypatch, capsys):
-    """Both sides in processes of their own, and one figure and a table of ten points."""
-    small = replace(SMALL, num_envs=2, total_timesteps=2_560, eval_interval=256)
-    monkeypatch.setattr(
-        comparison,
-        "cartpole_args",
-        lambda *_: replace(small, train_freq=256, target_update_interval=256),
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_comparison_goes_through(apart, tmp_path: Path, monkeypatch, capsys):
+    """Both sides, one after the other or in processes of their own, end in one figure and a table
+    of ten points."""
+    settings = replace(
+        SMALL,
+        num_envs=4,
+        total_timesteps=2_560,
+        eval_interval=256,
+        train_freq=256,
+        target_update_interval=256,
     )
+    monkeypatch.setattr(comparison, "cartpole_args", lambda *_: settings)
+    if not apart:
+        monkeypatch.setattr(comparison, "train_all", lambda runs, _: [*map(train_one, runs)])
     drawn = []
     monkeypatch.setattr(comparison, "write_png", lambda figure, path: drawn.append((figure, path)))
-    args = Peers(seeds=1, transitions=2_560, run_dirs=tmp_path / "runs", out="test")
+    args = Peers(seeds=2, transitions=2_560, run_dirs=tmp_path / "runs", out="test")
     result = run_peers(args)
     assert [point["global_step"] for point in result["points"]] == [256 * i for i in range(1, 11)]
-    sides = [result["runs"][side][0] for side in ("dqn_fast", "sb3")]
-    assert sides[0]["num_updates"] == sides[1]["num_updates"] == 20
-    assert result["points"][3]["ours"] == sides[0]["return_mean"][3]
+    ours, theirs = result["runs"]["dqn_fast"], result["runs"]["sb3"]
+    assert [run["seed"] for run in ours] == [run["seed"] for run in theirs] == [0, 1]
+    assert {run["num_updates"] for run in (*ours, *theirs)} == {20}
+    assert ours[0]["return_mean"] != ours[1]["return_mean"]
+    mean = np.mean([run["return_mean"][3] for run in ours])
+    assert result["points"][3]["ours"] == pytest.approx(mean)
     assert drawn[0][1].name == "test.png"
     assert "not worse beyond the interval at" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--run-dirs"):
         run_peers(args)
     with pytest.raises(UsageError, match="--transitions 100"):
         run_peers(replace(args, transitions=100))
+
+
+def test_no_browser_no_picture(tmp_path: Path, monkeypatch, capsys):
+    """A figure is never worth the comparison: one warning."""
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert not write_png(go.Figure(), tmp_path / "curves.png")
+    assert capsys.readouterr().err == "warning: no curves.png: Chromium is not installed\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_the_picture_is_drawn(tmp_path: Path):
+    """A PNG of twice the size in pixels, with the curve's colour in it."""
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], line={"color": "#123456", "width": 9}))
+    assert write_png(figure, tmp_path / "curves.png", width=300, height=200)
+    image = pytest.importorskip("PIL.Image").open(tmp_path / "curves.png").convert("RGB")
+    assert image.size == (600, 400)
+    assert (0x12, 0x34, 0x56) in {colour for _, colour in image.getcolors(2**24)}
