@@ -92,7 +92,8 @@ class Replay:
             batch: transitions [M, N, ...].
             valid: which of them to keep, bool [M, N]; None: all.
         """
-        place, count = self._new_rows, len(self._new_rows)
+        place = self._new_rows
+        count: Tensor | int = len(place)
         if valid is not None:  # the kept ones first, in their order; the others go beyond them
             kept = valid.cumsum(1)
             count = kept[:, -1:]

@@ -33,18 +33,22 @@ def test_the_example_environment_trains(tmp_path, monkeypatch, capsys):
 
 
 def test_the_other_examples_run(tmp_path, monkeypatch):
-    """Training from Python, and loading what it saved."""
+    """Training from Python, loading what it saved, Gymnasium in and out."""
     monkeypatch.chdir(tmp_path)
-    load, run = (block for block in code_blocks("python") if "check_env" not in block)
+    load, run, *others = (block for block in code_blocks("python") if "check_env" not in block)
     exec(run, {})
     (run_dir,) = (tmp_path / "runs").iterdir()
     exec(re.sub(r'"runs/.*?"', f'"{run_dir}"', load), {})
+    for block in others:
+        exec(block, {})
 
 
 def test_every_flag_exists():
     """No flag of the training command that the README names is made up."""
     fields = {field.name for field in dataclasses.fields(Args)}
-    text = README.replace("--episodes", "").replace("--entity", "")  # of other commands
+    text = README
+    for other in ("--episodes", "--entity", "--video"):  # of other commands
+        text = text.replace(other, "")
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)}
     assert flags - fields - {"help"} == set()
 
