@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import gymnasium
+
 from dqn_fast.envs.acrobot import Acrobot
 from dqn_fast.envs.cartpole import CartPole
 from dqn_fast.envs.core import (
@@ -17,6 +19,7 @@ from dqn_fast.envs.core import (
     VectorState,
     check_env,
 )
+from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.tabular import EXPERIMENTS, GymTable, NoTableError
@@ -37,6 +40,7 @@ __all__ = [
     "VectorizationMode",
     "check_env",
     "experiment",
+    "from_gymnasium",
     "make_env",
 ]
 
@@ -93,10 +97,6 @@ def make_env(
             return GymTable(env_id, values)
         except NoTableError:
             pass
-    import gymnasium
-
-    from dqn_fast.envs.from_gymnasium import from_gymnasium
-
     name = env_id.removeprefix(GYMNASIUM)
     if ":" not in name and name not in gymnasium.registry:
         known = ", ".join(sorted({*TENSOR_ENVS, *EXPERIMENTS}))

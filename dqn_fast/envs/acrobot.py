@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.envs.core import TensorEnv
-
-if TYPE_CHECKING:
-    import gymnasium
 
 GRAVITY = 9.8  # m/s^2
 
@@ -129,8 +128,6 @@ class Acrobot(TensorEnv):
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
         """Box of cosines, sines and the limits of the velocities, float32 (6,)."""
-        from gymnasium.spaces import Box
-
         high = np.array([1.0, 1.0, 1.0, 1.0, self.max_vel_1, self.max_vel_2], np.float32)
         return Box(-high, high, dtype=np.float32)
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.envs.core import TensorEnv
-
-if TYPE_CHECKING:
-    import gymnasium
 
 
 class CartPoleState(NamedTuple):
@@ -109,8 +108,6 @@ class CartPole(TensorEnv):
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
         """Box of twice the thresholds, velocities without limits, float32 (4,)."""
-        from gymnasium.spaces import Box
-
         x, theta = 2.0 * self.x_threshold, 2.0 * self.theta_threshold_radians
         high = np.array([x, math.inf, theta, math.inf], np.float32)
         return Box(-high, high, dtype=np.float32)

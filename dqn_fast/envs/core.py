@@ -14,16 +14,15 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP
-
-if TYPE_CHECKING:  # a fifth of a second that a run on tensors does not need
-    import gymnasium
 
 
 class VectorState(NamedTuple):
@@ -143,8 +142,6 @@ class TensorEnv(ABC):
     def observation_space(self) -> gymnasium.Space[Any]:
         """Space, in Gymnasium's terms, of what one copy shows to the outside: its features, or the
         number of its state where the space is Discrete."""
-        from gymnasium.spaces import Box
-
         obs = self.observe(self.reset(torch.zeros(1, self.reset_noise_dim)))
         return Box(-math.inf, math.inf, self.features(obs).shape[1:], np.float32)
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP
 from dqn_fast.envs.core import TabularEnv
-
-if TYPE_CHECKING:
-    import gymnasium
 
 LEFT, RIGHT = 0, 1
 
@@ -73,8 +72,6 @@ class LineWorld(TabularEnv):
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
         """Box of the one-hot position, float32 (n_states,)."""
-        from gymnasium.spaces import Box
-
         return Box(0.0, 1.0, (self.n_states,), np.float32)
 
     def reset(self, noise: Tensor) -> LineWorldState:

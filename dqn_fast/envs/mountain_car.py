@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.envs.core import TensorEnv
-
-if TYPE_CHECKING:
-    import gymnasium
 
 
 class MountainCarState(NamedTuple):
@@ -79,8 +78,6 @@ class MountainCar(TensorEnv):
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
         """Box of the limits of position and speed, float32 (2,)."""
-        from gymnasium.spaces import Box
-
         low = np.array([self.min_position, -self.max_speed], np.float32)
         high = np.array([self.max_position, self.max_speed], np.float32)
         return Box(low, high, dtype=np.float32)

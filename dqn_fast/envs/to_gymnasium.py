@@ -11,7 +11,6 @@ the single environment that was seeded with s + i, draw for draw, in every mode,
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,13 +57,16 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         autoreset_mode: of `gymnasium.vector`; with DISABLED, finished copies are reset by
             `reset(options={"reset_mask": mask})`, mask bool [N], NumPy or torch.
         render_mode: "rgb_array": `render` draws every copy, as `dqn_fast.envs.render` can.
-        max_episode_steps: a shorter time limit than `env.max_steps`, as `gymnasium.make` has it.
+        max_episode_steps: with an id: a time limit that is shorter than its `max_steps`, as that of
+            `gymnasium.make` is.
 
     Raises:
         ValueError: an argument is out of range or names nothing; nothing can draw the environment.
         TypeError: the environment lives on the host, or its states cannot be numbered though its
             observation space is Discrete.
     """
+
+    _renderer: Renderer | None = None
 
     def __init__(
         self,
@@ -78,14 +80,16 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         max_episode_steps: int | None = None,
         **params: Any,
     ) -> None:
-        env = _tensor_env(env, params)
+        given, env = env, _tensor_env(env, params)
         if max_episode_steps is not None:
+            if not isinstance(given, str):
+                raise ValueError("max_episode_steps: goes with an id, not with an environment")
             if not 1 <= max_episode_steps <= env.max_steps:
                 raise ValueError(
                     f"max_episode_steps {max_episode_steps}: must be in 1 .. {env.max_steps}; "
                     "max_steps sets a longer time limit"
                 )
-            env = dataclasses.replace(env, max_steps=max_episode_steps)  # type: ignore[type-var]
+            env = _tensor_env(given, {**params, "max_steps": max_episode_steps})
         if num_envs < 1:
             raise ValueError(f"num_envs {num_envs}: must be at least 1")
         if output not in ("numpy", "torch"):
@@ -97,7 +101,6 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         self.device, self.output = torch.empty(0, device=device).device, output
         self.autoreset_mode, self.render_mode = AutoresetMode(autoreset_mode), render_mode
         self.metadata = {**_METADATA, "autoreset_mode": self.autoreset_mode}
-        self._renderer: Renderer | None = None
         if render_mode is not None:
             self.metadata["render_fps"] = self._drawn_by().fps
 
