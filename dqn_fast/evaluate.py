@@ -6,6 +6,7 @@ the first episodes to finish, whoever finishes them, would favour short ones.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -248,9 +249,10 @@ def main() -> int:
     }
     if args.video and draws:
         try:
-            count = record(
-                agent, draws, args.video, args.video_episodes, args.seed, args.video_steps
-            )
+            with contextlib.closing(draws):
+                count = record(
+                    agent, draws, args.video, args.video_episodes, args.seed, args.video_steps
+                )
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             print(f"error: --video {args.video}: {reason}", file=sys.stderr)

@@ -99,8 +99,13 @@ def ready(agent: Agent, path: Path) -> Renderer:
         raise MissingLibraryError(f"--video {path}: {error}") from None
     if found is None:
         raise ValueError(
-            f"--video {path}: {type(agent.env).__name__} cannot be drawn; give it a method "
-            "render(self, state) that returns a picture, uint8 [H, W, 3], of one copy's state"
+            f"--video {path}: {type(agent.env).__name__} cannot be drawn; "
+            + (
+                "it must be a registered id with the render mode rgb_array"
+                if agent.env.on_host
+                else "give it a method render(self, state) that returns a picture, "
+                "uint8 [H, W, 3], of one copy's state"
+            )
         )
     return found
 

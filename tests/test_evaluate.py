@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dqn_fast.envs import LineWorld, TensorEnv
-from dqn_fast.evaluate import ExactValues, evaluate
+from dqn_fast.evaluate import ExactValues, evaluate, main
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.train import Args, train
@@ -191,6 +191,39 @@ def test_the_states_are_in_the_order_of_the_table():
     """state_index undoes observe on all states."""
     env = LineWorld(n_states=300)
     assert torch.equal(env.state_index(env.observe(env.states())), torch.arange(300))
+
+
+def run_main(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, argv)])
+    return main()
+
+
+def test_video(tmp_path, monkeypatch, capsys):
+    """--video writes a film of the best member beside the figures; bad values are one line, before
+    anything is done."""
+    image = pytest.importorskip("PIL.Image")
+    run_dir, film = tmp_path / "run", tmp_path / "film.gif"
+    train(Args(total_timesteps=2_000, num_seeds=2, run_dir=run_dir, quiet=True, report=False))
+    capsys.readouterr()
+    flags = ["--episodes", 3, "--video", film, "--video-episodes", 2, "--video-steps", 4]
+    assert run_main(monkeypatch, run_dir, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith(f"{film} (10 pictures)")
+    assert len(json.loads(lines[-1])["members"]) == 2
+    with image.open(film) as opened:
+        assert opened.n_frames == 10
+    film.unlink()
+
+    for flags, message in (
+        (["--video", "film.avi"], "--video film.avi: must end in .gif or .mp4"),
+        (["--video", film, "--video-steps", 0], "--video-steps 0: must be at least 1"),
+        (["--video", film, "--video-episodes", 0], "--video-episodes 0: must be at least 1"),
+    ):
+        assert run_main(monkeypatch, run_dir, *flags) == 2
+        assert capsys.readouterr() == ("", f"error: {message}\n")
+    film.mkdir()
+    assert run_main(monkeypatch, run_dir, "--episodes", 3, "--video", film) == 2
+    assert capsys.readouterr().err == f"error: --video {film}: Is a directory\n"
 
 
 def test_command_line(tmp_path):

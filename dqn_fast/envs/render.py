@@ -23,10 +23,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
 from dqn_fast.envs.core import TabularEnv, TensorEnv
+from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.envs.tabular import GymTable
 
 Picture = NDArray[np.uint8]
@@ -169,7 +171,7 @@ class TableRenderer:
 
     def frame(self, state: Any, i: int = 0) -> Picture:
         """See `Renderer`; whoever can look into several directions looks into the first one."""
-        self._drawn.s, self._drawn.lastaction = int(state.index[i]), None
+        self._drawn.s, self._drawn.lastaction = int(state.number[i]), None
         with headless():
             return np.array(self._drawn.render())
 
@@ -190,35 +192,16 @@ class HostRenderer:
             MissingLibraryError: what it draws with is not there.
             TypeError, ValueError: it was not made from a registered id, or draws nothing.
         """
-        with headless():
-            import gymnasium
-
-            from dqn_fast.envs.from_gymnasium import from_gymnasium
-
-            class Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
-                """Keeps the last picture of an episode: its end is followed by a reset at once."""
-
-                over, last = False, None
-
-                def step(self, action: Any) -> Any:
-                    result = super().step(action)
-                    self.over = result[2] or result[3]
-                    return result
-
-                def reset(self, **options: Any) -> Any:
-                    self.last = self.env.render() if self.over else None
-                    self.over = False
-                    return super().reset(**options)
-
-            options = {"disable_env_checker": True, **env.params, "render_mode": "rgb_array"}
-            try:
-                self._camera = Camera(gymnasium.make(env.name, **options))
+        options = {"disable_env_checker": True, **env.params, "render_mode": "rgb_array"}
+        try:
+            with headless():
+                self._camera = _Camera(gymnasium.make(env.name, **options))
                 self._camera.reset(seed=0)
                 first = self._camera.render()
-            except gymnasium.error.DependencyNotInstalled as error:
-                raise MissingLibraryError(str(error)) from None
-            except gymnasium.error.Error as error:
-                raise ValueError(str(error)) from None
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise MissingLibraryError(str(error)) from None
+        except gymnasium.error.Error as error:
+            raise ValueError(str(error)) from None
         if not isinstance(first, np.ndarray):
             raise ValueError(f"{env.name} draws no pictures")
         self.env = from_gymnasium(lambda: self._camera)
@@ -236,11 +219,25 @@ class HostRenderer:
         self._camera.close()
 
 
+class _Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Keeps the last picture of an episode: its end is followed by a reset at once."""
+
+    over, last = False, None
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        self.over = result[2] or result[3]
+        return result
+
+    def reset(self, **options: Any) -> Any:
+        self.last = self.env.render() if self.over else None
+        self.over = False
+        return super().reset(**options)
+
+
 def _drawing(env_id: str, arguments: Mapping[str, Any]) -> Any:
     """Gymnasium's environment, unwrapped, that gives its pictures as arrays."""
     with headless():
-        import gymnasium
-
         try:
             import pygame  # noqa: F401
         except ImportError:
@@ -299,17 +296,15 @@ class GridRenderer:
 
 @contextlib.contextmanager
 def headless() -> Iterator[None]:
-    """Let pygame, in here, ask for no display, print no banner and warn of nothing."""
-    wanted = {"SDL_VIDEODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    """Let pygame, in here, ask for no display and warn of nothing. Gymnasium hides its banner."""
+    before = os.environ.get("SDL_VIDEODRIVER")
+    os.environ["SDL_VIDEODRIVER"] = "dummy"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ["SDL_VIDEODRIVER"]
+        else:
+            os.environ["SDL_VIDEODRIVER"] = before

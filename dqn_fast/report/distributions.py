@@ -70,6 +70,48 @@ def q_table(group: Group) -> Panel:
     return _table(words, caption, q, live, "Q", q.argmax(1), live, found[2])
 
 
+def grid_shape(group: Group) -> tuple[int, int] | None:
+    """Rows and columns in which the states stand in the environment, if it has told."""
+    shape = group.runs[0].part("derived").get("grid_shape")
+    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape):
+        return (shape[0], shape[1])
+    return None
+
+
+def value_grid(group: Group) -> Panel:
+    """The largest Q of every state at the last log point, where the state is, with its action."""
+    words = ("value-grid", "Values", "Learned values in place")
+    caption = "max Q(s, a) at the last log point, and the number of the greedy action."
+    found, shape = stack(group, "q_values"), grid_shape(group)
+    if found is None or shape is None:
+        return Panel(*words, caption, None, [f"q_values was not recorded. {NOT_TABULAR}"])
+    rows, columns = shape
+    q = found[0][-1].astype(np.float64).mean(0)  # [X, A]
+    # A table may have one state more, the end, which is nowhere.
+    if not rows * columns <= len(q) <= rows * columns + 1 or rows * columns > MAX_CELLS:
+        reason = f"{len(q):,} states do not fill {rows:,} rows of {columns:,}, or are too many."
+        return Panel(*words, caption, None, [reason])
+    if found[0].shape[1] > 1:
+        caption += f" Mean of {found[0].shape[1]} agents."
+    live = ~terminal(group, len(q))[: rows * columns]
+    q = q[: rows * columns]
+    figure = new_figure("row", "column")
+    trace = heatmap(
+        np.where(live, q.max(1), np.nan).reshape(shape),
+        "max Q",
+        hovertemplate="row %{y}, column %{x}: %{z:.4g}<extra></extra>",
+    )
+    if rows * columns <= 400:
+        action = np.where(live, q.argmax(1).astype(str), "")
+        trace.update(text=action.reshape(shape).tolist(), texttemplate="%{text}")
+    figure.add_trace(trace)
+    for update, number in ((figure.update_xaxes, columns), (figure.update_yaxes, rows)):
+        dtick = 1 if number <= 16 else None
+        update(range=[-0.5, number - 0.5], dtick=dtick, showgrid=False, zeroline=False)
+    figure.update_yaxes(range=[rows - 0.5, -0.5])  # the first row is the top one
+    return Panel(*words, caption, figure, found[2], height=min(420, 130 + 45 * rows))
+
+
 def q_error_table(group: Group) -> Panel:
     """Q - Q* of every state and action at the last log point."""
     words = ("q-error-table", "Values", "Error of the learned values")

@@ -14,10 +14,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dqn_fast.report.distributions import (
+    grid_shape,
     q_error_table,
     q_table,
     td_error_fan,
     td_error_histogram,
+    value_grid,
     visits,
 )
 from dqn_fast.report.figures import (
@@ -150,6 +152,7 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
         *([metric_panel(groups, EVALUATION)] if several else []),
         *metric("q-error"),
         start_values(groups),
+        *(each(value_grid) if any(map(grid_shape, groups)) else []),
         *each(q_table),
         *each(q_error_table),
         over_estimation(groups),

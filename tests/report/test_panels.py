@@ -129,6 +129,35 @@ def test_wrong_actions_are_marked(run: RecordedRun) -> None:
     assert "1 of 14 states" in panel.caption
 
 
+def shaped(run: RecordedRun, *shape: int) -> Panel | None:
+    config = {**run.config, "derived": {"grid_shape": list(shape)}}
+    return drawn([RecordedRun(**{**vars(run), "config": config})]).get("value-grid")
+
+
+def test_values_stand_where_the_states_are(run: RecordedRun, one: dict[str, Panel]) -> None:
+    """A grid's values are in its rows, the first on top, with greedy actions in the cells; a last
+    state that ends episodes needs no place."""
+    assert "value-grid" not in one
+    q = run.diagnostics["q_values"][-1, 0]
+    panel = shaped(run, 3, 5)
+    assert panel is not None
+    (cells,) = figure(panel).data
+    best = q.max(1)
+    best[14] = np.nan  # terminal
+    np.testing.assert_allclose(cells.z, best.reshape(3, 5), rtol=1e-6)
+    assert cells.text[1][2] == str(q[7].argmax())
+    assert cells.text[2][4] == ""
+    assert figure(panel).layout.yaxis.range == (2.5, -0.5)
+    panel = shaped(run, 2, 7)
+    assert panel is not None
+    np.testing.assert_allclose(figure(panel).data[0].z, best[:14].reshape(2, 7), rtol=1e-6)
+    panel = shaped(run, 3, 4)
+    assert panel is not None
+    assert panel.figure is None
+    assert panel.notes == ["15 states do not fill 3 rows of 4, or are too many."]
+    assert shaped(run, 15) is None
+
+
 def test_visits(run: RecordedRun, one: dict[str, Panel]) -> None:
     """Each column holds the shares of its stretch, between its first and its last step."""
     (heat,) = figure(one["visits"]).data

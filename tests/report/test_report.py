@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,42 @@ def test_a_run_counts_once(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", log_points=8)
     text = words(write_report([path, path / ".." / "run"], tmp_path / "report.html"))
     assert "Final returns" not in text
+
+
+def gif_film(*colours: str) -> bytes:
+    """An endless film of 64 x 48 pixels, each picture of one colour."""
+    image = pytest.importorskip("PIL.Image")
+    frames = [image.new("RGB", (64, 48), colour) for colour in colours]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=60, loop=0)
+    return content.getvalue()
+
+
+def test_films_are_part_of_the_page(tmp_path: Path) -> None:
+    """Each run's film is in the file, with words in its place; of many runs the first six."""
+    paths = [write_run(tmp_path / str(i), log_points=8, env_id=EVIL) for i in range(8)]
+    films = [gif_film("red", f"#0000{i:02x}") for i in range(8)]
+    for path, film in zip(paths, films, strict=True):
+        (path / "agent.gif").write_bytes(film)
+    html = write_report(paths[:1], tmp_path / "report.html").read_text()
+    assert base64.b64encode(films[0]).decode() in html
+    assert f'alt="The greedy agent playing {escape(EVIL)}"' in html
+    assert "No film of the agent" not in html
+    html = write_report(paths, tmp_path / "report.html").read_text()
+    assert [base64.b64encode(film).decode() in html for film in films] == [True] * 6 + [False] * 2
+    assert "2 more films are left out" in html
+
+
+@pytest.mark.parametrize("content", [None, b"<script>", b"GIF89a" + bytes(2_000_001)])
+def test_without_a_film_the_page_says_how_to_get_one(tmp_path: Path, content: bytes | None) -> None:
+    """No file, something else, or one too long for a page: a sentence with both commands."""
+    path = write_run(tmp_path / "run", log_points=8)
+    if content is not None:
+        (path / "agent.gif").write_bytes(content)
+    out = write_report([path], tmp_path / "report.html")
+    assert "data:image/gif" not in out.read_text()
+    assert "--video RUN_DIR/agent.gif" in words(out)
+    assert "pip install -e &quot;.[video]&quot;" in words(out)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -296,6 +334,32 @@ def test_browser_draws_every_figure(tmp_path: Path, page: Page) -> None:
         assert page.run("return document.documentElement.scrollWidth") <= width
         page.screenshot(tmp_path / f"{width}.png")
         assert (tmp_path / f"{width}.png").stat().st_size > 100_000
+
+
+@in_browser
+def test_browser_plays_the_film(tmp_path: Path, page: Page) -> None:
+    """The film is decoded, seen without scrolling on a desk, and moves."""
+    path = write_run(tmp_path / "run", log_points=8)
+    for name in ("metrics.jsonl", "episodes.npz", "diagnostics.npz"):
+        (path / name).unlink()  # figures would only cost time
+    (path / "agent.gif").write_bytes(gif_film("red", "blue"))
+    page.open(write_report([path], tmp_path / "report.html"), 1280, 1000)
+    source, alt, loaded, bottom = page.run("""
+      const film = document.querySelector(".films img");
+      return [film.src.slice(0, 22), film.alt, [film.naturalWidth, film.naturalHeight],
+              film.getBoundingClientRect().bottom];
+    """)
+    assert source == "data:image/gif;base64,"
+    assert alt == "The greedy agent playing LineWorld-v0"
+    assert loaded == [64, 48]
+    assert bottom < 1000
+    film = page.driver.find_element("css selector", ".films img")
+    looks = {film.screenshot_as_base64}
+    deadline = time.perf_counter() + 20
+    while len(looks) < 2 and time.perf_counter() < deadline:
+        looks.add(film.screenshot_as_base64)
+    assert len(looks) > 1
+    assert page.driver.get_log("browser") == []
 
 
 @in_browser

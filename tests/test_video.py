@@ -1,0 +1,387 @@
+"""Films: which moments of which episodes, the pictures and the words below them, the files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from dqn_fast import video
+from dqn_fast.checkpoint import Agent
+from dqn_fast.envs import LineWorld, TensorEnv, make_env
+from dqn_fast.envs.render import headless
+from dqn_fast.evaluate import evaluate
+from dqn_fast.networks import QNetwork
+from dqn_fast.noise import Noise
+from dqn_fast.train import Args, train
+from dqn_fast.video import EVALUATION_EPOCH, Moment, Shot, annotated, gif, play, ready, record
+
+Image = pytest.importorskip("PIL.Image")
+SMALL = {"total_timesteps": 2_000, "eval_episodes": 5, "quiet": True}
+
+
+def agent(env: TensorEnv, *bias: float, members: int = 1, member: int = 0) -> Agent:
+    """An agent whose values are `bias` in every state."""
+    obs = env.vector_reset(torch.zeros(1, env.reset_noise_dim)).obs
+    q_net = QNetwork((env.features(obs).shape[-1], env.num_actions), members)
+    with torch.no_grad():
+        q_net.params[0].zero_()
+        q_net.params[1].copy_(torch.tensor(bias).expand_as(q_net.params[1]))
+    return Agent(env, q_net, member, [0] * members, [0.0] * members)
+
+
+def decoded(content: bytes | Path) -> list[Any]:
+    """The pictures of a GIF as arrays."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as film:
+        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
+
+
+def shot(picture: Any, *q_values: float, step: int = 0, ending: str = "") -> Shot:
+    return Shot(picture, Moment(None, np.array(q_values, np.float32), step, 1.0, ending))
+
+
+# ------------------------------------------------------------------------------------- moments
+
+
+def test_every_step_and_the_end():
+    """15 states on the way to the goal: returns add up, and the last one is the goal itself."""
+    right = agent(LineWorld(), 0.0, 1.0)
+    moments = list(play(right, right.env, 0, 0, 500))
+    assert [int(m.state.position) for m in moments] == list(range(15))
+    assert [m.step for m in moments] == list(range(15))
+    assert [m.ending for m in moments] == [""] * 14 + ["terminated"]
+    assert moments[-2].episode_return == pytest.approx(-0.13)
+    assert moments[-1].episode_return == pytest.approx(0.86)
+    assert moments[3].q_values.tolist() == [0.0, 1.0]
+
+
+def test_time_limit_and_cut():
+    """Whoever never arrives is stopped by the environment, or earlier by the film."""
+    left = agent(LineWorld(max_steps=20), 1.0, 0.0)
+    assert [m.ending for m in play(left, left.env, 0, 0, 500)] == [""] * 20 + ["truncated"]
+    assert [m.ending for m in play(left, left.env, 0, 0, 20)] == [""] * 20 + ["truncated"]
+    assert [m.ending for m in play(left, left.env, 0, 0, 7)] == [""] * 7 + ["cut"]
+
+
+@pytest.mark.parametrize("env", [LineWorld(slip_prob=0.3), make_env("CartPole-v1")], ids=str)
+def test_the_film_shows_the_evaluation(env):
+    """Episodes 0, 1, 2 of each member are those of `evaluate` with the same seed."""
+    bias = (0.0, 1.0)
+    two = agent(env, *bias, members=2)
+    result = evaluate(env, two.q_net, 5, Noise(4, 2), EVALUATION_EPOCH)
+    lengths = set()
+    for member in (0, 1):
+        for episode in range(3):
+            player = agent(env, *bias, members=2, member=member)
+            *_, last = play(player, env, episode, 4, 500)
+            assert last.step == result.episode_length[member, episode]
+            assert last.episode_return == pytest.approx(
+                float(result.episode_return[member, episode]), abs=1e-5
+            )
+            lengths.add(last.step)
+    assert len(lengths) > 1
+
+
+def test_an_environment_on_the_host_is_filmed_to_its_end():
+    """One picture for each state, the last one too, although a reset follows at once; the same
+    episodes as in an evaluation."""
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Counter(gymnasium.Env):
+        """Ends after as many steps as its seed says; its picture is the number of steps."""
+
+        metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 3}
+        observation_space = gymnasium.spaces.Box(0, 100, (1,))
+        action_space = gymnasium.spaces.Discrete(2)
+
+        def __init__(self, render_mode: str | None = None, bonus: int = 0) -> None:
+            self.render_mode, self.bonus = render_mode, bonus
+
+        def reset(self, **options: Any) -> Any:
+            super().reset(seed=options.get("seed"))
+            self.count, self.end = 0, 5 + self.bonus + int(self.np_random.integers(9))
+            return np.array([0.0], np.float32), {}
+
+        def step(self, action: int) -> Any:
+            self.count += 1
+            return np.array([self.count], np.float32), 1.0, self.count == self.end, False, {}
+
+        def render(self) -> Any:
+            return np.full((4, 4, 3), self.count, np.uint8)
+
+    gymnasium.register("Counter-v0", Counter)
+    try:
+        env = make_env("gym:Counter-v0", {"bonus": 2})
+        player = agent(env, 0.0, 1.0)
+        draws = ready(player, Path("x.gif"))
+        expected = evaluate(env.for_evaluation(), player.q_net, 4, Noise(1, 1), EVALUATION_EPOCH)
+        seen = []
+        for episode in range(4):
+            moments = []
+            for moment in play(player, draws.env, episode, 1, 500):
+                moments.append(moment)
+                seen.append(int(draws.frame()[0, 0, 0]))
+            length = int(expected.episode_length[0, episode])
+            assert seen[-length - 1 :] == list(range(length + 1))
+            assert moments[-1][2:] == (length, float(length), "terminated")
+        assert draws.fps == 3
+        draws.close()
+        env.close()
+    finally:
+        del gymnasium.registry["Counter-v0"]
+
+
+# ------------------------------------------------------------------------------------ recording
+
+
+def test_a_picture_of_each_step(tmp_path):
+    """n steps make n + 1 pictures; the film runs for ever and rests at the end of an episode."""
+    right = agent(LineWorld(), 0.0, 1.0)
+    path = tmp_path / "film.gif"
+    assert record(right, ready(right, path), path) == 15
+    assert len(decoded(path)) == 15
+    with Image.open(path) as film:
+        assert film.is_animated
+        assert film.info["loop"] == 0
+        durations = []
+        for i in range(15):
+            film.seek(i)
+            durations.append(film.info["duration"])
+    assert durations == [100] * 14 + [1000]
+    assert [p.name for p in tmp_path.iterdir()] == ["film.gif"]
+    assert record(right, ready(right, path), path, episodes=3, max_steps=5) == 18
+    assert len(decoded(path)) == 18
+
+
+def test_pictures_are_left_out_evenly(tmp_path, monkeypatch):
+    """Of two times 390 steps few are shown, evenly spaced, with the start and end of both."""
+    left = agent(LineWorld(max_steps=390), 1.0, 0.0)
+    kept: list[Shot] = []
+    monkeypatch.setattr(video, "annotated", lambda shots, width: kept.extend(shots) or [width])
+    monkeypatch.setattr(video, "gif", lambda images, seconds, holds: b"")
+    path = tmp_path / "film.gif"
+    assert record(left, ready(left, path), path, episodes=2, max_frames=30) <= 31
+    steps = [s.moment.step for s in kept]
+    (second,) = np.flatnonzero(np.diff(steps) < 0) + 1
+    assert len(steps) >= 15
+    for part in (steps[:second], steps[second:]):
+        assert (part[0], part[-1]) == (0, 390)
+        assert set(np.diff(part)) <= {steps[1], 390 - part[-2]}
+
+
+def test_a_film_is_written_whole_or_not_at_all(tmp_path):
+    """Where the file cannot be, nothing is left behind."""
+    path = tmp_path / "film.gif"
+    path.mkdir()
+    right = agent(LineWorld(), 0.0, 1.0)
+    with pytest.raises(OSError):
+        record(right, ready(right, path), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["film.gif"]
+
+
+def test_mp4(tmp_path):
+    """The film has all pictures, and the last one rests for a second."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    right = agent(LineWorld(), 0.0, 1.0)
+    path = tmp_path / "film.mp4"
+    assert record(right, ready(right, path), path) == 15
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(path))
+    assert frames == 14 + 10
+    assert seconds == pytest.approx(2.4, abs=0.11)
+
+
+# ------------------------------------------------------------------------------- single pictures
+
+
+def pixels(image: Any, colour: tuple[int, int, int]) -> Any:
+    """Rows that have the colour."""
+    return np.flatnonzero((np.asarray(image) == colour).all(-1).any(1))
+
+
+def test_values_stand_below_the_picture():
+    """The greedy action's bar is blue and lies in its own row; at the end none is chosen."""
+    picture = np.full((200, 300, 3), 255, np.uint8)
+    shots = [shot(picture, 1.0, 3.0, 2.0), shot(picture, 3.0, 0.5, 2.0), shot(picture, 1, 2, 3)]
+    shots += [shot(picture, 1, 2, 3, ending=ending) for ending in ("terminated", "cut")]
+    images = annotated(shots)
+    assert len({image.size for image in images}) == 1
+    middles = [pixels(image, video._CHOSEN).mean() for image in images[:3]]
+    assert 200 < middles[1] < middles[0] < middles[2] < images[0].height
+    assert np.diff(sorted(middles)).tolist() == [video._LINE] * 2
+    for image in images[3:]:
+        assert not len(pixels(image, video._CHOSEN))
+    assert not len(pixels(images[3], video._SOFT))
+    assert len(pixels(images[4], video._SOFT))
+
+
+def test_many_actions_fit():
+    """18 actions, as in Atari games, stand in columns of six, all of them inside."""
+    picture = np.zeros((210, 160, 3), np.uint8)
+    (image,) = annotated([shot(picture, *np.arange(18.0))])
+    assert image.width >= 450
+    assert image.height <= 210 + 7 * video._LINE + 2 * video._MARGIN + 1
+    assert pixels(image, video._SOFT)[-1] < image.height - 2
+
+
+def test_pictures_become_bearable():
+    """Tiny ones are enlarged in whole pixels, wide ones made smaller, odd sides made even."""
+    tiny = np.zeros((10, 8, 3), np.uint8)
+    tiny[3, 2] = 200
+    (image,) = annotated([shot(tiny, 0.0, 1.0)])
+    rows, _ = np.nonzero((np.asarray(image) == 200).all(-1))
+    assert len(rows) == 16 * 16
+    assert rows.min() == 3 * 16
+    (image,) = annotated([shot(np.zeros((401, 599, 3), np.uint8), 0.0)], max_width=320)
+    assert 300 <= image.width <= 320
+    assert image.width % 2 == image.height % 2 == 0
+
+
+def test_drawings_keep_their_colours():
+    """A GIF has 256 colours: those of drawings come out as they are, others nearly."""
+    right = agent(LineWorld(), 0.0, 1.0)
+    draws = ready(right, Path("x.gif"))
+    shots = [Shot(draws.frame(m.state), m) for m in play(right, draws.env, 0, 0, 500)]
+    images = annotated(shots)
+    for image, seen in zip(images, decoded(gif(images, 0.1, [False] * 15)), strict=True):
+        difference = np.abs(np.asarray(image).astype(int) - seen)
+        assert difference.max() <= 3
+        assert (difference == 0).mean() > 0.98
+    smooth = np.indices((256, 256)).transpose(1, 2, 0).astype(np.uint8)
+    colourful = [
+        Image.fromarray(np.dstack([smooth, np.full((256, 256), blue, np.uint8)]))
+        for blue in (0, 100)
+    ]
+    for image, seen in zip(colourful, decoded(gif(colourful, 0.1, [False] * 2)), strict=True):
+        assert np.abs(np.asarray(image).astype(int) - seen).mean() < 12
+
+
+# ------------------------------------------------------------------------- before any work is done
+
+
+@dataclass(frozen=True)
+class Undrawn(TensorEnv):
+    """Two steps of nothing."""
+
+    max_steps: int = 2
+    num_actions: ClassVar[int] = 2
+
+    def reset(self, noise: torch.Tensor) -> Any:
+        return type(LineWorld().states())(torch.zeros(len(noise)))
+
+    def step(self, state: Any, action: torch.Tensor, noise: torch.Tensor) -> Any:
+        return state, state.position, torch.zeros(len(action), dtype=torch.bool)
+
+    def observe(self, state: Any) -> torch.Tensor:
+        return state.position[:, None]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("film.avi", r"--video .*film\.avi: must end in \.gif or \.mp4"),
+        ("film", r"--video .*film: must end in \.gif or \.mp4"),
+        ("nowhere/film.gif", r"--video .*nowhere/film\.gif: its folder must exist"),
+    ],
+)
+def test_bad_paths(tmp_path, path, message):
+    """One line that names the flag, the value and what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        ready(agent(LineWorld(), 0.0, 1.0), tmp_path / path)
+
+
+def test_what_cannot_be_drawn_says_what_to_write():
+    """The message holds the method's name, argument and result, or what Gymnasium asks for."""
+    with pytest.raises(ValueError, match=r"Undrawn .*render\(self, state\).*uint8 \[H, W, 3\]"):
+        ready(agent(Undrawn(), 0.0, 1.0), Path("film.gif"))
+    from dqn_fast.envs.from_gymnasium import from_gymnasium
+
+    gymnasium = pytest.importorskip("gymnasium")
+    env = from_gymnasium(lambda: gymnasium.make("CartPole-v1"))
+    with pytest.raises(ValueError, match="must be a registered id with the render mode rgb_array"):
+        ready(agent(env, 0.0, 1.0), Path("film.gif"))
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("library", "path"), [("PIL", "film.gif"), ("PIL", "film.mp4"), ("imageio_ffmpeg", "film.mp4")]
+)
+def test_missing_libraries_say_what_to_install(monkeypatch, library, path):
+    """The line names the flag and the extra."""
+    monkeypatch.setitem(sys.modules, library, None)
+    message = rf'--video {path}: {library} is not installed: pip install -e "\.\[video\]"'
+    with pytest.raises(ValueError, match=message):
+        ready(agent(LineWorld(), 0.0, 1.0), Path(path))
+
+
+def test_missing_pygame_names_the_flag(monkeypatch):
+    """What the environment draws with is asked for as well."""
+    with headless():
+        pytest.importorskip("pygame")
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    with pytest.raises(
+        ValueError, match=r"--video film\.gif: pygame is not installed: pip install"
+    ):
+        ready(agent(make_env("CartPole-v1"), 0.0, 1.0), Path("film.gif"))
+
+
+# -------------------------------------------------------------------------------- at a run's end
+
+
+def test_a_run_ends_with_a_film(tmp_path, capfd):
+    """agent.gif is small, whole, and part of report.html."""
+    train(Args(run_dir=tmp_path / "run", **SMALL))
+    film = tmp_path / "run" / "agent.gif"
+    assert len(decoded(film)) >= 2
+    assert film.stat().st_size < 300_000
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert base64.b64encode(film.read_bytes()).decode() in page
+    assert capfd.readouterr() == ("", "")
+
+
+def test_films_stay_small(tmp_path):
+    """500 steps of CartPole: at most 80 pictures and 300 kB."""
+    with headless():
+        pytest.importorskip("pygame")
+    env = make_env("CartPole-v1", {"theta_threshold_radians": 100.0, "x_threshold": 1e4})
+    train(Args(run_dir=tmp_path / "run", **SMALL), env=env)
+    film = tmp_path / "run" / "agent.gif"
+    assert 40 <= len(decoded(film)) <= 81
+    assert film.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("without", ["the library", "a renderer", "a report"])
+def test_no_film_is_no_trouble(tmp_path, monkeypatch, capfd, without):
+    """Where there is no film the run is as ever, and its report says how to get one."""
+    if without == "the library":
+        monkeypatch.setitem(sys.modules, "PIL", None)
+    env = Undrawn() if without == "a renderer" else None
+    report = without != "a report"
+    result = train(Args(run_dir=tmp_path / "run", report=report, **SMALL), env=env)
+    assert result.summary["status"] == "done"
+    assert not (tmp_path / "run" / "agent.gif").exists()
+    assert capfd.readouterr() == ("", "")
+    if report:
+        page = (tmp_path / "run" / "report.html").read_text()
+        assert "pip install -e &quot;.[video]&quot;" in page
+
+
+def test_a_method_that_fails_costs_one_warning(tmp_path, capfd):
+    """A user's picture goes wrong: the run is done and reported all the same."""
+
+    class Failing(Undrawn):
+        def render(self, state: Any) -> Any:
+            raise RuntimeError("no ink")
+
+    result = train(Args(run_dir=tmp_path / "run", **SMALL), env=Failing())
+    assert result.summary["status"] == "done"
+    assert (tmp_path / "run" / "report.html").exists()
+    assert capfd.readouterr().err == "warning: no agent.gif: RuntimeError: no ink\n"
