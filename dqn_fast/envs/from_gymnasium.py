@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
 import math
 import numbers
+import operator
 import os
 import pickle
 import re
@@ -29,7 +31,6 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import gymnasium
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,7 +75,9 @@ def from_gymnasium(
             an id, "CartPole-v1", or "module:Name-v0" to import the module that registers it first;
             a callable without arguments that makes one `gymnasium.Env`;
             a callable with an argument `num_envs` that makes a `gymnasium.vector.VectorEnv`;
-            a VectorEnv, taken as it is and closed with this environment.
+            a VectorEnv, taken as it is and closed with this environment. In SAME_STEP mode its
+            environments must not write into an observation after they have returned it, for
+            Gymnasium hands out that same array as the last one of the episode.
         params: arguments of the environment's constructor, of an id only; text is cast to the
             number, truth value or list that it reads as, unless the constructor's default is text.
             "max_episode_steps" is the time limit (and "max_steps", where the constructor knows
@@ -94,26 +98,15 @@ def from_gymnasium(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps {max_steps}: must be at least 1")
     maker = _maker(source, params or {}, vectorization_mode, max_steps)
-    if eval_source is None:
-        in_process: Mode = "sync" if vectorization_mode == "async" else vectorization_mode
-        evaluation = (
-            _maker_like(source, max_steps)
-            if isinstance(source, VectorEnv)
-            else _maker(source, params or {}, in_process, max_steps)
-            if vectorization_mode == "async"
-            else maker
-        )
+    if eval_source is not None:
+        evaluation = _maker_for_evaluation(eval_source, maker, max_steps)
+    elif isinstance(source, VectorEnv):
+        evaluation = _maker_like(source, max_steps)
+        maker = dataclasses.replace(maker, name=evaluation.name)
+    elif vectorization_mode == "async":
+        evaluation = _maker(source, params or {}, "sync", max_steps)
     else:
-        if isinstance(eval_source, VectorEnv):
-            raise ValueError(
-                "eval_source: a VectorEnv has a fixed number of copies; pass what "
-                "makes them, an id or a callable"
-            )
-        evaluation = _maker(eval_source, {}, "sync", max_steps)
-        for what in ("observation_space", "action_space"):
-            theirs, ours = getattr(evaluation, what), getattr(maker, what)
-            if theirs != ours:
-                raise ValueError(f"eval_source: its {what} {theirs} differs from {ours}")
+        evaluation = maker
     return GymnasiumEnv(maker, evaluation)
 
 
@@ -149,7 +142,7 @@ class GymnasiumEnv(TensorEnv):
         self._sibling: GymnasiumEnv | None = None
         self._copies: _Copies | None = None
         # Closed with this object, so a mutable that does not hold it.
-        self._open: list[_Copies] = []
+        self._open: list[_Copies] = [] if maker.ready is None else [_Copies(maker.ready)]
         weakref.finalize(self, _close_all, self._open)
 
         # Of each copy, [E]; set by vector_reset.
@@ -217,24 +210,28 @@ class GymnasiumEnv(TensorEnv):
             EnvError: a copy breaks the contract.
         """
         num_envs, self._step = noise.shape[0], 0
-        with self._blame():
+        try:
             copies = self._copies_for(num_envs)
             obs = copies.reset(_seeds(noise))
-            stored = self._observations.encode(self._observations.leaves(obs), num_envs)
+            stored = self._observations.encode(self._observations.parts(obs), num_envs)
+        except _Broken as broken:
+            raise self._error(broken) from broken.__cause__
         self._elapsed = np.zeros(num_envs, np.int32)
         self._return = np.zeros(num_envs)
         self._ended = np.zeros(num_envs, np.bool_)
         self._first = np.ones(num_envs, np.bool_)
-        episode_return = np.zeros(num_envs, np.float32)
-        tensors = _upload([episode_return, self._elapsed.copy(), stored], noise.device)
-        return VectorState(HostState(), tensors[2], tensors[1], tensors[0])
+        zeros = torch.zeros(num_envs, device=noise.device)
+        return VectorState(HostState(), _upload([stored], noise.device)[0], zeros.int(), zeros)
 
     def send(self, action: Tensor) -> None:
         copies = self._started()
         if not self.background:
             super().send(action)
-        with self._blame(self._step + 1):
+        try:
             copies.send(self._outside(action))
+        except _Broken as broken:
+            self._step += 1
+            raise self._error(broken) from broken.__cause__
 
     def vector_step(
         self, vector: VectorState, action: Tensor, step_noise: Tensor, reset_noise: Tensor
@@ -246,99 +243,106 @@ class GymnasiumEnv(TensorEnv):
         """
         copies = self._started()
         self._step += 1
-        with self._blame():
+        try:
             if not copies.pending:
                 copies.send(self._outside(action))
-            obs, reward, terminated, truncated, infos = copies.receive()
-            shown = self._observations.encode(self._observations.leaves(obs), copies.num_envs)
-            reset_only = self._ended
-            if copies.mode is AutoresetMode.NEXT_STEP:
-                reward[reset_only] = 0.0
-                terminated &= ~reset_only
-                truncated &= ~reset_only
-            with np.errstate(over="ignore"):
-                reward32 = reward.astype(np.float32)
-            if not np.isfinite(reward32).all():
-                which = int(np.flatnonzero(~np.isfinite(reward32))[0])
-                raise _Broken(f"its reward is {reward[which]}, not a finite float32", which)
+            return self._finish_step(copies, action.device)
+        except _Broken as broken:
+            raise self._error(broken) from broken.__cause__
 
-            done = terminated | truncated
-            elapsed = self._elapsed + ~reset_only
-            episode_return = self._return + reward
-            reached = continued = shown
-            next_elapsed = elapsed
-            self._return = episode_return
-            if done.any():
-                next_elapsed = np.where(done, np.int32(0), elapsed)
-                self._return = np.where(done, 0.0, episode_return)
-                if copies.mode is AutoresetMode.SAME_STEP:
-                    reached = shown.copy()
-                    reached[done] = self._final_obs(infos, done)
-                elif copies.mode is AutoresetMode.DISABLED:
-                    fresh = self._observations.leaves(copies.reset_only(done))
-                    continued = shown.copy()
-                    continued[done] = self._observations.encode(fresh, copies.num_envs)[done]
-            self._elapsed = next_elapsed
-            if copies.mode is AutoresetMode.NEXT_STEP:
-                self._ended = done
-            if self._evaluation is None:
-                self._first &= ~done
-                if self._step >= self.max_steps and self._first.any():
-                    raise _Broken(
-                        f"its first episode is not over after {self.max_steps:,} steps, so it "
-                        "cannot be evaluated; set a time limit: max_steps of from_gymnasium, or "
-                        "--env-params max_episode_steps N",
-                        int(np.flatnonzero(self._first)[0]),
-                    )
+    def _finish_step(self, copies: _Copies, device: torch.device) -> tuple[VectorState, Outcome]:
+        """Receive what the copies did, and carry the episodes over."""
+        obs, reward, terminated, truncated, infos = copies.receive()
+        late = copies.mode is AutoresetMode.NEXT_STEP
+        elapsed = self._elapsed + 1
+        if late:  # the copies whose episodes had ended took no step
+            stepped = ~self._ended
+            elapsed[self._ended] = 0
+            reward = np.where(stepped, reward, 0.0)
+            terminated, truncated = terminated & stepped, truncated & stepped
+        done = terminated | truncated
+        episode_return = self._return + reward
+        # What was reached, and what the copies go on from, are one array until an episode ends.
+        reached = shown = self._observations.encode(self._observations.parts(obs), len(done))
+        self._elapsed, self._return = elapsed, episode_return
+        if done.any():
+            self._elapsed, self._return = elapsed.copy(), episode_return.copy()
+            self._elapsed[done], self._return[done] = 0, 0.0
+            if copies.mode is AutoresetMode.SAME_STEP:
+                reached = shown.copy()
+                reached[done] = self._final_obs(infos, done)
+            elif copies.mode is AutoresetMode.DISABLED:
+                fresh = self._observations.parts(copies.reset_only(done))
+                shown = reached.copy()
+                shown[done] = self._observations.encode(fresh, len(done))[done]
+        if late:
+            self._ended = done
+        if self._evaluation is None:
+            self._first &= ~done
+            self._check_endless()
 
-        # Wide types first, so that every part of the packed upload is aligned to its type.
-        arrays = [
-            reward32,
-            episode_return.astype(np.float32),
-            self._return.astype(np.float32),
-            elapsed,
-            next_elapsed,
-            continued,
-            terminated,
-            truncated,
-        ]
-        if copies.mode is AutoresetMode.NEXT_STEP:
-            arrays.append(~reset_only)
-        if reached is not continued:
-            arrays.insert(6, reached)
-        tensors = _upload(arrays, action.device)
-        next_obs = tensors.pop(6) if reached is not continued else tensors[5]
+        sums = np.empty((3, len(done)), np.float32)
+        with np.errstate(over="ignore"):
+            sums[0], sums[1], sums[2] = reward, episode_return, self._return
+        if not np.isfinite(sums[0]).all():
+            which = int(np.flatnonzero(~np.isfinite(sums[0]))[0])
+            raise _Broken(f"its reward is {reward[which]}, not a finite float32", which)
+        counts = np.array([elapsed, self._elapsed])
+        flags = np.array([terminated, truncated, stepped] if late else [terminated, truncated])
+        arrays = (
+            [sums, counts, flags, shown]
+            if reached is shown
+            else [sums, counts, flags, shown, reached]
+        )
+        floats, ints, bools, obs, *ahead = _upload(arrays, device)
+        rewards, returns, next_returns = floats.unbind()
+        lengths, next_elapsed = ints.unbind()
+        is_terminated, is_truncated, *valid = bools.unbind()
         return (
-            VectorState(HostState(), tensors[5], tensors[4], tensors[2]),
+            VectorState(HostState(), obs, next_elapsed, next_returns),
             Outcome(
-                reward=tensors[0],
-                next_obs=next_obs,
-                terminated=tensors[6],
-                truncated=tensors[7],
-                episode_return=tensors[1],
-                episode_length=tensors[3],
-                valid=tensors[8] if copies.mode is AutoresetMode.NEXT_STEP else None,
+                reward=rewards,
+                next_obs=ahead[0] if ahead else obs,
+                terminated=is_terminated,
+                truncated=is_truncated,
+                episode_return=returns,
+                episode_length=lengths,
+                valid=valid[0] if late else None,
             ),
         )
 
     def _final_obs(self, infos: Mapping[str, Any], done: NDArray[np.bool_]) -> NDArray[Any]:
         """Successors of the copies that finished, as SAME_STEP hands them out, [sum(done), ...]."""
-        which = np.flatnonzero(done)
         final = infos.get("final_obs")
-        given = infos.get("_final_obs", done)
-        if final is None or not np.asarray(given)[which].all():
-            missing = which[0] if final is None else which[~np.asarray(given)[which]][0]
-            raise _Broken("it finished, and infos['final_obs'] lacks its last obs", int(missing))
         if isinstance(final, np.ndarray) and final.dtype == object:
-            leaves = self._observations.leaves_of([final[i] for i in which])
+            items = final[done].tolist()
+            lacking: Any = [item is None for item in items]
+            parts = None if any(lacking) else self._observations.parts_of(items)
         else:
-            leaves = [np.asarray(leaf)[which] for leaf in self._observations.leaves(final)]
-        return self._observations.encode(leaves, len(which), which)
+            lacking = ~np.asarray(infos.get("_final_obs", done))[done] | (final is None)
+            parts = None
+            if not lacking.any():
+                parts = [np.asarray(part)[done] for part in self._observations.parts(final)]
+        copies = np.flatnonzero(done)
+        if parts is None:
+            which = int(copies[lacking][0])
+            raise _Broken("it finished, and infos['final_obs'] lacks its last observation", which)
+        return self._observations.encode(parts, len(copies), copies)
+
+    def _check_endless(self) -> None:
+        """Give up on an evaluation whose episodes do not end."""
+        if self._step >= self.max_steps and self._first.any():
+            raise _Broken(
+                f"its first episode is not over after {self.max_steps:,} steps, so it cannot be "
+                "evaluated; set a time limit: --env-params max_episode_steps N, or max_steps of "
+                "from_gymnasium",
+                int(np.flatnonzero(self._first)[0]),
+            )
 
     def _outside(self, action: Tensor) -> NDArray[Any]:
         """Actions as the environment numbers them; waits for the device."""
         space = self._maker.action_space
-        return (action.cpu().numpy() + space.start).astype(space.dtype)
+        return action.cpu().numpy().astype(space.dtype) + space.start
 
     def _copies_for(self, num_envs: int) -> _Copies:
         """The open copies if they are as many, else new ones; evaluation keeps all that it made."""
@@ -346,10 +350,9 @@ class GymnasiumEnv(TensorEnv):
             if copies.num_envs == num_envs:
                 self._copies = copies
                 return copies
-        if self._evaluation is not None:
-            self.close()
-        vector_env = self._maker.make(num_envs)
-        self._copies = _Copies(vector_env)
+        if self._evaluation is not None and self._maker.ready is None:
+            _close_all(self._open)
+        self._copies = _Copies(self._maker.make(num_envs))
         self._open.append(self._copies)
         return self._copies
 
@@ -358,15 +361,10 @@ class GymnasiumEnv(TensorEnv):
             raise RuntimeError(f"{self.name}: call vector_reset first")
         return self._copies
 
-    @contextlib.contextmanager
-    def _blame(self, step: int | None = None) -> Iterator[None]:
-        """Turn what a copy did wrong into an EnvError that says which, and when."""
-        step = self._step if step is None else step
-        try:
-            yield
-        except _Broken as broken:
-            where = self.name if broken.copy is None else f"{self.name}, copy {broken.copy}"
-            raise EnvError(f"{where}, step {step:,}: {broken.text}") from broken.__cause__
+    def _error(self, broken: _Broken) -> EnvError:
+        """What a copy did wrong, with the names of all that took part."""
+        where = self.name if broken.copy is None else f"{self.name}, copy {broken.copy}"
+        return EnvError(f"{where}, step {self._step:,}: {broken.text}")
 
 
 # ------------------------------------------------------------------------------- observations
@@ -408,11 +406,13 @@ class _Observations:
         simple: made of arrays only, so that processes can share it as memory.
 
     Raises:
-        ValueError: the space has no fixed size.
+        ValueError: the space has no fixed size, or none at all.
     """
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         found = list(_leaves(space))
+        if sum(_width(leaf) for _, leaf in found) == 0:
+            raise ValueError("is empty")
         stops = np.cumsum([_width(leaf) for _, leaf in found], dtype=int).tolist()
         self._leaves = [
             _Leaf(path, leaf, slice(start, stop))
@@ -425,8 +425,6 @@ class _Observations:
         tables = [_feature_table(leaf) for leaf in self._leaves]
         columns, values, scales = (np.concatenate(part) for part in zip(*tables, strict=True))
         self.num_features = len(columns)
-        if self.num_features == 0:
-            raise ValueError("is empty")
         # All features are numbers on one scale: what is stored is nearly what is read.
         self._scale: float | None = None
         if np.isnan(values).all() and (scales == scales[0]).all():
@@ -444,39 +442,39 @@ class _Observations:
         ]
         self._tables = {torch.device("cpu"): self._table}
 
-    def leaves(self, batch: Any) -> list[Any]:
+    def parts(self, batch: Any) -> list[Any]:
         """The parts of a batch as a VectorEnv returns it."""
-        parts = []
-        for path, *_ in self._leaves:
-            part = batch
-            for key in path:
-                part = part[key]
-            parts.append(part)
-        return parts
+        return [functools.reduce(operator.getitem, leaf.path, batch) for leaf in self._leaves]
 
-    def leaves_of(self, items: Sequence[Any]) -> list[Any]:
+    def parts_of(self, items: Sequence[Any]) -> list[Any]:
         """The parts of a batch that comes as single observations."""
-        rows = zip(*(self.leaves(item) for item in items), strict=True)
-        return [
-            np.stack(row) if isinstance(leaf.space, _ARRAYS) else row
-            for row, leaf in zip(rows, self._leaves, strict=True)
-        ]
+        rows = zip(*map(self.parts, items), strict=True) if self._nested else [items]
+        try:
+            return [
+                np.array(row) if isinstance(leaf.space, _ARRAYS) else row
+                for row, leaf in zip(rows, self._leaves, strict=True)
+            ]
+        except ValueError as error:
+            raise _Broken(f"observations differ in shape: {_say(error)}") from error
 
     def encode(
-        self, leaves: Sequence[Any], num_rows: int, copies: NDArray[np.int64] | None = None
+        self, parts: Sequence[Any], num_rows: int, copies: NDArray[np.int64] | None = None
     ) -> NDArray[Any]:
         """A new array [num_rows, *shape] of what is to be stored; row i is of copy copies[i]."""
         arrays = [
             self._checked(leaf.space, part, num_rows, copies)
-            for leaf, part in zip(self._leaves, leaves, strict=True)
+            for leaf, part in zip(self._leaves, parts, strict=True)
         ]
-        with np.errstate(over="ignore"):
-            if not self._nested:
-                stored = arrays[0].astype(self.dtype)
-            else:
-                stored = np.empty((num_rows, *self.shape), self.dtype)
+        if not self._nested and arrays[0].dtype == self.dtype:
+            stored = arrays[0].copy()
+        else:
+            stored = np.empty((num_rows, *self.shape), self.dtype)
+            with np.errstate(over="ignore"):
                 for array, leaf in zip(arrays, self._leaves, strict=True):
-                    stored[:, leaf.columns] = array.reshape(num_rows, -1)
+                    if self._nested:
+                        stored[:, leaf.columns] = array.reshape(num_rows, -1)
+                    else:
+                        stored[:] = array
         if self.dtype.kind == "f" and not np.isfinite(stored).all():
             bad = ~np.isfinite(stored).reshape(num_rows, -1).all(1)
             row = int(np.flatnonzero(bad)[0])
@@ -502,7 +500,10 @@ class _Observations:
             wrong = (array < first) | (array > last)
             if wrong.any():
                 row = int(np.flatnonzero(wrong.reshape(num_rows, -1).any(1))[0])
-                raise _Broken(f"its observation {array[row]} is not in {space}", _copy(row, copies))
+                raise _Broken(
+                    f"its observation {array[row]} is not in {_short(str(space))}",
+                    _copy(row, copies),
+                )
         return array
 
     def features(self, obs: Tensor) -> Tensor:
@@ -539,7 +540,7 @@ def _width(space: spaces.Space[Any]) -> int:
     try:
         return int(spaces.flatdim(space))
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"has no fixed size because of its part {space}") from error
+        raise ValueError(f"has no fixed size because of {_short(str(space))}") from error
 
 
 def _stored_dtype(space: spaces.Space[Any]) -> np.dtype[Any]:
@@ -571,12 +572,9 @@ def _feature_table(leaf: _Leaf) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any
     where it is the number itself), and what that number is divided by."""
     space, columns = leaf.space, np.arange(leaf.columns.start, leaf.columns.stop)
     if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        start = np.broadcast_to(space.start, columns.shape).ravel()
-        if isinstance(space, spaces.MultiDiscrete):
-            start, sizes = np.ravel(space.start), np.ravel(space.nvec)
-        else:
-            sizes = np.array([space.n])
-        values = np.concatenate([np.arange(n) + s for n, s in zip(sizes, start, strict=True)])
+        nvec = space.nvec if isinstance(space, spaces.MultiDiscrete) else [space.n]
+        sizes, starts = np.ravel(nvec), np.ravel(space.start)
+        values = np.concatenate([np.arange(n) + s for n, s in zip(sizes, starts, strict=True)])
         return np.repeat(columns, sizes), values.astype(float), np.ones(len(values))
     pixels = (
         isinstance(space, spaces.Box)
@@ -645,11 +643,10 @@ class _Guard(gymnasium.Wrapper[Any, Any, Any, Any]):
             return self._space.sample(), {_FAILURE: self._failure("reset", error)}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        returned = False
         try:
             result: Any = self.env.step(action)
-            if not (isinstance(result, tuple) and len(result) == 5):
-                expected = "(obs, reward, terminated, truncated, info)"
-                raise _Broken(f"step returned {_kind(result)}, not {expected}")
+            returned = True
             obs, reward, terminated, truncated, _ = result
             # Every copy pays for what stands here, so the common case is spelled out.
             if not (
@@ -667,6 +664,9 @@ class _Guard(gymnasium.Wrapper[Any, Any, Any, Any]):
             return obs, reward, terminated, truncated, {}
         except Exception as error:
             failure = self._failure("step", error)
+            if returned and not (isinstance(result, tuple) and len(result) == 5):
+                expected = "(obs, reward, terminated, truncated, info)"
+                failure = _Failure(f"step returned {_kind(result)}, not {expected}", None)
             return self._space.sample(), 0.0, False, False, {_FAILURE: failure}
 
     def close(self) -> None:
@@ -691,6 +691,40 @@ class _Guard(gymnasium.Wrapper[Any, Any, Any, Any]):
         return _Failure(text, error)
 
 
+class _Loop(SyncVectorEnv):
+    """SyncVectorEnv in SAME_STEP mode, for guarded copies: they have no infos to merge, and merging
+    none, copy by copy, is a tenth of its time."""
+
+    def __init__(self, env_fns: Sequence[Callable[[], _Guard]]) -> None:
+        super().__init__(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        self._batch: Any = create_empty_array(self.single_observation_space, self.num_envs)
+
+    def step(
+        self, actions: Any
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        shown: list[Any] = []
+        rewards, terminated, truncated, final_obs = [], [], [], []
+        infos: dict[str, Any] = {}
+        for env, action in zip(self.envs, actions, strict=True):
+            obs, reward, ended, cut, info = env.step(action)
+            if ended or cut:
+                final_obs.append(obs)
+                obs, info = env.reset()
+            if info:
+                infos = self._add_info(infos, info, len(shown))
+            shown.append(obs)
+            rewards.append(reward)
+            terminated.append(ended)
+            truncated.append(cut)
+        ends, cuts = np.array(terminated), np.array(truncated)
+        if final_obs:
+            infos["final_obs"] = np.empty(self.num_envs, object)
+            for i, obs in zip(np.flatnonzero(ends | cuts), final_obs, strict=True):
+                infos["final_obs"][i] = obs
+        batch = concatenate(self.single_observation_space, shown, self._batch)
+        return batch, np.array(rewards), ends, cuts, infos
+
+
 def _conform(space: spaces.Space[Any], obs: Any) -> Any:
     """An observation as its space has it: structure, shape, dtype."""
     if isinstance(space, spaces.Tuple):
@@ -706,7 +740,7 @@ def _conform(space: spaces.Space[Any], obs: Any) -> Any:
         return {key: _conform(part, obs[key]) for key, part in space.spaces.items()}
     if not isinstance(space, _ARRAYS):
         if obs not in space:
-            raise _Broken(f"its observation {_short(repr(obs))} is not in {space}")
+            raise _Broken(f"its observation {_short(repr(obs))} is not in {_short(str(space))}")
         return obs
     try:
         array = np.asarray(obs)
@@ -725,10 +759,10 @@ def _number(reward: Any) -> float:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if isinstance(value, np.bool_) or getattr(value, "dtype", None) == bool and value.ndim == 0:
+    if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    if isinstance(value, bool):
-        return value
+    if isinstance(value, np.ndarray) and value.dtype == np.bool_ and value.ndim == 0:
+        return bool(value)
     raise _Broken(f"its {name} is {_kind(value)}, not a bool")
 
 
@@ -768,7 +802,7 @@ class _Copies:
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         self.env, self.num_envs, self.pending = env, env.num_envs, False
-        base = env.unwrapped
+        base: Any = env.unwrapped
         self._workers = base if isinstance(base, AsyncVectorEnv) else None
         # A wrapper offers no step_async; with one, the step is taken at once.
         self._beside = env if isinstance(env, AsyncVectorEnv) else None
@@ -777,54 +811,66 @@ class _Copies:
         mode = base.autoreset_mode if self._gymnasiums else env.metadata.get("autoreset_mode")
         self.mode = AutoresetMode.NEXT_STEP if mode is None else AutoresetMode(mode)
         self._result: Any = None
+        self._broken, self._owner = False, os.getpid()
 
     def reset(self, seeds: list[int]) -> Any:
         """First observations of E episodes."""
-        with self._watched("reset"):
-            if self.pending:
-                self.receive()
-            obs, infos = self.env.reset(seed=seeds if self._gymnasiums else seeds[0])
-        self._check(infos)
-        return obs
+        if self.pending:
+            self.receive()
+        return self._call_reset(seed=seeds if self._gymnasiums else seeds[0])
 
     def reset_only(self, which: NDArray[np.bool_]) -> Any:
         """Reset some copies, in DISABLED mode; observations of all."""
-        with self._watched("reset"):
-            obs, infos = self.env.reset(options={"reset_mask": which.copy()})
+        return self._call_reset(options={"reset_mask": which.copy()})
+
+    def _call_reset(self, **arguments: Any) -> Any:
+        try:
+            with self._quiet():
+                obs, infos = self.env.reset(**arguments)
+        except Exception as error:
+            raise self._raised("reset", error) from error
         self._check(infos)
         return obs
 
     def send(self, actions: NDArray[Any]) -> None:
         """Begin a step; actions [E]."""
-        with self._watched("step"):
+        try:
             if self._beside is not None:
                 self._beside.step_async(actions)
             else:
-                self._result = self.env.step(actions)
+                with self._quiet():
+                    self._result = self.env.step(actions)
+        except Exception as error:
+            raise self._raised("step", error) from error
         self.pending = True
 
     def receive(self) -> tuple[Any, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """End a step: observations, reward float64 [E], terminated and truncated bool [E], infos;
-        the arrays are the caller's."""
-        with self._watched("step"):
-            result = self._beside.step_wait() if self._beside is not None else self._result
+        """End a step: observations, reward [E], terminated and truncated bool [E], infos."""
+        try:
+            if self._beside is not None:
+                with self._quiet():
+                    self._result = self._beside.step_wait()
+            obs, reward, terminated, truncated, infos = self._result
+        except Exception as error:
+            raise self._raised("step", error) from error
         self._result, self.pending = None, False
-        obs, reward, terminated, truncated, infos = result
         self._check(infos)
+        if self._gymnasiums:  # made by it, not by somebody's environment
+            return obs, reward, terminated, truncated, infos
         reward = np.asarray(reward)
         if reward.shape != (self.num_envs,) or reward.dtype.kind not in "biuf":
             raise _Broken(f"rewards are {_kind(reward)}, not numbers [{self.num_envs}]")
-        flags = []
-        for name, value in (("terminated", terminated), ("truncated", truncated)):
-            flag = np.asarray(value)
+        terminated, truncated = np.asarray(terminated), np.asarray(truncated)
+        for name, flag in (("terminated", terminated), ("truncated", truncated)):
             if flag.shape != (self.num_envs,) or flag.dtype != np.bool_:
                 raise _Broken(f"{name} is {_kind(flag)}, not bool [{self.num_envs}]")
-            flags.append(flag.copy())
-        return obs, reward.astype(np.float64), *flags, infos
+        return obs, reward, terminated, truncated, infos
 
     def close(self) -> None:
         """Close the VectorEnv. Workers that are in order close their copies; if one is not, all are
         ended. Raises nothing."""
+        if os.getpid() != self._owner:  # a worker forked later, which has inherited this
+            return
         base = self._workers
         if base is None:
             with contextlib.suppress(Exception):
@@ -832,11 +878,12 @@ class _Copies:
             return
         if base.closed:
             return
-        with _quiet(), contextlib.suppress(Exception):
-            if self.pending:  # closing in the middle of a step would warn
+        with contextlib.suppress(Exception):
+            # After an exception nobody knows which answers were read: waiting might never end.
+            orderly = not self._broken and all(process.is_alive() for process in base.processes)
+            if orderly and self.pending:  # closing in the middle of a step would warn
                 base.step_wait(timeout=_PATIENCE)
-                self.pending = False
-            if not self.pending and all(process.is_alive() for process in base.processes):
+            if orderly:
                 self.env.close()
         if not base.closed:
             for process in base.processes:
@@ -851,19 +898,16 @@ class _Copies:
                     pipe.close()
             base.closed = True
 
-    @contextlib.contextmanager
-    def _watched(self, what: str) -> Iterator[None]:
-        """Turn any exception of the VectorEnv into _Broken, with the copy where it is known."""
-        try:
-            with _quiet() if self._workers is not None else contextlib.nullcontext():
-                yield
-        except _Broken:
-            raise
-        except Exception as error:
-            died = self._died() if isinstance(error, (EOFError, OSError)) else None
-            if died is not None:
-                raise _Broken("its process died " + died[1], died[0]) from error
-            raise _Broken(f"{what} raised {_say(error)}") from error
+    def _quiet(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._workers is None else _quiet()
+
+    def _raised(self, what: str, error: Exception) -> _Broken:
+        """An exception of the VectorEnv, with the copy where it is known."""
+        self._broken = True
+        died = self._died() if isinstance(error, (EOFError, OSError)) else None
+        if died is not None:
+            return _Broken(f"its process died {died[1]}", died[0])
+        return _Broken(f"{what} raised {_say(error)}")
 
     def _died(self) -> tuple[int, str] | None:
         """The first worker that is no more and how it ended."""
@@ -901,29 +945,42 @@ def _close_all(copies: list[_Copies]) -> None:
 
 def _seeds(noise: Tensor) -> list[int]:
     """A seed in [0, 2**31) for each copy from uniform numbers [E, 2] of 24 bits each."""
-    high, low = (noise.double().cpu() * torch.tensor([2.0**16, 2.0**15])).long().unbind(1)
+    high, low = (noise.cpu().double() * torch.tensor([2.0**16, 2.0**15])).long().unbind(1)
     return ((high << 15) | low).tolist()
 
 
 def _upload(arrays: list[NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors on `device`, in one copy; those of wider types come first.
-
-    On the CPU the tensors share the arrays' memory.
-    """
+    """Arrays as tensors on `device`, in one copy; on the CPU they share the arrays' memory."""
+    tensors = list(map(torch.from_numpy, arrays))
     if device.type == "cpu":
-        return [torch.from_numpy(array) for array in arrays]
-    packed = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
-    parts = upload(torch.from_numpy(packed), device).split([array.nbytes for array in arrays])
+        return tensors
+    return _unpack(upload(_pack(tensors), device), tensors)
+
+
+def _pack(tensors: list[Tensor]) -> Tensor:
+    """The bytes of all, uint8 [size]; each starts at a multiple of 8, as its type wants it."""
+    packed = torch.zeros(sum(map(_room, tensors)), dtype=torch.uint8)
+    for part, tensor in zip(packed.split(list(map(_room, tensors))), tensors, strict=True):
+        part[: tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten())
+    return packed
+
+
+def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of what `_pack` made of tensors like these."""
     return [
-        part.view(torch.from_numpy(array[:0]).dtype).view(array.shape)
-        for part, array in zip(parts, arrays, strict=True)
+        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(packed.split(list(map(_room, like))), like, strict=True)
     ]
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // 8) * 8
 
 
 # --------------------------------------------------------------------------- making the copies
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Maker:
     """How copies are made.
 
@@ -934,6 +991,7 @@ class _Maker:
         max_steps: time limit, if there is one.
         background: it steps in worker processes, beside the learner.
         params: arguments of an id's constructor.
+        ready: the VectorEnv itself, where it came as one.
     """
 
     name: str
@@ -943,6 +1001,7 @@ class _Maker:
     max_steps: int | None
     background: bool
     params: Mapping[str, Any]
+    ready: VectorEnv[Any, Any, Any] | None = None
 
 
 def _maker(source: Source, params: Mapping[str, Any], mode: Mode, max_steps: int | None) -> _Maker:
@@ -951,9 +1010,9 @@ def _maker(source: Source, params: Mapping[str, Any], mode: Mode, max_steps: int
     if params:
         raise ValueError(f"params {dict(params)}: only an environment made by its id takes them")
     if isinstance(source, VectorEnv):
-        return _maker_of_vector(
-            _name(source), lambda num_envs: _as_many(source, num_envs), source, max_steps
-        )
+        as_many = functools.partial(_as_many, source)
+        maker = _maker_of_vector(_name(source), as_many, source, max_steps)
+        return dataclasses.replace(maker, ready=source)
     if not callable(source):
         raise ValueError(f"source {source!r}: must be an id, a callable or a VectorEnv")
     if _takes_num_envs(source):
@@ -1016,13 +1075,18 @@ def _maker_of_copies(
         fns = [
             _CopyFactory(factories[i % len(factories)], name, i, max_steps) for i in range(num_envs)
         ]
-        kind = SyncVectorEnv if mode == "sync" else AsyncVectorEnv
-        options: dict[str, Any] = {} if mode == "sync" else {"shared_memory": observations.simple}
         try:
             with _quiet(), warnings.catch_warnings():
                 # Python 3.12 has this to say of torch's threads; the workers do not use them.
                 warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-                return kind(fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP, **options)
+                if mode == "sync":
+                    return _Loop(fns)
+                return AsyncVectorEnv(
+                    fns,
+                    shared_memory=observations.simple,
+                    copy=False,
+                    autoreset_mode=AutoresetMode.SAME_STEP,
+                )
         except EnvError:
             raise
         except Exception as error:
@@ -1083,6 +1147,20 @@ def _maker_of_vector(
         isinstance(env, AsyncVectorEnv),
         params or {},
     )
+
+
+def _maker_for_evaluation(source: Source, training: _Maker, max_steps: int | None) -> _Maker:
+    if isinstance(source, VectorEnv):
+        raise ValueError(
+            "eval_source: a VectorEnv has a fixed number of copies; pass what makes them, an id "
+            "or a callable"
+        )
+    maker = _maker(source, {}, "sync", max_steps)
+    for what in ("observation_space", "action_space"):
+        theirs, ours = getattr(maker, what), getattr(training, what)
+        if theirs != ours:
+            raise ValueError(f"eval_source: its {what} {theirs} differs from {ours} in training")
+    return maker
 
 
 def _maker_like(env: VectorEnv[Any, Any, Any], max_steps: int | None) -> _Maker:
@@ -1190,7 +1268,7 @@ def _supported(label: str, space: spaces.Space[Any]) -> _Observations:
         return _Observations(space)
     except ValueError as error:
         raise ValueError(
-            f"{label}: its observation space {space} {error}; wrap it with "
+            f"{label}: its observation space {_short(str(space))} {error}; wrap it with "
             "gymnasium.wrappers.TransformObservation so that it becomes a Box"
         ) from error
 
@@ -1199,9 +1277,9 @@ def _discrete(label: str, space: spaces.Space[Any]) -> spaces.Discrete:
     if isinstance(space, spaces.Discrete):
         return space
     raise ValueError(
-        f"{label}: its action space {space} is not Discrete, which is what DQN can choose from; "
-        "wrap it with gymnasium.wrappers.TransformAction to a Discrete space of chosen actions, or "
-        "use an algorithm for such actions"
+        f"{label}: its action space {_short(str(space))} is not Discrete, which is what DQN can "
+        "choose from; wrap it with gymnasium.wrappers.TransformAction to a Discrete space of "
+        "chosen actions, or use an algorithm for such actions"
     )
 
 

@@ -167,6 +167,13 @@ def every_pair(env: GymTable, noise: NDArray[np.float64]) -> tuple[torch.Tensor,
     ).unbind(1)
 
 
+def some_noise(count: int) -> NDArray[np.float64]:
+    """Numbers of float32: the ends, some on the border between two outcomes, random ones."""
+    noise = np.random.default_rng(0).integers(2**24, size=count) / 2**24
+    noise[:5] = 0.0, 1.0 - 2.0**-24, 0.25, 0.5, 0.75
+    return noise
+
+
 def stepped(env: GymTable, state: Any, action: Any, noise: Any) -> tuple[Any, Any, Any]:
     """Next state as observed, reward and terminated of one step."""
     after, reward, terminated = env.step(
@@ -212,10 +219,7 @@ def test_steps_as_gymnasium_does(env_id: str, params: dict[str, Any]):
     """Gymnasium's own `step`, put in every state and given the number that it draws."""
     env, theirs = GymTable(env_id, params), original(env_id, params)
     theirs.reset(seed=0)
-    few = env.num_states * env.num_actions > 1000
-    noise = np.random.default_rng(0).integers(2**24, size=3 if few else 20) / 2**24
-    noise[:2] = 0.0, 1.0 - 2.0**-24
-    inputs = every_pair(env, noise)
+    inputs = every_pair(env, some_noise(5 if env.num_states > 100 else 20))
     expected = []
     for state, action, u in zip(*(t.tolist() for t in inputs), strict=True):
         theirs.s, theirs._np_random = int(state), Rigged(u)
@@ -234,9 +238,7 @@ def test_starts_as_gymnasium_does(env_id: str, params: dict[str, Any]):
     of `initial_state_distrib`."""
     env, theirs = GymTable(env_id, params), original(env_id, params)
     theirs.reset(seed=0)
-    noise = np.random.default_rng(0).integers(2**24, size=500) / 2**24
-    noise[:2] = 0.0, 1.0 - 2.0**-24
-    expected = []
+    noise, expected = some_noise(500), []
     for u in noise.tolist():
         theirs._np_random = Rigged(u)
         expected.append(theirs.reset()[0])
@@ -266,6 +268,9 @@ def test_the_mdp_is_the_environment(env_id: str, params: dict[str, Any]):
     share = torch.bincount(entry, minlength=n * actions * size).view(n, actions, size) / num
     live = ~mdp.terminal[:n]
     torch.testing.assert_close(share.double()[live], mdp.P[:n][live], atol=1e-6, rtol=0)
+    goes_on = next_state[~terminated & (next_state != state)].unique()
+    assert live[goes_on].all()
+    assert live[mdp.start[:n] > 0].all()
     leaves = live[state.long()]
     assert torch.equal(terminated[leaves], mdp.terminal[row[leaves]])
     mean = reward.double().view(n, actions, num).mean(2)
