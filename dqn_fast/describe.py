@@ -83,6 +83,7 @@ def describe(
             "total_updates": plan.total_updates,
             "optimal_return": exact.optimal_return if exact else None,
             "optimal_start_value": exact.optimal_start_value if exact else None,
+            "grid_shape": getattr(env, "grid_shape", None),
             "rounded": rounded,
             "device": device_name(q_net.params[0].device),
             "num_threads": torch.get_num_threads(),

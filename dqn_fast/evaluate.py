@@ -27,7 +27,7 @@ from dqn_fast.bellman import (
     visited_states,
 )
 from dqn_fast.checkpoint import AgentFile, load_agent
-from dqn_fast.envs import TabularEnv, TensorEnv
+from dqn_fast.envs import EnvError, TabularEnv, TensorEnv
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.video import EVALUATION_EPOCH, ready, record
@@ -222,7 +222,14 @@ def main() -> int:
 
     device = next(agent.q_net.parameters()).device
     noise = Noise(args.seed, agent.q_net.num_members, device)
-    result = evaluate(agent.env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH)
+    env = agent.env.for_evaluation()
+    try:
+        result = evaluate(env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH)
+    except EnvError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        env.close()
     rows = []
     for member in range(agent.q_net.num_members):
         returns, lengths = result.episode_return[member], result.episode_length[member]

@@ -162,7 +162,8 @@ class Args:
     checkpoint_interval: int = 16_384
     """Transitions between checkpoints; >= 0. The end of the run is always saved."""
     report: bool = True
-    """Write report.html at the end of the run."""
+    """Write report.html at the end of the run, and agent.gif where the agent can be filmed (needs
+    the extra: pip install -e ".[video]")."""
     quiet: bool = False
     """Print nothing but warnings and errors."""
     track: bool = False
@@ -526,7 +527,7 @@ def train(
                 env = make_env(env_id, args.env_params, args.vectorization_mode)
                 stack.callback(env.close)
             else:
-                env_id = type(env).__name__
+                env_id = getattr(env, "name", type(env).__name__)
                 if not env.on_host:
                     check_env(env, num_envs=2, num_steps=2)
             exact = solve(env, args.gamma, device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dqn_fast.envs import EnvError, TensorEnv
-from dqn_fast.envs.from_gymnasium import from_gymnasium
+from dqn_fast.envs.gymnasium_adapter import from_gymnasium
 from dqn_fast.run import UsageError
 from dqn_fast.train import Args, train
 

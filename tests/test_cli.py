@@ -32,7 +32,10 @@ def run_main(monkeypatch, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--env-id Nope-v3", "--env-id Nope-v3: unknown environment; known are Acrobot-v1, CartPole-v1"),
+        (
+            "--env-id Nope-v3",
+            "--env-id Nope-v3: unknown environment; known are Acrobot-v1, CartPole-v1",
+        ),
         ("--num-envs 0", "--num-envs 0: must be at least 1"),
         ("--num-seeds -1", "--num-seeds -1: must be at least 1"),
         ("--total-timesteps 0", "--total-timesteps 0: must be at least 1"),

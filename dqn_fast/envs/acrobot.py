@@ -76,7 +76,21 @@ class Acrobot(TensorEnv):
     reset_noise_dim: ClassVar[int] = 4
     step_noise_dim: ClassVar[int] = 1
     gymnasium_id: ClassVar[str] = "Acrobot-v1"
-    experiment: ClassVar[Mapping[str, Any]] = {}
+    experiment: ClassVar[Mapping[str, Any]] = {
+        "num_envs": 32,
+        "total_timesteps": 200_000,
+        "train_freq": 10,
+        "batch_size": 128,
+        "buffer_size": 100_000,
+        "learning_starts": 1_000,
+        "double_q": True,
+        "tau": 0.005,
+        "target_update_interval": 10,
+        "eps_fraction": 0.2,
+        "eval_interval": 10_000,
+        "log_interval": 5_000,
+        "checkpoint_interval": 50_000,
+    }
 
     def __post_init__(self) -> None:
         links = ("link_length_1", "link_length_2", "link_mass_1", "link_mass_2")

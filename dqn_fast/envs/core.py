@@ -86,6 +86,9 @@ class Outcome(NamedTuple):
 class TensorEnv(ABC):
     """Base of all tensor environments; subclass it as a frozen dataclass of parameters.
 
+    One that also has a method `render(self, state)`, uint8 [H, W, 3] of one copy's state, can be
+    filmed; see `dqn_fast.envs.render`.
+
     Attributes:
         num_actions: actions are the int64 numbers 0 .. num_actions - 1.
         max_steps: time limit of an episode in steps, >= 1.
@@ -207,7 +210,13 @@ class TensorEnv(ABC):
 
 
 class TabularEnv(TensorEnv):
-    """A tensor environment whose states can be counted, so that it can be solved exactly."""
+    """A tensor environment whose states can be counted, so that it can be solved exactly.
+
+    Attributes:
+        grid_shape: rows and columns in which the states stand, for pictures; None: no grid.
+    """
+
+    grid_shape: tuple[int, int] | None = None
 
     @abstractmethod
     def mdp(self) -> TabularMDP:
