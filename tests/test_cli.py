@@ -14,6 +14,7 @@ import pytest
 
 from dqn_fast import train as train_module
 from dqn_fast.checkpoint import load_agent
+from dqn_fast.envs import EXPERIMENTS, TENSOR_ENVS, CartPole, experiment, make_env
 
 TRAIN = [sys.executable, "-m", "dqn_fast.train"]
 
@@ -108,6 +109,34 @@ def test_help_documents_every_flag(monkeypatch, capsys):
     text = capsys.readouterr().out
     for name in vars(train_module.Args()):
         assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    "flag", ["--env-id CartPole-v1", "--env-id=gym:CartPole-v1", "--env_id CartPole-v1"]
+)
+def test_defaults_follow_the_environment(flag, monkeypatch, capsys):
+    """What --help shows, and what `Args.for_env` gives, is the environment's own table."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *flag.split(), "--help")
+    text = capsys.readouterr().out
+    table = dict(CartPole.experiment)
+    assert len(table) > 5
+    args = train_module.Args.for_env("CartPole-v1", seed=3)
+    assert args.seed == 3
+    for name, value in table.items():
+        assert getattr(args, name) == value
+        if not isinstance(value, bool):
+            assert f"(default: {value})" in text.split(f"--{name.replace('_', '-')} ")[1][:400]
+
+
+def test_settings_beside_an_environment_are_settings():
+    """Every name in every table is a field of Args, or a parameter of the environment."""
+    fields = vars(train_module.Args())
+    for env_id in (*TENSOR_ENVS, *EXPERIMENTS):
+        table = experiment(env_id)
+        assert set(table) <= set(fields), env_id
+        assert make_env(env_id).params.items() >= dict(table.get("env_params", {})).items()
 
 
 def test_a_run_from_the_command_line(tmp_path):

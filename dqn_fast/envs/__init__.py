@@ -25,6 +25,7 @@ from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.tabular import EXPERIMENTS, GymTable, NoTableError
 
 __all__ = [
+    "EXPERIMENTS",
     "TENSOR_ENVS",
     "Acrobot",
     "CartPole",

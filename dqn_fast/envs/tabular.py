@@ -17,18 +17,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_origin
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
+import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP, ends_elsewhere
 from dqn_fast.envs.core import TabularEnv
-
-if TYPE_CHECKING:  # a fifth of a second that a run on tensors does not need
-    import gymnasium
-    from gymnasium.envs.registration import EnvSpec
 
 DEFAULT_MAX_STEPS = 200
 """Time limit in steps where Gymnasium has none, as for CliffWalking."""
@@ -135,6 +134,7 @@ class GymTable(TabularEnv):
         max_steps: time limit in steps, >= 1.
         num_actions: Gymnasium's.
         num_states: n.
+        grid_shape: rows and columns, where the environment says that its states stand so.
 
     Raises:
         NoTableError: the id is unknown or its environment has no table, whatever the arguments.
@@ -147,6 +147,7 @@ class GymTable(TabularEnv):
     max_steps: int = field(init=False, compare=False, repr=False)
     num_actions: int = field(init=False, compare=False, repr=False)  # type: ignore[misc]
     num_states: int = field(init=False, compare=False, repr=False)
+    grid_shape: tuple[int, int] | None = field(init=False, compare=False, repr=False)
     _table: _Table = field(init=False, compare=False, repr=False)
 
     reset_noise_dim: ClassVar[int] = 1
@@ -156,16 +157,18 @@ class GymTable(TabularEnv):
         spec, given = _spec(self.env_id), dict(self.arguments)
         try:
             arguments = _arguments(spec, given)
-            table = _Table(*_read(spec, arguments, given))
+            cells, start, grid_shape = _read(spec, arguments, given)
         except ValueError as error:
             if given and not isinstance(error, NoTableError):
                 _ensure_table(self.env_id)
             raise
+        table = _Table(cells, start)
         for name, value in (
             ("arguments", tuple(arguments.items())),
             ("max_steps", arguments["max_steps"]),
             ("num_actions", table.num_actions),
             ("num_states", table.num_states),
+            ("grid_shape", grid_shape),
             ("_table", table),
         ):
             object.__setattr__(self, name, value)
@@ -176,8 +179,6 @@ class GymTable(TabularEnv):
 
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
-        from gymnasium.spaces import Discrete
-
         return Discrete(self.num_states)
 
     @property
@@ -331,8 +332,8 @@ def _bounds(probability: Tensor) -> Tensor:
 
 def _read(
     spec: EnvSpec, arguments: Mapping[str, Any], given: Mapping[str, Any]
-) -> tuple[list[Cell], Tensor]:
-    """Cells and start distribution of the environment made with `arguments`.
+) -> tuple[list[Cell], Tensor, tuple[int, int] | None]:
+    """Cells, start distribution and grid of the environment made with `arguments`.
 
     Args:
         spec: Gymnasium's.
@@ -353,6 +354,7 @@ def _read(
             f"{asked}: {spec.id} cannot be made with that "
             f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
+    grid_shape = _grid_shape(envs[0].unwrapped)
     try:
         (cells, start), again = (_cells(env.unwrapped, asked) for env in envs)
         if cells != again[0] or not torch.equal(start, again[1]):
@@ -364,13 +366,20 @@ def _read(
     finally:
         for env in envs:
             env.close()
-    return cells, start
+    on_grid = grid_shape is not None and math.prod(grid_shape) == len(start)
+    return cells, start, grid_shape if on_grid else None
+
+
+def _grid_shape(env: Any) -> tuple[int, int] | None:
+    """Rows and columns of toy-text grids, which name them in one of two ways."""
+    if hasattr(env, "nrow"):
+        return int(env.nrow), int(env.ncol)
+    shape: tuple[int, ...] = getattr(env, "shape", ())
+    return (int(shape[0]), int(shape[1])) if len(shape) == 2 else None
 
 
 def _cells(env: Any, asked: str) -> tuple[list[Cell], Tensor]:
     """Table and start distribution of an unwrapped environment, checked."""
-    from gymnasium.spaces import Discrete
-
     spaces = (env.observation_space, env.action_space)
     try:
         if not all(isinstance(space, Discrete) and space.start == 0 for space in spaces):
@@ -443,7 +452,6 @@ _MISSING = inspect.Parameter.empty
 
 def _spec(env_id: str) -> EnvSpec:
     """Gymnasium's entry of an id; of "module:id", after the import of the module."""
-    import gymnasium
 
     module, _, name = env_id.rpartition(":")
     try:
@@ -482,8 +490,6 @@ def _arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known_arguments(spec: EnvSpec) -> dict[str, _Argument]:
     """What the constructor takes, as far as it can be held in a file, and "max_steps"."""
-    from gymnasium.envs.registration import load_env_creator
-
     entry_point = spec.entry_point
     try:
         create = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point

@@ -320,7 +320,12 @@ def _settings(runs: Sequence[RecordedRun]) -> str:
         values = {n: [_value(s[n]) if n in s else "not set" for s in settings] for n in names}
         if heading == "Environment":
             values = {"env_id": [run.env_id for run in runs]} | values
-        shared = [(n, v[0], "") for n, v in values.items() if len(set(v)) == 1]
+        changed = set(runs[0].config.get("changed", ())) if part == "args" else set()
+        shared = [
+            (n, v[0], "changed" if n in changed else "")
+            for n, v in values.items()
+            if len(set(v)) == 1
+        ]
         differing |= {n: v for n, v in values.items() if len(set(v)) > 1 and n != "run_dir"}
         if shared:
             html += f"<h3>{heading}</h3>{pairs('settings', shared)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -539,3 +540,18 @@ def test_experiments_are_settings_of_train(env_id: str):
     """Each names fields of Args with values that `check` lets pass, for an id that has a table."""
     check(Args.for_env(env_id))
     GymTable(env_id)
+
+
+@pytest.mark.parametrize(
+    ("env", "shape"),
+    [
+        (GymTable("FrozenLake-v1", {"desc": "SFF,FHG"}), (2, 3)),
+        (GymTable("FrozenLake8x8-v1"), (8, 8)),
+        (GymTable("CliffWalking-v1"), (4, 12)),
+        (GymTable("Taxi-v4"), None),  # a state is more than a place
+    ],
+)
+def test_states_stand_on_the_grid_that_gymnasium_names(env, shape):
+    """Rows and columns for pictures, and none where the states are no places."""
+    assert env.grid_shape == shape
+    assert shape is None or math.prod(shape) == env.num_states
