@@ -39,6 +39,37 @@ def epsilon_greedy(q_values: Tensor, noise: Tensor, epsilon: Tensor) -> Tensor:
     return torch.where(coin < epsilon, random, q_values.argmax(-1))
 
 
+def held_epsilon_greedy(
+    q_values: Tensor, noise: Tensor, epsilon: Tensor, held: Tensor, repeat: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Epsilon-greedy whose random actions last: each goes on with probability `repeat`.
+
+    A copy that holds a random action carries it out again with probability `repeat`; otherwise it
+    draws a new one with probability epsilon, and else is greedy. So a random action lasts
+    1 / (1 - repeat) steps on average, and a share epsilon / (1 - repeat + repeat * epsilon) of all
+    steps is random. Where the dynamics are slow a single step in another direction changes
+    nothing; ten in a row do.
+
+    Args:
+        q_values, noise, epsilon: as `epsilon_greedy`.
+        held: the random action that each copy carried out last step, int64 [M, N]; -1: none.
+        repeat: [] float32, in [0, 1).
+
+    Returns:
+        The actions and what is held now, int64 [M, N] each.
+
+    Source: Dabney, Ostrovski & Barreto (2021), "Temporally-extended epsilon-greedy exploration",
+    with geometric durations.
+    """
+    coin, choice = noise.unbind(-1)
+    random = (choice * q_values.shape[-1]).long()
+    # One coin decides: first whether what is held goes on, then whether a new action begins.
+    stays = torch.where(held >= 0, repeat, 0.0)
+    starts = coin < stays + (1.0 - stays) * epsilon
+    held = torch.where(coin < stays, held, torch.where(starts, random, -1))
+    return torch.where(held >= 0, held, q_values.argmax(-1)), held
+
+
 def bootstrap_value(
     q_net: QNetwork, target_net: QNetwork, next_obs: Tensor, double_q: bool
 ) -> Tensor:

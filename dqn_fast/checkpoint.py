@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.engine import choose_device
-from dqn_fast.envs import TensorEnv, make_env
+from dqn_fast.envs import TensorEnv, UnknownEnvError, make_env
+from dqn_fast.envs.gymnasium_adapter import GymnasiumEnv
+from dqn_fast.envs.gymnasium_spaces import Observations
 from dqn_fast.networks import QNetwork
 
 AgentFile = Literal["best", "last"]
@@ -179,18 +181,26 @@ class Agent:
         self.env, self.q_net, self.member = env, q_net, member
         self.global_step, self.eval_return_mean = global_step, eval_return_mean
         self._device = next(q_net.parameters()).device
+        self._stored = _stored_layout(env)
 
     @torch.no_grad()
     def q_values(self, obs: Tensor) -> Tensor:
         """Q-values [..., A] of one observation or a batch, of any leading shape.
 
         Args:
-            obs: as the environment's `observe` gives it, or what the network reads (float32
-                [..., F], the environment's `features`).
+            obs: as the environment stores it, which `observe` gives; where that differs in kind
+                or shape, also what the network reads (floats [..., F], of `features`).
         """
         obs = obs.to(self._device)
-        is_features = obs.is_floating_point() and obs.shape[-1:] == (self.q_net.sizes[0],)
-        obs = obs.float() if is_features else self.env.features(obs)
+        is_float = obs.is_floating_point()
+        if is_float:
+            obs = obs.float()
+        is_stored = False
+        if self._stored is not None:
+            stored_float, shape = self._stored
+            is_stored = is_float == stored_float and obs.shape[obs.ndim - len(shape) :] == shape
+        if is_stored or not (is_float and obs.shape[-1:] == (self.q_net.sizes[0],)):
+            obs = self.env.features(obs)
         rows = obs.reshape(-1, obs.shape[-1]).expand(self.q_net.num_members, -1, -1)
         return self.q_net(rows)[self.member].reshape(*obs.shape[:-1], -1)
 
@@ -203,6 +213,17 @@ class Agent:
         if isinstance(obs, Tensor):
             return self.q_values(obs).argmax(-1)
         return self.q_values(torch.as_tensor(np.asarray(obs))).argmax(-1).cpu().numpy()
+
+
+def _stored_layout(env: TensorEnv) -> tuple[bool, tuple[int, ...]] | None:
+    """Whether a stored observation of one copy is of floats, and its shape; None: not known."""
+    if isinstance(env, GymnasiumEnv):
+        observations = Observations(env.single_observation_space)
+        return observations.dtype.kind == "f", observations.shape
+    if env.on_host:
+        return None
+    obs = env.observe(env.reset(torch.zeros(1, env.reset_noise_dim)))[0]
+    return obs.is_floating_point(), tuple(obs.shape)
 
 
 def load_agent(
@@ -226,8 +247,17 @@ def load_agent(
     """
     if which not in AGENT_FILES:
         raise ValueError(f"agent {which}: must be one of {', '.join(AGENT_FILES)}")
-    content = load_checkpoint(Path(run_dir) / AGENT_FILES[which], choose_device(device))
-    env = env or make_env(content["env_id"], content["env_params"])
+    path, last = (Path(run_dir) / AGENT_FILES[name] for name in (which, "last"))
+    if not path.exists() and last.exists():
+        raise ValueError(f"{path}: is not there, no evaluation was made; use --agent last")
+    content = load_checkpoint(path, choose_device(device))
+    try:
+        env = env or make_env(content["env_id"], content["env_params"])
+    except UnknownEnvError as error:
+        raise ValueError(
+            f"{path}: was trained on {content['env_id']}, which no id stands for here; give the "
+            f"environment, load_agent(run_dir, env=...)"
+        ) from error
     returns = content["eval_return_mean"]
     q_net = QNetwork(content["sizes"], len(returns), choose_device(device))
     q_net.load_state_dict(content["q_net"])

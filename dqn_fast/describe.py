@@ -14,6 +14,7 @@ import torch
 
 from dqn_fast.engine import choose_engine
 from dqn_fast.envs import TensorEnv
+from dqn_fast.envs.params import plain
 from dqn_fast.evaluate import ExactValues
 from dqn_fast.networks import QNetwork
 from dqn_fast.replay import Replay
@@ -44,6 +45,8 @@ def describe(
         replay: the memory.
         exact: the environment's solution, if there is one.
     """
+    # An environment of one's own goes by its name, whatever --env-id says.
+    settings = {**plain(settings), "env_id": env_id}
     engine, reason = choose_engine(settings["engine"])
     num_envs = settings["num_envs"]
     every = f"at the first multiple of {num_envs} from there on"
@@ -68,9 +71,9 @@ def describe(
         )
     return {
         "env_id": env_id,
-        "env_params": env.params,
-        "changed": [name for name, value in settings.items() if value != usual[name]],
-        "args": {**settings, "run_dir": str(settings["run_dir"]) if settings["run_dir"] else None},
+        "env_params": plain(env.params),
+        "changed": [name for name, value in settings.items() if value != plain(usual[name])],
+        "args": settings,
         "derived": {
             "num_actions": env.num_actions,
             "sizes": list(q_net.sizes),

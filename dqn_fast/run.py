@@ -109,6 +109,7 @@ class RunRecord:
         plan: Plan,
         metrics: Metrics,
         diagnostics: Diagnostics,
+        q_net: QNetwork,
         began: float,
     ) -> None:
         """Write `config.json`, start the loggers and print the header.
@@ -119,6 +120,7 @@ class RunRecord:
             plan: of the run.
             metrics: accumulators on the device.
             diagnostics: snapshots of the run.
+            q_net: the network that is trained.
             began: time.perf_counter() at the start of the program.
         """
         self.run_dir, self.config, self.status = run_dir, config, "done"
@@ -127,6 +129,7 @@ class RunRecord:
         self._args: Mapping[str, Any] = config["args"]
         self._num_members: int = self._args["num_seeds"]
         self._plan, self._metrics, self._diagnostics = plan, metrics, diagnostics
+        self._q_net = q_net
         self._tracker = make_tracker(tracker_config(run_dir, config))
         self._episodes = EpisodeLog(self._num_members)
         self._best = BestAgent(self._num_members)
@@ -153,6 +156,8 @@ class RunRecord:
             self.status = f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"
             with contextlib.suppress(Exception):  # the device itself may be what failed
                 self.log(self.read())
+            with contextlib.suppress(Exception):
+                self._save_agent()
         self.summary = self._summarise()
         self._write("summary.json", lambda path: write_json(path, self.summary))
         self._write_arrays()
@@ -223,15 +228,12 @@ class RunRecord:
             q_net, target_net, replay, gamma, self._global_step, new_rows, self._num_syncs
         )
 
-    def evaluated(
-        self, result: Evaluation, exact: Mapping[str, list[Any]], q_net: QNetwork
-    ) -> dict[str, Any]:
+    def evaluated(self, result: Evaluation, exact: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Take in an evaluation of the network as it is; a best one is saved as `best.pt`.
 
         Args:
             result: of greedy episodes.
             exact: of `ExactValues.compare`, empty where nothing is known exactly.
-            q_net: the network.
 
         Returns:
             Metrics, a value per member or one for all.
@@ -242,7 +244,7 @@ class RunRecord:
             "eval_return_std": result.episode_return.std(1, correction=0).tolist(),
             **exact,
         }
-        if self._best.offer(q_net, self._evaluation["eval_return_mean"], self._global_step):
+        if self._best.offer(self._q_net, self._evaluation["eval_return_mean"], self._global_step):
             best = agent_content(
                 self.config, self._best.weights, self._best.global_step, self._best.return_mean
             )
@@ -266,13 +268,7 @@ class RunRecord:
 
     def save(self, learner_state: Mapping[str, Any]) -> None:
         """Write `checkpoint.pt` and the episodes up to here."""
-        not_known = [math.nan] * self._num_members
-        content = agent_content(
-            self.config,
-            learner_state["q_net"],
-            [self._global_step] * self._num_members,
-            self._evaluation.get("eval_return_mean", not_known),
-        )
+        content = self._last_agent()
         content["resume"] = {
             "learner": learner_state,
             "best": self._best.state_dict(),
@@ -281,6 +277,21 @@ class RunRecord:
         }
         self._write("checkpoint.pt", lambda path: save_checkpoint(path, content))
         self._write_arrays()
+
+    def _save_agent(self) -> None:
+        """Write `checkpoint.pt` of a run that broke off: the network where it is finite, nothing to
+        go on from, because a chunk may be half done."""
+        if all(bool(param.isfinite().all()) for param in self._q_net.params):
+            self._write("checkpoint.pt", lambda path: save_checkpoint(path, self._last_agent()))
+
+    def _last_agent(self) -> dict[str, Any]:
+        not_known = [math.nan] * self._num_members
+        return agent_content(
+            self.config,
+            self._q_net.state_dict(),
+            [self._global_step] * self._num_members,
+            self._evaluation.get("eval_return_mean", not_known),
+        )
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         try:

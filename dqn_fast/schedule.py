@@ -23,12 +23,13 @@ def linear_schedule(
         step: step counts, any shape, in the unit of `duration`.
         start: value at step 0.
         end: value from step `duration` on.
-        duration: length of the ramp, > 0.
+        duration: length of the ramp, >= 0; 0 is `end` everywhere.
 
     Returns:
         float64 of the shape of `step`.
     """
-    fraction = np.clip(np.asarray(step, np.float64) / duration, 0.0, 1.0)
+    step = np.asarray(step, np.float64)
+    fraction = np.clip(step / duration, 0.0, 1.0) if duration > 0 else np.ones_like(step)
     return np.asarray(start + fraction * (end - start))
 
 

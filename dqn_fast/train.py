@@ -32,6 +32,7 @@ from dqn_fast.agent import (
     LossName,
     UpdateSchedule,
     epsilon_greedy,
+    held_epsilon_greedy,
     update_,
 )
 from dqn_fast.describe import describe
@@ -48,6 +49,7 @@ from dqn_fast.envs import (
     experiment,
     make_env,
 )
+from dqn_fast.envs.params import plain
 from dqn_fast.evaluate import evaluate, q_probe, solve
 from dqn_fast.metrics import ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
@@ -122,7 +124,11 @@ class Args:
     eps_end: float = 0.05
     """Probability of a random action once the decay is over; in [0, 1]."""
     eps_fraction: float = 0.5
-    """Fraction of total_timesteps over which it decays linearly; in [0, 1]."""
+    """Fraction of total_timesteps over which it decays linearly; in [0, 1], 0 is eps_end from the
+    start."""
+    eps_repeat: float = 0.0
+    """Probability that a random action is carried out for one step more; in [0, 1). It then lasts
+    1 / (1 - eps_repeat) steps on average, which explores where single steps lead nowhere."""
     max_grad_norm: float = 10.0
     """Global norm to which the gradients of a member are clipped; > 0, inf for no clipping."""
     hidden_sizes: tuple[int, ...] = (128, 128)
@@ -206,6 +212,7 @@ def check(args: Args) -> None:
         need(getattr(args, name) >= 0, name, "at least 0 (0: off)")
     for name in ("gamma", "eps_start", "eps_end", "eps_fraction"):
         need(0.0 <= getattr(args, name) <= 1.0, name, "in [0, 1]")
+    need(0.0 <= args.eps_repeat < 1.0, "eps_repeat", "in [0, 1)")
     need(0.0 < args.tau <= 1.0, "tau", "in (0, 1]")
     need(0.0 < args.learning_rate < math.inf, "learning_rate", "above 0 and finite")
     end = args.learning_rate_end
@@ -224,6 +231,11 @@ def check(args: Args) -> None:
         "stop_at_return",
         "a finite number",
     )
+    need(
+        args.eval_interval > 0 or (args.stop_at_return is None and not args.stop_when_optimal),
+        "eval_interval",
+        "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
+    )
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
 
 
@@ -241,6 +253,9 @@ class Learner:
         copies: (M, N).
         gamma: [M, 1] float32.
         max_grad_norm: [M, 1] float32.
+        held: random action that each copy is carrying out, int64 [M, N], -1 where there is none;
+            None: they last one step.
+        eps_repeat: [] float32.
     """
 
     env: TensorEnv
@@ -252,6 +267,8 @@ class Learner:
     replay: Replay
     gamma: Tensor
     max_grad_norm: Tensor
+    held: Tensor | None
+    eps_repeat: Tensor
     loss: LossName
     double_q: bool
 
@@ -267,6 +284,7 @@ class Learner:
             "adam": {"mean": self.adam.mean, "square": self.adam.square},
             "vector": self.vector.leaves(),
             "replay": self.replay.state_dict(),
+            "held": self.held,
         }
 
 
@@ -304,7 +322,8 @@ def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
     """Fresh networks, env copies and an empty replay on the device of `noise`."""
     device, copies = noise.device, (args.num_seeds, args.num_envs)
     reset_noise = noise.uniform(Stream.ENV_RESET, 0, 1, (args.num_envs, env.reset_noise_dim))[0]
-    vector = env.vector_reset(reset_noise.flatten(0, 1))
+    # Memory of its own for each tensor: all are written in place, and a reset may give one twice.
+    vector = env.vector_reset(reset_noise.flatten(0, 1)).clone()
     num_features = env.features(vector.obs[:1]).shape[-1]
     sizes = (num_features, *args.hidden_sizes, env.num_actions)
     q_net = QNetwork(sizes, args.num_seeds, device).init_(noise)
@@ -314,6 +333,13 @@ def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
     obs = vector.obs.unflatten(0, copies)
     scalar = torch.zeros(copies, device=device)
     example = Transition(obs, scalar.long(), scalar, obs, scalar.bool())
+    try:
+        replay = Replay(args.buffer_size, example, env.num_actions)
+    except (RuntimeError, TypeError) as error:  # what allocators raise; TypeError: beyond int64
+        raise UsageError(
+            f"--buffer-size {args.buffer_size}: must be smaller, the memory of {device} does not "
+            "hold so many transitions"
+        ) from error
     return Learner(
         env=env,
         copies=copies,
@@ -321,9 +347,11 @@ def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
         target_net=target_net,
         adam=Adam.zeros(q_net.params),
         vector=vector,
-        replay=Replay(args.buffer_size, example, env.num_actions),
+        replay=replay,
         gamma=torch.full((args.num_seeds, 1), args.gamma, device=device),
         max_grad_norm=torch.full((args.num_seeds, 1), args.max_grad_norm, device=device),
+        held=torch.full(copies, -1, device=device) if args.eps_repeat else None,
+        eps_repeat=torch.tensor(args.eps_repeat, device=device),
         loss=args.loss,
         double_q=args.double_q,
     )
@@ -331,7 +359,7 @@ def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
 
 def epsilon(args: Args, step: NDArray[np.int64] | int) -> NDArray[np.float64]:
     """Probability of a random action at global_step `step`."""
-    duration = max(1, int(args.eps_fraction * args.total_timesteps))
+    duration = int(args.eps_fraction * args.total_timesteps)
     return linear_schedule(step, args.eps_start, args.eps_end, duration)
 
 
@@ -383,10 +411,16 @@ def draw_inputs(
 
 
 @torch.no_grad()
-def act(learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
+def act_(learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
     """Epsilon-greedy actions of all copies, int64 [E]; noise [M, N, 2], epsilon []."""
     q_values = learner.q_net(learner.env.features(learner.by_member(learner.vector.obs)))
-    return epsilon_greedy(q_values, noise, epsilon).flatten()
+    if learner.held is None:
+        return epsilon_greedy(q_values, noise, epsilon).flatten()
+    # An episode that has just begun goes on with nothing.
+    held = torch.where(learner.by_member(learner.vector.elapsed) > 0, learner.held, -1)
+    action, held = held_epsilon_greedy(q_values, noise, epsilon, held, learner.eps_repeat)
+    learner.held.copy_(held)
+    return action.flatten()
 
 
 @torch.no_grad()
@@ -438,7 +472,7 @@ def vector_step_(
 ) -> tuple[Outcome, list[Tensor]]:
     """Act, step the environments, store, learn, and carry the state over."""
     metrics = []
-    action = act(learner, noise.explore, noise.epsilon)
+    action = act_(learner, noise.explore, noise.epsilon)
     if learner.env.background:  # learn while they step, from what was stored before
         learner.env.send(action)
         metrics = learn_(learner, updates)
@@ -508,16 +542,23 @@ def train(
         args: settings.
         env: environment of one's own, see `from_gymnasium` for Gymnasium's; it stays open. None
             makes `args.env_id` with `args.env_params`.
-        on_log: called after every log point with global_step, the learner and the metrics.
+        on_log: called after every log point and evaluation with global_step, the learner and the
+            metrics.
         should_stop: asked between chunks; once true, the run is saved and ends.
 
     Raises:
         UsageError: a setting makes no sense; nothing was written.
-        TrainingError: a loss or gradient is not finite; the run up to there is saved.
-        EnvError: the environment broke its contract; the run up to there is saved.
+        TrainingError: a loss or gradient is not finite; the run up to there is saved, the agent
+            as it was at the last checkpoint.
+        EnvError: the environment broke its contract; the run up to there is saved, the agent too.
     """
     began = time.perf_counter()
+    # The numbers of a sweep may be NumPy's, which no file of the run could hold.
+    args = dataclasses.replace(args, **{**plain(vars(args)), "run_dir": args.run_dir})
     check(args)
+    if env is not None and args.env_params:
+        pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
+        raise UsageError(f"--env-params {pairs}: must be empty with an environment of one's own")
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(args.num_threads))
         try:
@@ -546,10 +587,10 @@ def train(
         config = describe(
             vars(args), usual, env_id, env, plan, learner.q_net, learner.replay, exact
         )
-        probe = env.features(learner.by_member(learner.vector.obs)[:, :1])
+        probe = env.features(learner.by_member(learner.vector.obs)[:, :1]).clone()
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
         diagnostics = Diagnostics(env, exact, args.double_q)
-        with RunRecord(run_dir, config, plan, metrics, diagnostics, began) as run:
+        with RunRecord(run_dir, config, plan, metrics, diagnostics, learner.q_net, began) as run:
             for chunk, steps, updates in planned(args, env, noise, plan):
                 with located(chunk):
                     record = chunk_(learner, steps, updates, chunk.update_counts)
@@ -574,15 +615,16 @@ def train(
                         gamma=args.gamma,
                     )
                     known = exact.compare(learner.q_net) if exact else {}
-                    row = run.evaluated(result, known, learner.q_net)
+                    row = run.evaluated(result, known)
                 solved = reached_goal(args, row)
                 if log or stopped or done or solved:
                     row = run.read() | q_probe(learner.q_net, probe) | row
                     row["charts/epsilon"] = float(epsilon(args, chunk.after))
                     run.diagnose(learner.q_net, learner.target_net, learner.replay, learner.gamma)
-                run.log(row)
-                if on_log is not None:
-                    on_log(chunk.after, learner, row)
+                if row:
+                    run.log(row)
+                    if on_log is not None:
+                        on_log(chunk.after, learner, row)
                 if save or stopped or done or solved:
                     run.save(learner.state_dict())
                 if stopped or solved:
@@ -633,8 +675,10 @@ def reached_goal(args: Args, row: dict[str, Any]) -> bool:
 
 
 def most_episodes(args: Args) -> int:
-    """Episodes of a member that may be listed between two log points."""
-    return max(1, min(args.log_interval or args.total_timesteps, 2**20 // args.num_seeds))
+    """Episodes of a member that may be listed between two log points: each ends in a transition of
+    its own, and a log point is late by up to num_envs - 1 of them."""
+    interval = min(args.log_interval or args.total_timesteps, args.total_timesteps)
+    return max(1, min(interval + args.num_envs - 1, 2**20 // args.num_seeds))
 
 
 # ------------------------------------------------------------------------------- command line

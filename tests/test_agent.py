@@ -16,6 +16,7 @@ from dqn_fast.agent import (
     bootstrap_value,
     clip_global_norm_,
     epsilon_greedy,
+    held_epsilon_greedy,
     sync_target_,
     td_loss,
     td_target,
@@ -59,6 +60,53 @@ def test_td_target_ignores_a_diverged_value_behind_the_end():
     next_value = torch.full((1, 1), math.inf)
     target = td_target(next_value, torch.ones(1, 1), torch.ones(1, 1).bool(), torch.tensor([[0.9]]))
     assert target.item() == 1.0
+
+
+def held_for(repeat: float, epsilon: float, steps: int, copies: int) -> tuple[Tensor, Tensor]:
+    """Actions and what is held over time, int64 [steps, copies]; the greedy action is 3 of 0..3."""
+    q_values = torch.arange(4.0).expand(1, copies, 4)
+    noise = Noise(0, 1).uniform(Stream.EXPLORATION, 0, steps, (copies, 2))
+    held, rows = torch.full((1, copies), -1), []
+    for row in noise:
+        action, held = held_epsilon_greedy(
+            q_values, row, torch.tensor(epsilon), held, torch.tensor(repeat)
+        )
+        rows.append(torch.stack([action[0], held[0]]))
+    actions, helds = torch.stack(rows).unbind(1)
+    return actions, helds
+
+
+def test_without_repeats_held_exploration_is_epsilon_greedy():
+    """Bit for bit, at every epsilon."""
+    q_values = torch.arange(4.0).expand(1, 500, 4)
+    for epsilon in (0.0, 0.3, 1.0):
+        noise = Noise(0, 1).uniform(Stream.EXPLORATION, 0, 5, (500, 2))
+        actions, _ = held_for(0.0, epsilon, 5, 500)
+        for row, action in zip(noise, actions, strict=True):
+            assert torch.equal(epsilon_greedy(q_values, row, torch.tensor(epsilon))[0], action)
+
+
+@pytest.mark.parametrize(("repeat", "epsilon"), [(0.9, 1.0), (0.9, 0.05), (0.5, 0.3)])
+def test_held_actions_last_and_explore_as_often_as_said(repeat, epsilon):
+    """In the long run a share epsilon / (1 - repeat + repeat epsilon) of steps is random, each
+    action with equal chance, and a held action goes on with probability `repeat` or by luck."""
+    _, held = held_for(repeat, epsilon, 400, 500)
+    held = held[100:]
+    random = (held >= 0).float().mean().item()
+    assert random == pytest.approx(epsilon / (1 - repeat + repeat * epsilon), rel=0.05)
+    shares = torch.bincount(held[held >= 0], minlength=4) / (held >= 0).sum()
+    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.03)
+    before, after = held[:-1], held[1:]
+    same = (after == before)[before >= 0].float().mean().item()
+    assert same == pytest.approx(repeat + (1 - repeat) * epsilon / 4, abs=0.02)
+
+
+def test_what_is_held_is_what_is_done():
+    """Where nothing is held the greedy action is taken, elsewhere the held one."""
+    actions, held = held_for(0.7, 0.2, 50, 200)
+    assert torch.equal(actions, torch.where(held >= 0, held, 3))
+    assert (held == -1).any()
+    assert (held >= 0).any()
 
 
 def linear_net(weight: list[list[list[float]]]) -> QNetwork:

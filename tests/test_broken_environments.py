@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqn_fast.checkpoint import load_agent, load_checkpoint
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.envs.gymnasium_adapter import from_gymnasium
 from dqn_fast.run import UsageError
@@ -132,7 +133,8 @@ def assert_kept(run_dir: Path, message: str) -> None:
     assert message in summary["status"]
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["global_step"] for row in logged][:2] == [800, 1_600]
-    assert (run_dir / "checkpoint.pt").exists()
+    weights = load_checkpoint(run_dir / "checkpoint.pt")["q_net"].values()
+    assert all(tensor.isfinite().all() for tensor in weights)
 
 
 @pytest.mark.parametrize("broken", ["reward is nan", "reward is infinite", "obs is nan"])
@@ -148,9 +150,16 @@ def test_a_tensor_environment_that_is_not_finite_is_named_with_copy_and_step(bro
 def test_a_tensor_environment_that_raises_loses_nothing(tmp_path):
     """Its error comes through with its own text and the place."""
     message = "Counter: RuntimeError: fell off the table (between global_step "
+    nets = []
     with pytest.raises(EnvError, match=re.escape(message)):
-        train(settings(tmp_path / "run"), env=Counter("step raises"))
+        train(
+            settings(tmp_path / "run"),
+            env=Counter("step raises"),
+            on_log=lambda _, learner, __: nets.append(learner.q_net),
+        )
     assert_kept(tmp_path / "run", message)
+    agent = load_agent(tmp_path / "run", "last", env=Counter(), device="cpu")
+    assert all(map(torch.equal, agent.q_net.params, nets[-1].params))
 
 
 @pytest.mark.parametrize(

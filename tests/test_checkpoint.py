@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import math
 import stat
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from torch import Tensor
 
+from dqn_fast import evaluate
 from dqn_fast.checkpoint import (
+    Agent,
     BestAgent,
     load_agent,
     load_checkpoint,
@@ -18,7 +26,9 @@ from dqn_fast.checkpoint import (
     write_json,
     write_whole,
 )
+from dqn_fast.envs import TensorEnv, from_gymnasium
 from dqn_fast.networks import QNetwork
+from dqn_fast.noise import Noise
 from dqn_fast.train import Args, train
 
 
@@ -123,6 +133,94 @@ def test_act_takes_one_or_many_numpy_or_torch(run_dir):
     assert array.tolist() == [1] * 14
     assert int(agent.act(one_hot[5].numpy())) == 1
     assert int(agent.act(np.uint8(5))) == 1
+
+
+class Place(NamedTuple):
+    at: Tensor
+
+
+@dataclass(frozen=True)
+class Scaled(TensorEnv):
+    """Observations of two floats, and features of two others, a hundred times smaller."""
+
+    max_steps: int = 10
+    num_actions: ClassVar[int] = 2
+    reset_noise_dim: ClassVar[int] = 2
+
+    def reset(self, noise: Tensor) -> Place:
+        return Place(noise * 200 - 100)
+
+    def step(self, state: Place, action: Tensor, noise: Tensor) -> Any:
+        sign = 2.0 * action - 1
+        at = state.at + 10 * sign[:, None]
+        return Place(at), -(at.abs() / 100).sum(1), torch.zeros_like(action).bool()
+
+    def observe(self, state: Place) -> Tensor:
+        return state.at
+
+    def features(self, obs: Tensor) -> Tensor:
+        return obs / 100 + 1
+
+
+def test_what_is_stored_is_no_feature_though_it_looks_like_one(tmp_path):
+    """Floats of the features' width go through `features` where that is how they are stored; the
+    agent then plays what evaluation plays."""
+    env = Scaled()
+    args = Args(total_timesteps=1_000, quiet=True, report=False, run_dir=tmp_path / "run")
+    q_net = train(args, env=env).q_net
+    agent = load_agent(tmp_path / "run", "last", env=env, device="cpu")
+    obs = env.observe(env.reset(torch.rand(50, 2)))
+    expected = q_net(env.features(obs)[None])[0]
+    assert torch.equal(agent.q_values(obs), expected)
+    assert torch.equal(agent.q_values(obs.double().view(5, 10, 2)), expected.view(5, 10, 2))
+    assert agent.act(obs.numpy()).tolist() == expected.argmax(-1).tolist()
+
+
+class Mixed(gymnasium.Env[Any, Any]):
+    """Bytes, which are stored as floats beside the others and read divided by 255."""
+
+    action_space = spaces.Discrete(2)
+    observation_space = spaces.Dict(
+        {"bytes": spaces.Box(0, 255, (2,), np.uint8), "floats": spaces.Box(-1, 1, (1,), np.float32)}
+    )
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        return self.observation_space.sample(), 0.0, True, False, {}
+
+
+def test_what_a_host_environment_stores_is_known_too():
+    """Of the width of the features and of floats as well, but not the features; a Box with an axis
+    of 1 keeps it."""
+    env = from_gymnasium(Mixed)
+    q_net = QNetwork((3, 2)).init_(Noise(0, 1))
+    stored = torch.tensor([[200.0, 5.0, 0.5], [0.0, 255.0, -1.0]])
+    agent = Agent(env, q_net, 0, [0], [0.0])
+    assert torch.equal(agent.q_values(stored), q_net(env.features(stored)[None])[0])
+    box = spaces.Box(-1, 1, (1, 3), np.float32)
+    one_row = from_gymnasium(lambda: gymnasium.wrappers.TransformObservation(Mixed(), dict, box))
+    agent = Agent(one_row, q_net, 0, [0], [0.0])
+    assert agent.act(torch.zeros(7, 1, 3)).shape == (7,)
+    assert agent.act(torch.zeros(7, 3)).shape == (7,)
+    for made in (env, one_row):
+        made.close()
+
+
+def test_an_environment_of_ones_own_has_to_be_given(tmp_path, capsys, monkeypatch):
+    """One line that says how, in Python and at the command line."""
+    args = Args(total_timesteps=500, quiet=True, report=False, run_dir=tmp_path / "run")
+    train(args, env=Scaled())
+    message = f"{tmp_path}/run/best.pt: was trained on Scaled, which no id stands for here; "
+    with pytest.raises(ValueError, match=message + r"give .* load_agent\(run_dir, env=...\)$"):
+        load_agent(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "run")])
+    assert evaluate.main() == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert len(err.splitlines()) == 1
 
 
 def test_the_member_with_the_best_evaluation_answers(run_dir):

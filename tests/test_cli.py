@@ -65,6 +65,16 @@ def run_main(monkeypatch, *arguments: str) -> int:
         ("--env-params n_states many", "--env-params n_states many: must be of type int"),
         ("--device cuda:99", "--device cuda:99: not to be had here; there is auto, cpu"),
         ("--device quantum", "--device quantum: not to be had here; there is auto, cpu"),
+        ("--buffer-size 10000000000000", "--buffer-size 10000000000000: must be smaller"),
+        (f"--buffer-size {10**22}", f"--buffer-size {10**22}: must be smaller"),
+        (
+            "--eval-interval 0 --stop-at-return 1",
+            "--eval-interval 0: must be above 0 with --stop-at-return",
+        ),
+        (
+            "--eval-interval 0 --stop-when-optimal",
+            "--eval-interval 0: must be above 0 with --stop-at-return or --stop-when-optimal",
+        ),
         ("--name a/b", "--name a/b: must be a name without /"),
         ("--run-dir {tmp}/full", "full: is not empty; it must be new or empty"),
         ("--run-dir {tmp}/full/file", "file: is a file; it must be a directory"),

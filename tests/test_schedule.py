@@ -48,6 +48,11 @@ def test_linear_schedule_at_start_middle_and_end():
     np.testing.assert_allclose(linear_schedule(steps, 1.0, 0.05, 100), [1.0, 0.525, 0.05, 0.05])
 
 
+def test_a_schedule_of_no_length_is_at_its_end():
+    """From step 0 on."""
+    assert linear_schedule([0, 1], 1.0, 0.05, 0).tolist() == pytest.approx([0.05, 0.05])
+
+
 @pytest.mark.parametrize("num_envs", [1, 7, 64])
 def test_an_interval_fires_once_per_crossing(num_envs):
     """With interval 10 the counter's jumps by N fire once per vector step that crosses (trap 7)."""

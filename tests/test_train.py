@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqn_fast.agent import Adam
 from dqn_fast.checkpoint import load_agent, load_checkpoint
-from dqn_fast.envs import LineWorld, TensorEnv
+from dqn_fast.envs import TENSOR_ENVS, LineWorld, TensorEnv, make_env
 from dqn_fast.noise import Noise
 from dqn_fast.run import TrainingError, UsageError
 from dqn_fast.train import (
@@ -29,6 +29,7 @@ from dqn_fast.train import (
     UpdateInputs,
     chunk_,
     draw_inputs,
+    epsilon,
     make_learner,
     make_plan,
     planned,
@@ -301,15 +302,40 @@ def test_what_is_carried_keeps_its_address():
     assert sum(changed) > 20
 
 
-def test_replay_holds_what_the_environment_did():
-    """Transitions of two vector steps, played again from the carried state by hand."""
+class SharedState(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class OneTensorTwice(TensorEnv):
+    """Hands out one tensor, and an expanded one, as several at its start."""
+
+    max_steps: int = 3
+    num_actions: ClassVar[int] = 2
+
+    def reset(self, noise: Tensor) -> SharedState:
+        same = torch.zeros(1, device=noise.device).expand(len(noise))
+        return SharedState(same, same)
+
+    def step(self, state: SharedState, action: Tensor, noise: Tensor) -> Any:
+        state = SharedState(state.first + 1 + action, state.second - 1)
+        return state, state.first, torch.zeros_like(action).bool()
+
+    def observe(self, state: SharedState) -> Tensor:
+        return torch.stack(state, -1)
+
+
+@pytest.mark.parametrize("env", [LineWorld(slip_prob=0.3, max_steps=3), OneTensorTwice()])
+def test_replay_holds_what_the_environment_did(env):
+    """Transitions of the first vector steps, played again from the carried state by hand."""
     args = replace(SHORT, num_envs=8, num_seeds=2, batch_size=4, learning_starts=1_000)
-    env, noise = LineWorld(slip_prob=0.3, max_steps=3), Noise(0, 2)
+    noise = Noise(0, 2)
     learner = make_learner(args, env, noise)
     chunk, steps, updates = next(iter(planned(args, env, noise, make_plan(args, env))))
     vector, expected = learner.vector.clone(), []
     for k in range(chunk.num_steps):
-        q_values = learner.q_net(env.features(vector.obs.view(2, 8)))
+        q_values = learner.q_net(env.features(learner.by_member(vector.obs)))
         explore = steps.explore[k, ..., 0] < steps.epsilon[k]
         action = torch.where(explore, (steps.explore[k, ..., 1] * 2).long(), q_values.argmax(-1))
         obs = vector.obs
@@ -323,7 +349,7 @@ def test_replay_holds_what_the_environment_did():
     size = chunk.num_steps * 8
     assert learner.replay.size.tolist() == [[size]] * 2
     for i, stored in enumerate(learner.replay.data):
-        ours = torch.cat([row[i].view(2, 8) for row in expected], 1)
+        ours = torch.cat([learner.by_member(row[i]) for row in expected], 1)
         assert torch.equal(stored[:, :size], ours.to(stored.dtype))
 
 
@@ -406,13 +432,39 @@ def test_epsilon_at_start_middle_and_end(tmp_path):
     args = replace(SHORT, num_envs=10, total_timesteps=2_000, eps_fraction=0.8)
     env, noise = LineWorld(), Noise(0, 1)
     plan = make_plan(args, env)
-    epsilon = np.concatenate(
+    drawn = np.concatenate(
         [draw_inputs(args, env, noise, chunk)[0].epsilon for _, chunk in plan.chunks()]
     )
-    assert len(epsilon) == 200
+    assert len(drawn) == 200
     expected = {0: 1.0, 80: 1 - 0.95 / 2, 159: 1 - 0.95 * 1590 / 1600, 160: 0.05, 199: 0.05}
     for step, value in expected.items():
-        assert epsilon[step] == pytest.approx(value, abs=1e-6)
+        assert drawn[step] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_envs", [1, 4096])
+def test_without_a_decay_epsilon_is_at_its_end_from_the_start(num_envs):
+    """eps_fraction 0: not one vector step at eps_start."""
+    args = Args(num_envs=num_envs, eps_fraction=0.0)
+    assert epsilon(args, np.array([0, num_envs])).tolist() == pytest.approx([0.05, 0.05])
+
+
+@pytest.mark.parametrize("env_id", TENSOR_ENVS)
+def test_the_probe_is_one_state(env_id, tmp_path):
+    """Where nothing is learned its values stay the same, whatever the observations are."""
+    args = replace(SHORT, gradient_steps=0, total_timesteps=2_048, eval_interval=0, eval_episodes=1)
+    env = make_env(env_id, {"max_steps": 20})
+    train(replace(args, log_interval=256, run_dir=tmp_path / "run"), env=env)
+    probes = [row["q/probe_0"] for row in rows(tmp_path / "run")]
+    assert len(probes) == 8
+    assert len(set(probes)) == 1
+
+
+def test_no_episode_is_dropped_where_a_vector_step_is_longer_than_the_interval(tmp_path):
+    """2 048 copies that all finish in every step, with a log point in each."""
+    args = replace(SHORT, num_envs=2_048, log_interval=1_024, total_timesteps=8_192)
+    summary = train(replace(args, run_dir=tmp_path / "run"), env=OnlyTruncates(1)).summary
+    assert summary["num_episodes"] == 8_192
+    assert summary["episodes_dropped"] == 0
 
 
 def test_log_points_and_metrics(tmp_path):
@@ -487,7 +539,65 @@ def test_on_log_sees_every_log_point(tmp_path):
     assert [step for step, *_ in seen] == [1_024, 2_048, 3_008, 4_032]
 
 
+def test_a_point_that_only_saves_logs_nothing(tmp_path):
+    """No row without metrics, and no call of the hook."""
+    seen = []
+    args = replace(SHORT, log_interval=2_000, checkpoint_interval=500, run_dir=tmp_path / "run")
+    train(args, on_log=lambda step, _, row: seen.append((step, bool(row))))
+    assert seen == [(2_048, True), (4_032, True)]
+    assert [row["global_step"] for row in rows(tmp_path / "run")] == [step for step, _ in seen]
+
+
+def test_an_environment_of_ones_own_goes_by_its_name(tmp_path):
+    """In the settings of config.json too; parameters that it could not get are refused."""
+    args = replace(SHORT, total_timesteps=1_000, run_dir=tmp_path / "run")
+    with pytest.raises(UsageError, match=r"--env-params max_steps 3: must be empty with an env"):
+        train(replace(args, env_params={"max_steps": 3}), env=OnlyTruncates())
+    assert not (tmp_path / "run").exists()
+    train(args, env=OnlyTruncates())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["env_id"] == config["args"]["env_id"] == "OnlyTruncates"
+    assert "env_id" not in config["changed"]
+
+
+def test_numbers_of_numpy_are_settings_like_any_other(tmp_path):
+    """As a sweep over np.linspace gives them, of the run and of the environment."""
+    args = replace(
+        SHORT, num_envs=np.int64(8), hidden_sizes=(np.int64(16),), gamma=np.float32(0.5),
+        total_timesteps=np.int64(1_000), run_dir=tmp_path / "run",
+    )  # fmt: skip
+    env = LineWorld(slip_prob=np.float64(0.1), n_states=np.int64(7))
+    assert type(env.params["slip_prob"]) is float
+    train(args, env=env)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["args"]["num_envs"] == 8
+    assert config["env_params"]["n_states"] == 7
+    for which in ("best", "last"):
+        assert load_agent(tmp_path / "run", which, env=env).act(0) in (0, 1)
+
+
 # -------------------------------------------------------------------------- runs that go wrong
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_run_that_breaks_off_keeps_its_agent(error, tmp_path):
+    """The network as it was, with nothing to go on from."""
+    nets = []
+
+    def stop(step: int, learner: Learner, row: dict[str, Any]) -> None:
+        nets.append(learner.q_net)
+        if step >= 2_000:
+            raise error
+
+    args = replace(SHORT, eval_interval=0, run_dir=tmp_path / "run")
+    with pytest.raises(error):
+        train(args, on_log=stop)
+    agent = load_agent(tmp_path / "run", "last", device="cpu")
+    assert agent.global_step == [2_048]
+    assert all(map(torch.equal, agent.q_net.params, nets[-1].params))
+    assert "resume" not in load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"best.pt: is not there, .*; use --agent last"):
+        load_agent(tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -505,6 +615,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert len(rows(tmp_path / "run")) >= 1
 
 
+def test_held_actions_end_with_the_episode(tmp_path):
+    """With actions that last for ever and no new ones but at the start: within an episode all
+    actions are the same, from one episode to the next they differ; chunks change nothing."""
+    args = replace(SHORT, eps_repeat=0.999, eps_end=1.0, gradient_steps=0, num_envs=4)
+    runs = []
+    for chunk_steps in (1, 8):
+        env, noise = LineWorld(max_steps=10, n_states=30), Noise(0, 1)
+        learner = make_learner(args, env, noise)
+        plan = make_plan(replace(args, chunk_steps=chunk_steps), env)
+        for chunk, steps, updates in planned(args, env, noise, plan):
+            chunk_(learner, steps, updates, chunk.update_counts)
+        runs.append(learner.replay.data.action[0, :4_000].view(100, 10, 4))  # episode, step, copy
+    assert torch.equal(*runs)
+    held = (runs[0] == runs[0][:, :1]).all(1).float().mean().item()
+    assert held > 0.97
+    assert 0.4 < (runs[0][1:, 0] == runs[0][:-1, 0]).float().mean().item() < 0.6
+
+
 def test_adam_state_is_part_of_the_checkpoint(tmp_path):
     """What is needed to go on: networks, moments, envs, replay, counters."""
     train(replace(SHORT, run_dir=tmp_path / "run"))
@@ -512,6 +640,6 @@ def test_adam_state_is_part_of_the_checkpoint(tmp_path):
     assert resume["num_updates"] > 0
     assert resume["num_evaluations"] > 0
     learner = resume["learner"]
-    assert set(learner) == {"q_net", "target_net", "adam", "vector", "replay"}
+    assert set(learner) == {"q_net", "target_net", "adam", "vector", "replay", "held"}
     assert set(learner["adam"]) == set(Adam._fields)
     assert learner["replay"]["size"].tolist() == [[4_032]]

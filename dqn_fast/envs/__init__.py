@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import gymnasium
 
@@ -22,6 +22,7 @@ from dqn_fast.envs.core import (
 from dqn_fast.envs.gymnasium_adapter import from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
+from dqn_fast.envs.params import cast
 from dqn_fast.envs.tabular import EXPERIMENTS, GymTable, NoTableError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Outcome",
     "TabularEnv",
     "TensorEnv",
+    "UnknownEnvError",
     "VectorState",
     "VectorizationMode",
     "check_env",
@@ -52,6 +54,11 @@ TENSOR_ENVS: dict[str, type[TensorEnv]] = {
     "MountainCar-v0": MountainCar,
 }
 """Environments by id; a user's own joins by an assignment."""
+
+
+class UnknownEnvError(ValueError):
+    """No environment of that id."""
+
 
 VectorizationMode = Literal["sync", "async", "vector_entry_point"]
 """How Gymnasium steps the copies of an environment; see `from_gymnasium`."""
@@ -88,7 +95,8 @@ def make_env(
         vectorization_mode: how copies on the host are stepped.
 
     Raises:
-        ValueError: unknown id or parameter, or a value that cannot be cast or is out of range.
+        UnknownEnvError: the id.
+        ValueError: unknown parameter, or a value that cannot be cast or is out of range.
     """
     if env_id in TENSOR_ENVS:
         return _make_tensor_env(env_id, params or {})
@@ -101,7 +109,7 @@ def make_env(
     name = env_id.removeprefix(GYMNASIUM)
     if ":" not in name and name not in gymnasium.registry:
         known = ", ".join(sorted({*TENSOR_ENVS, *EXPERIMENTS}))
-        raise ValueError(
+        raise UnknownEnvError(
             f"--env-id {env_id}: unknown environment; known are {known}, and what Gymnasium knows "
             "(module:ID imports the module that registers it)"
         )
@@ -120,32 +128,8 @@ def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
                 f"--env-params {name} {value}: {env_id} has no such parameter; "
                 f"it has {', '.join(fields)}"
             )
-        values[name] = _cast(name, value, hints[name])
+        values[name] = cast(name, value, hints[name])
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"--env-params {error}") from None
-
-
-def _cast(name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`; only a whole number becomes an int, only true and false a bool."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            allowed = " or ".join(map(str, get_args(kind)))
-            raise ValueError(f"--env-params {name} {value}: must be {allowed}")
-        return value
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if kind is int:
-            number = float(value)
-            if number != int(number):
-                raise ValueError(value)
-            return (
-                int(value)
-                if isinstance(value, str) and value.lstrip("+-").isdigit()
-                else int(number)
-            )
-        return kind(value)
-    except (KeyError, ValueError, TypeError, OverflowError):
-        raise ValueError(f"--env-params {name} {value}: must be of type {kind.__name__}") from None

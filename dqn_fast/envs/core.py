@@ -23,6 +23,7 @@ from gymnasium.spaces import Box
 from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP
+from dqn_fast.envs.params import plain
 
 
 class VectorState(NamedTuple):
@@ -136,10 +137,14 @@ class TensorEnv(ABC):
         """What the network reads: float32 [..., F] of observations [..., *obs_shape]."""
         return obs.float()
 
+    def shown(self, obs: Tensor) -> Tensor:
+        """What `observation_space` holds of observations, where that is no Discrete."""
+        return self.features(obs)
+
     @property
     def params(self) -> dict[str, Any]:
         """The parameters by name, as JSON can hold them."""
-        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return plain(dataclasses.asdict(self)) if dataclasses.is_dataclass(self) else {}
 
     @property
     def observation_space(self) -> gymnasium.Space[Any]:

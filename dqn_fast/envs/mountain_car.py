@@ -59,29 +59,22 @@ class MountainCar(TensorEnv):
     num_actions: ClassVar[int] = 3
     reset_noise_dim: ClassVar[int] = 1
     gymnasium_id: ClassVar[str] = "MountainCar-v0"
-    # A random action undoes the swing that the last one began, so that dithering does not climb:
-    # none of 98 304 random episodes reached the goal. What explores is a policy that keeps for
-    # 32 steps and then changes much: all gradient steps of 16 copies times 32 steps are taken at
-    # once, at a high rate, and few actions are random.
+    # Dithering does not climb: a random action undoes the swing that the last one began. Held for
+    # 20 steps on average they reach the goal in one episode of fourteen.
     experiment: ClassVar[Mapping[str, Any]] = {
-        "num_envs": 16,
-        "total_timesteps": 360_000,
-        "train_freq": 512,
-        "gradient_steps": 24,
-        "batch_size": 128,
-        "buffer_size": 100_000,
-        "learning_starts": 1_000,
-        "learning_rate": 3e-3,
-        "gamma": 0.98,
+        "total_timesteps": 500_000,
         "double_q": True,
+        "learning_starts": 10_000,
+        "buffer_size": 400_000,
+        "train_freq": 10,
         "tau": 1.0,
-        "target_update_interval": 1_536,
-        "eps_start": 0.1,
-        "eps_end": 0.02,
+        "target_update_interval": 1_000,
+        "eps_repeat": 0.95,
+        "eps_end": 0.01,
         "eps_fraction": 0.2,
-        "eval_interval": 12_000,
-        "log_interval": 6_000,
-        "checkpoint_interval": 60_000,
+        "log_interval": 10_000,
+        "eval_interval": 20_000,
+        "checkpoint_interval": 100_000,
     }
 
     def __post_init__(self) -> None:
@@ -105,6 +98,14 @@ class MountainCar(TensorEnv):
         high = np.array([self.max_position, self.max_speed], np.float32)
         return Box(low, high, dtype=np.float32)
 
+    @property
+    def middle(self) -> float:
+        return (self.min_position + self.max_position) / 2
+
+    @property
+    def half_width(self) -> float:
+        return (self.max_position - self.min_position) / 2
+
     def reset(self, noise: Tensor) -> MountainCarState:
         position = 0.2 * noise - 0.6
         return MountainCarState(torch.cat([position, torch.zeros_like(position)], -1))
@@ -125,6 +126,18 @@ class MountainCar(TensorEnv):
     def observe(self, state: MountainCarState) -> Tensor:
         """All of the state, float32 [E, 2]."""
         return state.physics
+
+    def features(self, obs: Tensor) -> Tensor:
+        """Position and velocity as fractions of their ranges, -1 to 1, float32 [..., 2]: next to a
+        position of 1 a velocity of at most 0.07 would hardly be seen."""
+        position, velocity = obs.unbind(-1)
+        return torch.stack(
+            [(position - self.middle) / self.half_width, velocity / self.max_speed], -1
+        )
+
+    def shown(self, obs: Tensor) -> Tensor:
+        """Position and velocity themselves, as Gymnasium has them."""
+        return obs
 
     def gymnasium_state(self, state: MountainCarState) -> NDArray[np.float64]:
         """What `unwrapped.state` of Gymnasium's environment holds, float64 [E, 2]."""

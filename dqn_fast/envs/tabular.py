@@ -16,8 +16,8 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import Any, ClassVar, NamedTuple, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import gymnasium
 import numpy as np
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP, ends_elsewhere
 from dqn_fast.envs.core import TabularEnv
+from dqn_fast.envs.params import cast, frozen
 
 DEFAULT_MAX_STEPS = 200
 """Time limit in steps where Gymnasium has none, as for CliffWalking."""
@@ -475,7 +476,7 @@ def _arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"--env-params {name} {value}: {spec.id} has no such parameter; "
                 f"it has {', '.join(known)}"
             )
-        values[name] = _cast(name, value, known[name])
+        values[name] = cast(name, value, *_hints(known[name]))
         if name in _BEYOND_THE_TABLE and values[name]:
             raise ValueError(
                 f"--env-params {name} {value}: must be false, for {_BEYOND_THE_TABLE[name]}; "
@@ -506,61 +507,27 @@ def _known_arguments(spec: EnvSpec) -> dict[str, _Argument]:
     }
     for name, value in spec.kwargs.items():
         known.setdefault(name, _Argument(_MISSING, value))
-    plain = {
-        name: argument._replace(default=_plain(argument.default))
-        for name, argument in known.items()
-        if argument.default is _MISSING or _is_plain(argument.default)
-    }
+    plain: dict[str, _Argument] = {}
+    for name, argument in known.items():
+        if argument.default is not _MISSING:
+            try:
+                argument = argument._replace(default=frozen(argument.default))
+            except TypeError:
+                continue
+        plain[name] = argument
     max_steps = spec.max_episode_steps or DEFAULT_MAX_STEPS
     return {**plain, "max_steps": _Argument(int, max_steps)}
 
 
-def _cast(name: str, value: Any, argument: _Argument) -> Any:
-    """`value` as what the hint, else the default, says; only a whole number becomes an int, only
-    true and false a bool; "a,b,c" is a sequence."""
+def _hints(argument: _Argument) -> list[Any]:
+    """What `cast` is to make of text: what the hint names of what a file can hold, else what the
+    default is."""
     hint, default = argument
-    options = get_args(hint) if get_origin(hint) not in (list, tuple) else ()
-    if (default is None or NoneType in options) and str(value).lower() == "none":
-        return None
-    hint = next((option for option in options if option is not NoneType), hint)
-    kind = get_origin(hint) or hint
-    if kind not in (bool, int, float, str, list, tuple):
-        kind = type(default)
-    try:
-        if kind in (list, tuple):
-            items = get_args(hint) or tuple({type(item) for item in default or ()})
-            number = bool(items) and all(item in (int, float) for item in items)
-            listed = value.split(",") if isinstance(value, str) else value
-            return tuple(_number(item) if number else _plain(item) for item in listed)
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if kind is int:
-            return _whole(value)
-        return kind(value) if kind in (float, str) else _plain(value)
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise ValueError(f"--env-params {name} {value}: must be of type {kind.__name__}") from None
-
-
-def _whole(value: Any) -> int:
-    if float(value) != int(float(value)):
-        raise ValueError(value)
-    return int(float(value))
-
-
-def _number(value: Any) -> int | float:
-    number = float(value)
-    return int(number) if number.is_integer() else number
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a file can hold it: a number, text, None or a sequence of them."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _plain(value: Any) -> Any:
-    """`value` with tuples for lists, so that it can be hashed."""
-    if value is not _MISSING and not _is_plain(value):
-        raise TypeError(value)
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    union = get_origin(hint) in (Union, UnionType)
+    known = (bool, int, float, str, list, tuple, Literal)
+    named = [h for h in (get_args(hint) if union else (hint,)) if (get_origin(h) or h) in known]
+    if not named:
+        named = [type(default) if type(default) in known else Any]
+        if isinstance(default, tuple) and {type(item) for item in default} <= {int, float}:
+            named = [tuple[int, ...]]
+    return [*named, NoneType] if default is None or NoneType in get_args(hint) else named

@@ -40,7 +40,7 @@ _METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
 class TensorVectorEnv(VectorEnv[Any, Any, Any]):
     """N copies of a tensor environment behind Gymnasium's vector interface.
 
-    Observations are `env.features(obs)`, float32 [N, F], or the numbers of the states, int64 [N],
+    Observations are `env.shown(obs)`, float32 [N, F], or the numbers of the states, int64 [N],
     where `env.observation_space` is Discrete. All three autoreset modes behave as those of
     Gymnasium's SyncVectorEnv over N single environments do, seeds and infos included.
 
@@ -142,11 +142,11 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         """
         mask = self._reset_mask(options)
         seeds = self._seeds(seed)
-        super().reset(seed=None if isinstance(seed, Sequence) else seed)
+        super().reset(seed=None if isinstance(seed, Sequence | np.ndarray) else seed)
         if self._vector is None:
             if mask is not self._all:
                 raise ResetNeeded("reset_mask: all copies have to be reset once before some are")
-            entropy = self.np_random_seed or 0
+            entropy = _entropy(self)
             seeds = [entropy + i if given is None else given for i, given in enumerate(seeds)]
         if any(given is not None for given in seeds):
             self._step_draws.seed_(seeds, mask)
@@ -261,7 +261,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         if isinstance(self.single_observation_space, Discrete):
             assert isinstance(self.tensor_env, TabularEnv)
             return self.tensor_env.state_index(obs)
-        return self.tensor_env.features(obs)
+        return self.tensor_env.shown(obs)
 
     def _out(self, tensor: Tensor) -> Any:
         """A copy of `tensor` that the caller may write into, as the output asked for."""
@@ -408,7 +408,7 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         """
         super().reset(seed=seed)
         if seed is None and not self._started:
-            seed = self.np_random_seed
+            seed = _entropy(self)
         self._started = True
         obs, _ = self._one.reset(seed=seed)
         return obs[0], {}
@@ -496,6 +496,12 @@ class _Draws:
         floats = words.bitwise_right_shift_(8).float().mul_(2.0**-24)
         self._block = floats.flatten(2)[..., : self.dim]
         self._first, self._left = self.index, rows
+
+
+def _entropy(env: TensorVectorEnv | TensorSingleEnv) -> int:
+    """The seed of `env.np_random`; of a generator that the user has put there, a draw from it."""
+    seed = env.np_random_seed
+    return seed if seed is not None and seed >= 0 else int(env.np_random.integers(2**31))
 
 
 def _tensor_env(env: TensorEnv | str, params: dict[str, Any]) -> TensorEnv:

@@ -150,3 +150,11 @@ def test_bad_parameters_are_refused_by_name(params, message):
     """Each message names the parameter, the value and what is allowed."""
     with pytest.raises(ValueError, match="--env-params " + message):
         make_env("MountainCar-v0", params)
+
+
+def test_the_network_reads_fractions_and_the_outside_sees_gymnasiums_numbers():
+    """Ends of the ranges are -1 and 1, whatever the parameters; what is shown is not scaled."""
+    for env in (MountainCar(), MountainCar(min_position=-2.0, max_position=1.0, max_speed=0.1)):
+        ends = torch.tensor([[env.min_position, -env.max_speed], [env.max_position, env.max_speed]])
+        torch.testing.assert_close(env.features(ends), torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+        assert torch.equal(env.shown(ends), ends)

@@ -151,7 +151,7 @@ def test_loops_that_follow_the_documentation_collect_our_transitions(name, mode)
                 count = len(rows)
                 move = noise.uniform(Stream.ENV_STEP, count, 1, (env.step_noise_dim,))[0]
                 after, reward, terminated = env.step(state, torch.tensor([choose(i, count)]), move)
-                shown = [env.features(env.observe(s))[0].tolist() for s in (state, after)]
+                shown = [env.shown(env.observe(s))[0].tolist() for s in (state, after)]
                 truncated = elapsed == env.max_steps
                 rows.append((*shown, reward.item(), terminated.item(), truncated))
                 state = after
@@ -572,3 +572,21 @@ class Unnumbered(Walk):
     @property
     def observation_space(self):
         return Discrete(3)
+
+
+def test_seeds_may_come_as_an_array():
+    """NumPy's integers, as the list of the same numbers."""
+    one, other = (TensorVectorEnv("CartPole-v1", 3) for _ in range(2))
+    assert (one.reset(seed=np.array([5, 1, 9]))[0] == other.reset(seed=[5, 1, 9])[0]).all()
+
+
+@pytest.mark.parametrize("make", [TensorVectorEnv, TensorSingleEnv])
+def test_a_generator_that_the_user_puts_in_seeds_the_episodes(make):
+    """Its seed is not known; what it draws decides, the same for the same generator."""
+
+    def start(seed: int) -> Any:
+        env = make("CartPole-v1")
+        env.np_random = np.random.default_rng(seed)
+        return env.reset()[0].tolist()
+
+    assert start(1) == start(1) != start(2)

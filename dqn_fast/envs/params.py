@@ -1,0 +1,107 @@
+"""Parameters of environments: as a file can hold them, and from the text of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import numpy as np
+from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON and a checkpoint can hold it: numbers and arrays of NumPy and torch become
+    Python's, nested ones too; what is no number, text, sequence or mapping becomes its text."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):  # before float, which np.float64 is
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value] if isinstance(value, list) else tuple(map(plain, value))
+    return str(value) if isinstance(value, PurePath) else repr(value)
+
+
+def frozen(value: Any) -> Any:
+    """`value` with tuples for lists, so that it can be hashed.
+
+    Raises:
+        TypeError: it is no number, text, None or sequence of them.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(map(frozen, value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(value)
+
+
+def cast(name: str, value: Any, *hints: Any) -> Any:
+    """`value`, which may be text, as the first of some type hints that takes it.
+
+    Only a whole number becomes an int, only true and false a bool, and none None where that is
+    allowed; "1,2,3" is a sequence, held as a tuple, and in one of int other numbers stay as they
+    are. `Any` takes what `frozen` does.
+
+    Raises:
+        ValueError: none of them takes it; the message names the parameter.
+    """
+    options = [
+        option
+        for hint in hints
+        for option in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+    ]
+    if type(value) is not str and type(value) in options:
+        return value
+    for option in sorted(options, key=lambda option: option is not NoneType):  # before str
+        try:
+            return _as(value, option)
+        except (LookupError, OverflowError, TypeError, ValueError):
+            continue
+    raise ValueError(f"--env-params {name} {value}: must be {' or '.join(map(_allowed, options))}")
+
+
+def _as(value: Any, hint: Any) -> Any:
+    """`value` as one type; raises where it is none."""
+    kind = get_origin(hint) or hint
+    if kind is Any:
+        return frozen(value)
+    if kind is NoneType:
+        return {"none": None}[str(value).lower()]
+    if kind is Literal:
+        exact = [choice for choice in get_args(hint) if choice == value]
+        return (exact or [choice for choice in get_args(hint) if str(choice) == value])[0]
+    if kind in (list, tuple):
+        item = next(iter(get_args(hint)), Any)
+        converters: dict[Any, Callable[[Any], Any]] = {int: _number, float: float}
+        convert = converters.get(item, frozen)
+        return tuple(
+            convert(part) for part in (value.split(",") if isinstance(value, str) else value)
+        )
+    if kind is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    return _whole(value) if kind is int else kind(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, str) and value.lstrip("+-").isdigit():
+        return int(value)
+    if float(value) != int(float(value)):
+        raise ValueError(value)
+    return int(float(value))
+
+
+def _number(value: Any) -> int | float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def _allowed(hint: Any) -> str:
+    """A hint, for people."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if hint is NoneType:
+        return "none"
+    return f"of type {getattr(get_origin(hint) or hint, '__name__', hint)}"
