@@ -36,9 +36,9 @@ from dqn_fast.envs.gymnasium_sources import (
     maker_like,
     maker_of,
     need_one_of,
-    plain,
 )
 from dqn_fast.envs.gymnasium_spaces import Broken, Observations
+from dqn_fast.envs.params import plain
 
 ENDLESS = 100_000
 """Steps after which an evaluation gives up on an episode that has no time limit."""
