@@ -40,7 +40,7 @@ EXPERIMENTS: dict[str, Mapping[str, Any]] = {
     "FrozenLake8x8-v1": {
         "gamma": 0.995,
         "num_envs": 512,
-        "total_timesteps": 8_000_000,
+        "total_timesteps": 12_000_000,
         "learning_rate": 1e-3,
         "buffer_size": 1_000_000,
         "batch_size": 256,
