@@ -13,10 +13,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,13 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.classic import Cartpole, Environments, run_cartpole, run_environments
+from benchmarks.classic import (
+    Cartpole,
+    Environments,
+    run_cartpole,
+    run_environments,
+    train_command,
+)
 from benchmarks.common import finish
 from benchmarks.comparison import Peers, run_peers
 from benchmarks.reference import QNetwork as ReferenceNetwork
@@ -93,11 +97,8 @@ def default_command(num_envs: int, seed: int) -> dict[str, Any]:
     """Summary of one run with 1000 evaluation episodes, and the seconds that the process took."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        flags = f"--num-envs {num_envs} --seed {seed} --eval-episodes 1000 --run-dir {run_dir}"
-        command = [sys.executable, "-m", "dqn_fast.train", *flags.split()]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        process_s = time.perf_counter() - start
+        flags = ["--num-envs", str(num_envs), "--eval-episodes", "1000"]
+        _, process_s = train_command("LineWorld-v0", seed, run_dir, flags)
         summary = json.loads((run_dir / "summary.json").read_text())
     keep = ("seed", "policy_optimal", "eval_return_mean", "q_error_max", "wall_s", "num_updates")
     return {"process_s": process_s} | {name: summary[name] for name in keep}

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from dqn_fast.engine import choose_device
 from dqn_fast.envs import TensorEnv, UnknownEnvError, make_env
-from dqn_fast.envs.gymnasium_adapter import GymnasiumEnv
-from dqn_fast.envs.gymnasium_spaces import Observations
 from dqn_fast.networks import QNetwork
 
 AgentFile = Literal["best", "last"]
@@ -181,7 +179,7 @@ class Agent:
         self.env, self.q_net, self.member = env, q_net, member
         self.global_step, self.eval_return_mean = global_step, eval_return_mean
         self._device = next(q_net.parameters()).device
-        self._stored = _stored_layout(env)
+        self._stored = env.example_obs()[0]
 
     @torch.no_grad()
     def q_values(self, obs: Tensor) -> Tensor:
@@ -195,10 +193,10 @@ class Agent:
         is_float = obs.is_floating_point()
         if is_float:
             obs = obs.float()
-        is_stored = False
-        if self._stored is not None:
-            stored_float, shape = self._stored
-            is_stored = is_float == stored_float and obs.shape[obs.ndim - len(shape) :] == shape
+        is_stored = (
+            is_float == self._stored.is_floating_point()
+            and obs.shape[obs.ndim - self._stored.ndim :] == self._stored.shape
+        )
         if is_stored or not (is_float and obs.shape[-1:] == (self.q_net.sizes[0],)):
             obs = self.env.features(obs)
         rows = obs.reshape(-1, obs.shape[-1]).expand(self.q_net.num_members, -1, -1)
@@ -213,17 +211,6 @@ class Agent:
         if isinstance(obs, Tensor):
             return self.q_values(obs).argmax(-1)
         return self.q_values(torch.as_tensor(np.asarray(obs))).argmax(-1).cpu().numpy()
-
-
-def _stored_layout(env: TensorEnv) -> tuple[bool, tuple[int, ...]] | None:
-    """Whether a stored observation of one copy is of floats, and its shape; None: not known."""
-    if isinstance(env, GymnasiumEnv):
-        observations = Observations(env.single_observation_space)
-        return observations.dtype.kind == "f", observations.shape
-    if env.on_host:
-        return None
-    obs = env.observe(env.reset(torch.zeros(1, env.reset_noise_dim)))[0]
-    return obs.is_floating_point(), tuple(obs.shape)
 
 
 def load_agent(

@@ -71,7 +71,7 @@ def describe(
         )
     return {
         "env_id": env_id,
-        "env_params": plain(env.params),
+        "env_params": env.params,
         "changed": [name for name, value in settings.items() if value != plain(usual[name])],
         "args": settings,
         "derived": {

@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -61,6 +63,36 @@ def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor
     return [c0, c1, c2, c3]
 
 
+def stream_key(seed: int, stream: Stream) -> NDArray[Any]:
+    """Philox key of a stream of the member with that seed: two 32-bit words, uint32 [2]."""
+    return np.random.SeedSequence([seed, stream]).generate_state(2)
+
+
+def words_at(keys: Tensor, index: Tensor, blocks: int, epoch: int = 0) -> list[Tensor]:
+    """The words of M streams at given places.
+
+    Args:
+        keys: of `stream_key`, int64 [M, 2].
+        index: which draw of each stream, int64 [count, M], >= 0.
+        blocks: how many times four words a draw has.
+        epoch: a further index in [0, 2**32), for draws that start again at 0.
+
+    Returns:
+        Four int64 tensors [count, M, blocks] of 32-bit words.
+    """
+    block = torch.arange(blocks, device=index.device)
+    salt = torch.full((), epoch, dtype=torch.int64, device=index.device)
+    index = index[..., None]
+    return philox_4x32([block, index & _MASK, index >> 32, salt], keys[..., None].unbind(1))
+
+
+def uniform_of(words: Sequence[Tensor], size: int) -> Tensor:
+    """The first `size` numbers of each draw's words, float32 [count, M, size], on a grid of 2**-24
+    in [0, 1)."""
+    floats = torch.stack(list(words), -1).bitwise_right_shift_(8).float().mul_(2.0**-24)
+    return floats.flatten(2)[..., :size]
+
+
 class Noise:
     """Random numbers of M members.
 
@@ -74,10 +106,7 @@ class Noise:
 
     def __init__(self, seed: int, num_members: int, device: torch.device | str = "cpu") -> None:
         self.seed, self.num_members, self.device = seed, num_members, torch.device(device)
-        keys = [
-            [np.random.SeedSequence([seed + i, stream]).generate_state(2) for stream in Stream]
-            for i in range(num_members)
-        ]
+        keys = [[stream_key(seed + i, stream) for stream in Stream] for i in range(num_members)]
         self._keys = torch.tensor(np.array(keys, np.int64), device=device)  # [M, streams, 2]
 
     def uniform(
@@ -96,8 +125,7 @@ class Noise:
         if size == 0:
             return torch.empty((count, self.num_members, *shape), device=self.device)
         words = self._words(stream, start, count, -(-size // 4), epoch)
-        floats = torch.stack(words, -1).bitwise_right_shift_(8).float().mul_(2.0**-24)
-        return floats.flatten(2)[..., :size].reshape(count, self.num_members, *shape)
+        return uniform_of(words, size).reshape(count, self.num_members, *shape)
 
     def integers(self, stream: Stream, start: int, count: int, shape: Sequence[int]) -> Tensor:
         """Uniform integers in [0, 2**63), int64 [count, M, *shape]; arguments as `uniform`.
@@ -114,9 +142,5 @@ class Noise:
         self, stream: Stream, start: int, count: int, blocks: int, epoch: int
     ) -> list[Tensor]:
         """Four int64 tensors [count, M, blocks] of 32-bit words."""
-        index = torch.arange(start, start + count, device=self.device)[:, None, None]
-        block = torch.arange(blocks, device=self.device)
-        salt = torch.full((), epoch, dtype=torch.int64, device=self.device)
-        k0, k1 = self._keys[:, stream, :, None].unbind(1)  # [M, 1] each
-        full = (count, self.num_members, blocks)
-        return philox_4x32([block.expand(full), index & _MASK, index >> 32, salt], [k0, k1])
+        index = torch.arange(start, start + count, device=self.device)[:, None]
+        return words_at(self._keys[:, stream], index.expand(count, self.num_members), blocks, epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import gymnasium
 
@@ -20,6 +20,7 @@ from dqn_fast.envs.core import (
     check_env,
 )
 from dqn_fast.envs.gymnasium_adapter import from_gymnasium
+from dqn_fast.envs.gymnasium_sources import VectorizationMode
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.params import cast
@@ -59,9 +60,6 @@ TENSOR_ENVS: dict[str, type[TensorEnv]] = {
 class UnknownEnvError(ValueError):
     """No environment of that id."""
 
-
-VectorizationMode = Literal["sync", "async", "vector_entry_point"]
-"""How Gymnasium steps the copies of an environment; see `from_gymnasium`."""
 
 GYMNASIUM = "gym:"
 """Before an id: Gymnasium's own environment, even where there is one of tensors."""

@@ -137,6 +137,10 @@ class TensorEnv(ABC):
         """What the network reads: float32 [..., F] of observations [..., *obs_shape]."""
         return obs.float()
 
+    def example_obs(self) -> Tensor:
+        """An observation [1, ...] that shows how they are stored: shape and dtype."""
+        return self.observe(self.reset(torch.zeros(1, self.reset_noise_dim)))
+
     def shown(self, obs: Tensor) -> Tensor:
         """What `observation_space` holds of observations, where that is no Discrete."""
         return self.features(obs)
@@ -150,8 +154,8 @@ class TensorEnv(ABC):
     def observation_space(self) -> gymnasium.Space[Any]:
         """Space, in Gymnasium's terms, of what one copy shows to the outside: its features, or the
         number of its state where the space is Discrete."""
-        obs = self.observe(self.reset(torch.zeros(1, self.reset_noise_dim)))
-        return Box(-math.inf, math.inf, self.features(obs).shape[1:], np.float32)
+        features = self.features(self.example_obs())
+        return Box(-math.inf, math.inf, features.shape[1:], np.float32)
 
     # What only environments that live on the host have: the rest of the class is for tensors.
 

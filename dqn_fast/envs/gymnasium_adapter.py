@@ -30,8 +30,8 @@ from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
 from dqn_fast.envs.gymnasium_copies import Copies, close_all
 from dqn_fast.envs.gymnasium_sources import (
     Maker,
-    Mode,
     Source,
+    VectorizationMode,
     maker_for_evaluation,
     maker_like,
     maker_of,
@@ -51,7 +51,7 @@ class HostState(NamedTuple):
 def from_gymnasium(
     source: Source,
     params: Mapping[str, Any] | None = None,
-    vectorization_mode: Mode = "sync",
+    vectorization_mode: VectorizationMode = "sync",
     eval_source: Source | None = None,
     max_steps: int | None = None,
 ) -> GymnasiumEnv:
@@ -69,7 +69,8 @@ def from_gymnasium(
             number, truth value or list that it reads as, unless the constructor's default is text.
             "max_episode_steps" is the time limit (and "max_steps", where the constructor knows
             no such argument).
-        vectorization_mode: how copies of an id or of single environments are stepped; see `Mode`.
+        vectorization_mode: how copies of an id or of single environments are stepped; see
+            `VectorizationMode`.
         eval_source: a source for evaluation, other than a VectorEnv. None: made like `source`, in
             one process; needed where a VectorEnv does not tell how its copies are made.
         max_steps: time limit in steps, >= 1, instead of the registered one. Of a VectorEnv, which
@@ -82,7 +83,10 @@ def from_gymnasium(
             Discrete, or evaluation has no copies of its own.
     """
     need_one_of(
-        vectorization_mode in get_args(Mode), "--vectorization-mode", vectorization_mode, Mode
+        vectorization_mode in get_args(VectorizationMode),
+        "--vectorization-mode",
+        vectorization_mode,
+        VectorizationMode,
     )
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps {max_steps}: must be at least 1")
@@ -153,6 +157,10 @@ class GymnasiumEnv(TensorEnv):
         if isinstance(self.single_observation_space, spaces.Discrete):
             return self.single_observation_space
         return spaces.Box(-math.inf, math.inf, (self._observations.num_features,), np.float32)
+
+    def example_obs(self) -> Tensor:
+        stored = self._observations
+        return torch.from_numpy(np.zeros((1, *stored.shape), stored.dtype))
 
     def features(self, obs: Tensor) -> Tensor:
         """What `gymnasium.spaces.flatten` makes of observations, float32 [..., F]: numbers as they

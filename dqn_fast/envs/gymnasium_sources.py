@@ -24,7 +24,7 @@ from dqn_fast.envs.core import EnvError
 from dqn_fast.envs.gymnasium_copies import Copies, Guard, Loop, quiet
 from dqn_fast.envs.gymnasium_spaces import Observations, say, shorten, show
 
-Mode = Literal["sync", "async", "vector_entry_point"]
+VectorizationMode = Literal["sync", "async", "vector_entry_point"]
 """Copies one after the other; each in a process, beside the learner; the environment's own way."""
 
 Source = str | Callable[..., Any] | VectorEnv[Any, Any, Any]
@@ -54,7 +54,9 @@ class Maker:
     ready: VectorEnv[Any, Any, Any] | None = None
 
 
-def maker_of(source: Source, params: Mapping[str, Any], mode: Mode, max_steps: int | None) -> Maker:
+def maker_of(
+    source: Source, params: Mapping[str, Any], mode: VectorizationMode, max_steps: int | None
+) -> Maker:
     if isinstance(source, str):
         return _maker_of_id(source, params, mode, max_steps)
     if params:
@@ -71,7 +73,7 @@ def maker_of(source: Source, params: Mapping[str, Any], mode: Mode, max_steps: i
 
 
 def _maker_of_id(
-    env_id: str, params: Mapping[str, Any], mode: Mode, max_steps: int | None
+    env_id: str, params: Mapping[str, Any], mode: VectorizationMode, max_steps: int | None
 ) -> Maker:
     label = f"--env-id {env_id}"
     module, _, name = env_id.rpartition(":")
@@ -296,7 +298,7 @@ def _takes_num_envs(source: Callable[..., Any]) -> bool:
         return False
 
 
-def _vectorised(mode: Mode) -> Literal["sync", "async"]:
+def _vectorised(mode: VectorizationMode) -> Literal["sync", "async"]:
     if mode == "vector_entry_point":
         raise ValueError(
             "--vectorization-mode vector_entry_point: only for an id; must be sync or async here"

@@ -28,12 +28,11 @@ from torch import Tensor
 from dqn_fast.engine import upload
 from dqn_fast.envs import TENSOR_ENVS
 from dqn_fast.envs.core import TabularEnv, TensorEnv, VectorState
-from dqn_fast.noise import Stream, philox_4x32
+from dqn_fast.noise import Stream, stream_key, uniform_of, words_at
 
 if TYPE_CHECKING:
     from dqn_fast.envs.render import Renderer
 
-_WORD = 0xFFFFFFFF
 _METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
 
 
@@ -466,7 +465,7 @@ class _Draws:
         states = np.zeros((len(seeds), 2), np.int64)
         for i, seed in enumerate(seeds):
             if seed is not None:
-                states[i] = np.random.SeedSequence([seed, self.stream]).generate_state(2)
+                states[i] = stream_key(seed, self.stream)
         given = torch.tensor([seed is not None for seed in seeds])
         mask = mask & upload(given, mask.device)
         self.keys = _where(mask, upload(torch.from_numpy(states), mask.device), self.keys)
@@ -487,15 +486,9 @@ class _Draws:
         self.index = self.index + mask
 
     def _fill(self) -> None:
-        rows, blocks = self._rows, -(-self.dim // 4)
-        device = self.index.device
-        index = (self.index + torch.arange(rows, device=device)[:, None])[..., None]
-        block = torch.arange(blocks, device=device)
-        counter = [block, index & _WORD, index >> 32, torch.zeros_like(block)]
-        words = torch.stack(philox_4x32(counter, self.keys[..., None].unbind(1)), -1)
-        floats = words.bitwise_right_shift_(8).float().mul_(2.0**-24)
-        self._block = floats.flatten(2)[..., : self.dim]
-        self._first, self._left = self.index, rows
+        index = self.index + torch.arange(self._rows, device=self.index.device)[:, None]
+        self._block = uniform_of(words_at(self.keys, index, -(-self.dim // 4)), self.dim)
+        self._first, self._left = self.index, self._rows
 
 
 def _entropy(env: TensorVectorEnv | TensorSingleEnv) -> int:

@@ -56,6 +56,16 @@ def original_of(env: TensorEnv, names: dict[str, str] | None = None) -> gymnasiu
     return original
 
 
+def assert_as_made(env: TensorEnv, cls: type[TensorEnv]) -> None:
+    """`env` is a `cls` with the id, the spaces and the time limit of Gymnasium's `make`."""
+    original = gymnasium.make(cls.gymnasium_id)
+    assert isinstance(env, cls)
+    assert env.gymnasium_id == original.spec.id
+    assert env.observation_space == original.observation_space
+    assert env.num_actions == original.action_space.n
+    assert env.max_steps == original.spec.max_episode_steps
+
+
 def play_original(
     original: gymnasium.Env[Any, Any],
     num_steps: int,
