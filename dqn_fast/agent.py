@@ -145,7 +145,8 @@ def clip_global_norm_(grads: Sequence[Tensor], max_norm: Tensor) -> Tensor:
     Returns:
         Norm before clipping, float32 [M].
     """
-    norm = torch.linalg.vector_norm(torch.cat([g.flatten(1) for g in grads], 1), dim=1)
+    squares = [grad.flatten(1).square().sum(1) for grad in grads]
+    norm = torch.stack(squares).sum(0).sqrt()
     scale = (max_norm[:, 0] / norm.clamp(min=1e-12)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
@@ -207,7 +208,8 @@ class Adam(NamedTuple):
 @torch.no_grad()
 def sync_target_(target_net: QNetwork, q_net: QNetwork, weight: Tensor) -> None:
     """target <- (1 - weight) * target + weight * online, weight [] in [0, 1]; exact at 0 and 1."""
-    torch._foreach_lerp_(target_net.params, q_net.params, [weight] * len(q_net.params))
+    for target, param in zip(target_net.params, q_net.params, strict=True):
+        target.lerp_(param, weight)
 
 
 def update_(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dqn_fast.engine import choose_engine
 from dqn_fast.envs import TensorEnv
 from dqn_fast.envs.params import plain
 from dqn_fast.evaluate import ExactValues
@@ -32,6 +31,8 @@ def describe(
     q_net: QNetwork,
     replay: Replay,
     exact: ExactValues | None,
+    engine: str,
+    engine_reason: str,
 ) -> dict[str, Any]:
     """Content of `config.json`: every setting, what follows from them, and the software.
 
@@ -44,10 +45,11 @@ def describe(
         q_net: online network, on the run's device.
         replay: the memory.
         exact: the environment's solution, if there is one.
+        engine: that runs it.
+        engine_reason: why, in a few words.
     """
     # An environment of one's own goes by its name, whatever --env-id says.
     settings = {**plain(settings), "env_id": env_id}
-    engine, reason = choose_engine(settings["engine"])
     num_envs = settings["num_envs"]
     every = f"at the first multiple of {num_envs} from there on"
     rounded = [
@@ -91,7 +93,7 @@ def describe(
             "device": device_name(q_net.params[0].device),
             "num_threads": torch.get_num_threads(),
             "engine": engine,
-            "engine_reason": reason,
+            "engine_reason": engine_reason,
         },
         "software": software(),
     }

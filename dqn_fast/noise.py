@@ -125,7 +125,7 @@ class Noise:
         if size == 0:
             return torch.empty((count, self.num_members, *shape), device=self.device)
         words = self._words(stream, start, count, -(-size // 4), epoch)
-        return uniform_of(words, size).reshape(count, self.num_members, *shape)
+        return uniform_of(words, size).reshape(count, self.num_members, *shape).contiguous()
 
     def integers(self, stream: Stream, start: int, count: int, shape: Sequence[int]) -> Tensor:
         """Uniform integers in [0, 2**63), int64 [count, M, *shape]; arguments as `uniform`.
@@ -136,7 +136,8 @@ class Noise:
         size = math.prod(shape)
         w0, w1, w2, w3 = self._words(stream, start, count, -(-size // 2), 0)
         pairs = torch.stack([(w0 << 31) ^ w1, (w2 << 31) ^ w3], -1)
-        return pairs.flatten(2)[..., :size].reshape(count, self.num_members, *shape)
+        rows = pairs.flatten(2)[..., :size].reshape(count, self.num_members, *shape)
+        return rows.contiguous()
 
     def _words(
         self, stream: Stream, start: int, count: int, blocks: int, epoch: int

@@ -33,7 +33,8 @@ class Replay:
     Cursor and size live on the device, so that adding and sampling read nothing on the host.
 
     Attributes:
-        data: storage [M, C, ...]; actions as uint8 or int16.
+        capacity: C.
+        rows: storage, member after member, [M * C, ...]; actions as uint8 or int16.
         cursor: each member's row that is written next, int64 [M, 1].
         size: each member's rows that hold a transition, int64 [M, 1].
     """
@@ -54,9 +55,10 @@ class Replay:
             raise ValueError(f"capacity {capacity}: must be at least {num_rows}, one vector step")
         device = example.reward.device
         action_dtype = torch.uint8 if num_actions <= 2**8 else torch.int16
-        self.data = Transition(
+        self.capacity = capacity
+        self.rows = Transition(
             *(
-                torch.zeros((num_members, capacity, *t.shape[2:]), dtype=t.dtype, device=device)
+                torch.zeros((num_members * capacity, *t.shape[2:]), dtype=t.dtype, device=device)
                 for t in example._replace(action=example.action.to(action_dtype))
             )
         )
@@ -64,21 +66,25 @@ class Replay:
         self.size = torch.zeros((num_members, 1), dtype=torch.int64, device=device)
         # Where member m's rows start when the first two axes are one: [M, 1].
         self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
-        self._flat = [stored.flatten(0, 1) for stored in self.data]  # views [M * C, ...]
         self._new_rows = torch.arange(num_rows, device=device)
 
     @property
-    def capacity(self) -> int:
-        return self.data.reward.shape[1]
+    def data(self) -> Transition:
+        """The storage by member, [M, C, ...]."""
+        return Transition(*(t.unflatten(0, (-1, self.capacity)) for t in self.rows))
 
     @property
     def bytes_per_transition(self) -> int:
-        return sum(t.element_size() * math.prod(t.shape[2:]) for t in self.data)
+        return sum(t.element_size() * math.prod(t.shape[1:]) for t in self.rows)
 
     @property
     def num_bytes(self) -> int:
         """Memory of all members' rows."""
-        return sum(t.element_size() * t.numel() for t in self.data)
+        return sum(t.element_size() * t.numel() for t in self.rows)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order; the last two never change."""
+        return [*self.rows, self.cursor, self.size, self._offsets, self._new_rows]
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -99,7 +105,7 @@ class Replay:
             count = kept[:, -1:]
             place = torch.where(valid, kept - 1, count + (~valid).cumsum(1) - 1)
         rows = ((self.cursor + place) % self.capacity + self._offsets).flatten()
-        for stored, new in zip(self._flat, batch, strict=True):
+        for stored, new in zip(self.rows, batch, strict=True):
             new = new.flatten(0, 1).to(stored.dtype)
             if valid is not None:  # beyond the cursor lie the oldest rows: written as they are
                 keep = valid.view(-1, *[1] * (new.ndim - 1))
@@ -138,7 +144,7 @@ class Replay:
         """
         rows = (noise % self.size + self._offsets).flatten()
         obs, action, reward, next_obs, terminated = (
-            rows_of_all.index_select(0, rows).view(*noise.shape, *rows_of_all.shape[1:])
-            for rows_of_all in self._flat
+            stored.index_select(0, rows).view(*noise.shape, *stored.shape[1:])
+            for stored in self.rows
         )
         return Transition(obs, action.long(), reward, next_obs, terminated)

@@ -99,6 +99,8 @@ class RunRecord:
         config: content of `config.json`.
         status: "done" unless something else ended the run.
         num_evaluations: evaluations so far.
+        engine: what runs the chunks, as it is to stand in the summary.
+        compile_s: seconds that the loop waited for a compiler; speeds leave them out.
         summary: content of `summary.json`, complete once the run has ended.
     """
 
@@ -125,6 +127,8 @@ class RunRecord:
         """
         self.run_dir, self.config, self.status = run_dir, config, "done"
         self.num_evaluations = 0
+        self.engine: str = config["derived"]["engine"]
+        self.compile_s = 0.0
         self.summary: dict[str, Any] = {}
         self._args: Mapping[str, Any] = config["args"]
         self._num_members: int = self._args["num_seeds"]
@@ -179,6 +183,15 @@ class RunRecord:
         self._num_updates = chunk.first_update + chunk.num_updates
         self._num_syncs += int(chunk.syncs.sum())
         self._tracker.progress(chunk.after)
+
+    def changed_engine(self, engine: str, reason: str, compile_s: float) -> None:
+        """Note in mid-run what runs from now on, why, and what the loop waited for it."""
+        if engine != self.engine:
+            self._tracker.message(
+                f"engine    {engine} from global_step {self._global_step:,} on ({reason})"
+            )
+            engine = f"{self.engine}, {engine} from {self._global_step:,} on"
+        self.engine, self.compile_s = engine, compile_s
 
     def check_finite(self, replay: Replay) -> None:
         """Reads one number from the device, and replay only if that number tells of trouble.
@@ -329,7 +342,7 @@ class RunRecord:
 
     def _summarise(self) -> dict[str, Any]:
         now = time.perf_counter()
-        seconds = max(now - self._loop_began, 1e-9)
+        seconds = max(now - self._loop_began - self.compile_s, 1e-9)
         unknown = [None] * self._num_members
         shared = {
             "status": self.status,
@@ -342,13 +355,14 @@ class RunRecord:
             "replay_ratio": self.config["derived"]["replay_ratio"],
             "wall_s": now - self._began,
             "startup_s": self._loop_began - self._began,
+            "compile_s": self.compile_s,
             "env_steps_per_s": self._global_step * self._num_members / seconds,
             "updates_per_s": self._num_updates * self._num_members / seconds,
             "eval_episodes": self._args["eval_episodes"],
             "optimal_return": self.config["derived"]["optimal_return"],
             "optimal_start_value": self.config["derived"]["optimal_start_value"],
             "episodes_dropped": self._episodes.num_dropped,
-            "engine": self.config["derived"]["engine"],
+            "engine": self.engine,
             "device": self.config["derived"]["device"],
         }
         members: dict[str, list[Any]] = {

@@ -86,6 +86,20 @@ class Chunk:
         update = self.first_update - window.first_update
         return slice(step, step + self.num_steps), slice(update, update + self.num_updates)
 
+    def part(self, start: int, num_steps: int) -> Chunk:
+        """The chunk of `num_steps` vector steps from this one's vector step `start` on."""
+        before_part = sum(self.update_counts[:start])
+        counts = self.update_counts[start : start + num_steps]
+        updates = slice(before_part, before_part + sum(counts))
+        return Chunk(
+            before=self.before + start * self.num_envs,
+            num_envs=self.num_envs,
+            update_counts=counts,
+            first_update=self.first_update + before_part,
+            stamps=self.stamps[updates],
+            syncs=self.syncs[updates],
+        )
+
     def crosses(self, interval: int) -> bool:
         """Whether `interval` is crossed in the chunk's last vector step; see `Plan.chunks`."""
         return crossed(self.after - self.num_envs, self.after, interval)
@@ -167,6 +181,13 @@ class Plan:
         groups = (before + self.num_envs) // self.train_freq - before // self.train_freq
         return np.where(index >= self.first_learning_step, self.gradient_steps * groups, 0)
 
+    def learning_counts(self) -> set[int]:
+        """The different numbers of gradient steps after a vector step, once learning has begun."""
+        first = self.first_learning_step
+        # They repeat after train_freq vector steps at the latest.
+        num_steps = min(self.num_vector_steps - first, self.train_freq)
+        return {int(count) for count in np.unique(self.update_counts(first, max(num_steps, 0)))}
+
     def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[tuple[Chunk, Chunk]]:
         """The run from vector step `first` on, in chunks, each with the window that it lies in.
 
@@ -184,13 +205,12 @@ class Plan:
         while first < self.num_vector_steps:
             num_steps = min(self.max_window_steps, self.num_vector_steps - first)
             window = self._chunk(first, num_steps, num_updates)
-            end = first + num_steps
+            start, end = first, first + num_steps
             while first < end:
                 num_steps = min(self._steps_to_boundary(first), end - first)
-                chunk = self._chunk(first, num_steps, num_updates)
-                yield window, chunk
+                yield window, window.part(first - start, num_steps)
                 first += num_steps
-                num_updates += chunk.num_updates
+            num_updates += window.num_updates
 
     def _steps_to_boundary(self, first: int) -> int:
         before = first * self.num_envs

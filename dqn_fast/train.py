@@ -10,11 +10,13 @@ researcher edits to change the experiment stands here, everything else in the fi
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +39,21 @@ from dqn_fast.agent import (
 )
 from dqn_fast.describe import describe
 from dqn_fast.diagnostics import Diagnostics
-from dqn_fast.engine import EngineName, choose_device, cpu_threads, upload
+from dqn_fast.engine import (
+    MOST_UNROLLED,
+    Captured,
+    Compiler,
+    EngineName,
+    EngineUnavailableError,
+    Run,
+    Unit,
+    choose_device,
+    choose_engine,
+    cpu_threads,
+    cuda_graph,
+    leaves,
+    upload,
+)
 from dqn_fast.envs import (
     EnvCheckError,
     EnvError,
@@ -144,7 +160,7 @@ class Args:
     """Where everything lives: auto (cuda, then cpu), cpu, cuda, cuda:1, mps."""
     engine: EngineName = "auto"
     """How a chunk of vector steps is run; never changes the result's meaning."""
-    chunk_steps: int = 32
+    chunk_steps: int = 64
     """Vector steps per chunk at most, >= 1; never changes the result."""
     num_threads: int = 1
     """CPU threads; >= 0, 0 leaves torch's own choice. Small networks are fastest on one."""
@@ -275,6 +291,27 @@ class Learner:
     def by_member(self, tensor: Tensor) -> Tensor:
         """[E, ...] as [M, N, ...]."""
         return tensor.view(*self.copies, *tensor.shape[1:])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a vector step reads or writes beside its inputs."""
+        return leaves(
+            [
+                self.q_net.params,
+                self.target_net.params,
+                self.adam,
+                self.vector,
+                self.replay.tensors(),
+                self.gamma,
+                self.max_grad_norm,
+                self.held,
+                self.eps_repeat,
+            ]
+        )
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Learner:
+        """The same learner over other tensors, in the order of `tensors`."""
+        replaced = {id(old): new for old, new in zip(self.tensors(), tensors, strict=True)}
+        return copy.deepcopy(self, {id(self.env): self.env, **replaced})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as tensors in dicts and lists."""
@@ -467,9 +504,27 @@ def learn_(learner: Learner, inputs: list[UpdateInputs]) -> list[Tensor]:
     return metrics
 
 
+class StepRecord(NamedTuple):
+    """What one vector step leaves behind for the log.
+
+    Attributes:
+        episode_return: return of each copy's episode up to and with this step, float32 [E].
+        episode_length: its length where it is over, 0 elsewhere, int32 [E].
+        updates: UPDATE_METRICS of each gradient step, float32 [4, M].
+    """
+
+    episode_return: Tensor
+    episode_length: Tensor
+    updates: list[Tensor]
+
+
 def vector_step_(
-    learner: Learner, noise: StepInputs, updates: list[UpdateInputs]
-) -> tuple[Outcome, list[Tensor]]:
+    learner: Learner,
+    noise: StepInputs,
+    updates: list[UpdateInputs],
+    act_: Callable[..., Tensor] = act_,
+    learn_: Callable[..., list[Tensor]] = learn_,
+) -> StepRecord:
     """Act, step the environments, store, learn, and carry the state over."""
     metrics = []
     action = act_(learner, noise.explore, noise.epsilon)
@@ -481,30 +536,203 @@ def vector_step_(
     if not learner.env.background:
         metrics = learn_(learner, updates)
     learner.vector.copy_(vector)
-    return outcome, metrics
+    length = torch.where(outcome.done, outcome.episode_length, 0)
+    return StepRecord(outcome.episode_return, length, metrics)
 
 
 def chunk_(
-    learner: Learner, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
+    learner: Learner,
+    steps: StepInputs,
+    updates: UpdateInputs,
+    update_counts: tuple[int, ...],
+    step_: Callable[[Learner, StepInputs, list[UpdateInputs]], StepRecord] = vector_step_,
 ) -> ChunkRecord:
     """K vector steps, each followed by its number of gradient steps; reads nothing on the host."""
-    outcomes: list[Outcome] = []
-    metrics: list[Tensor] = []
-    for step, count in zip(zip(*steps, strict=True), update_counts, strict=True):
-        u = len(metrics)
-        inputs = [UpdateInputs(*(t[i] for t in updates)) for i in range(u, u + count)]
-        outcome, update_metrics = vector_step_(learner, StepInputs(*step), inputs)
-        outcomes.append(outcome)
-        metrics += update_metrics
-    length = torch.stack([torch.where(o.done, o.episode_length, 0) for o in outcomes])
+    each_update = (UpdateInputs(*inputs) for inputs in zip(*updates, strict=True))
+    records = [
+        step_(learner, StepInputs(*step), list(itertools.islice(each_update, count)))
+        for step, count in zip(zip(*steps, strict=True), update_counts, strict=True)
+    ]
+    metrics = [update for record in records for update in record.updates]
     no_updates = updates.rows.new_empty((0, 4, learner.copies[0]), dtype=torch.float32)
     return ChunkRecord(
-        episode_return=torch.stack([o.episode_return for o in outcomes]).unflatten(
-            1, learner.copies
-        ),
-        episode_length=length.unflatten(1, learner.copies),
-        updates=torch.stack(metrics) if metrics else no_updates,
+        torch.stack([record.episode_return for record in records]).unflatten(1, learner.copies),
+        torch.stack([record.episode_length for record in records]).unflatten(1, learner.copies),
+        torch.stack(metrics) if metrics else no_updates,
     )
+
+
+# ------------------------------------------------------------------ the same functions, compiled
+
+
+class CompiledStep:
+    """Stands for `vector_step_` of one learner, compiled in as few functions as possible.
+
+    One for the whole vector step with its gradient steps; where these are many, one for the step
+    and one for a block of them; where the environment lives on the host, `act_` and the blocks.
+    """
+
+    def __init__(self, learner: Learner, plan: Plan, batch_size: int) -> None:
+        """Begin to compile, in a process beside this one.
+
+        Raises:
+            EngineUnavailableError: the functions cannot be traced.
+        """
+        self._compiler = Compiler(learner.tensors(), learner.with_tensors)
+        noise = example_step_inputs(learner)
+        update = example_update_inputs(learner, batch_size)
+        counts = plan.learning_counts()
+        units = []
+        if learner.env.on_host:
+            units += [Unit("act", act_, (noise.explore, noise.epsilon))]
+        else:
+            whole = {count if count <= MOST_UNROLLED else 0 for count in counts}
+            units += [Unit("step", vector_step_, (noise, [update] * n)) for n in sorted(whole)]
+        blocks = [n for count in counts for n in self._blocks(learner.env, count)]
+        units += [Unit("learn", learn_, ([update] * n,)) for n in sorted(set(blocks))]
+        self._names = [(unit.name, len(leaves(unit.inputs))) for unit in units]
+        self._functions: dict[tuple[str, int], Run] = {}
+        self._compiler.start(units)
+        self._state, self._per_update = self._compiler.state, len(update)
+
+    @staticmethod
+    def _blocks(env: TensorEnv, count: int) -> list[int]:
+        """How `count` gradient steps are cut where they are not part of the compiled step."""
+        if count <= MOST_UNROLLED and not env.on_host:
+            return []
+        whole, rest = divmod(count, MOST_UNROLLED)
+        return [MOST_UNROLLED] * whole + [rest] * (rest > 0)
+
+    def finish(self) -> None:
+        """Wait for the compiler.
+
+        Raises:
+            EngineUnavailableError: it failed.
+        """
+        self._functions = dict(zip(self._names, self._compiler.finish(), strict=True))
+
+    def close(self) -> None:
+        """Stop the compiler if it still runs."""
+        self._compiler.close()
+
+    def __call__(
+        self, learner: Learner, noise: StepInputs, updates: list[UpdateInputs]
+    ) -> StepRecord:
+        """As `vector_step_`, of the learner that this was made for."""
+        if learner.env.on_host:
+            return vector_step_(learner, noise, updates, self._act_, self._learn_)
+        inline = updates if len(updates) <= MOST_UNROLLED else []
+        inputs = [*noise, *itertools.chain.from_iterable(inline)]
+        step_ = self._functions.get(("step", len(inputs)))
+        if step_ is None:  # before learning starts
+            return vector_step_(learner, noise, updates)
+        episode_return, length, *metrics = step_([*self._state, *inputs])
+        if inline is not updates:
+            metrics = self._learn_(learner, updates)
+        return StepRecord(episode_return, length, metrics)
+
+    def _act_(self, _: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
+        (action,) = self._functions["act", 2]([*self._state, noise, epsilon])
+        return action
+
+    def _learn_(self, learner: Learner, updates: list[UpdateInputs]) -> list[Tensor]:
+        metrics: list[Tensor] = []
+        for start in range(0, len(updates), MOST_UNROLLED):
+            inputs = [*itertools.chain.from_iterable(updates[start : start + MOST_UNROLLED])]
+            metrics += self._functions["learn", len(inputs)]([*self._state, *inputs])
+        return metrics
+
+
+class Runner:
+    """Runs the chunks of one learner with the engine that was asked for, or the next best.
+
+    Attributes:
+        engine: what runs now: eager, compile or graph.
+        reason: why, in a few words.
+        compile_s: seconds that the loop waited for the compiler.
+        on_change: told engine, reason and compile_s once compiled functions run, or cannot.
+    """
+
+    def __init__(self, args: Args, learner: Learner, plan: Plan) -> None:
+        """Choose the engine and begin to compile where that is called for."""
+        device, on_host = learner.gamma.device, learner.env.on_host
+        choice = choose_engine(args.engine, device, plan.total_updates, on_host)
+        self.engine: str = "eager" if choice.switch else choice.engine
+        self.reason, self.compile_s = choice.reason, 0.0
+        self.on_change: Callable[[str, str, float], None] = lambda *_: None
+        self._learner, self._num_updates, self._switch = learner, 0, choice.switch or 0
+        self._step: Callable[..., StepRecord] = vector_step_
+        self._compiled: CompiledStep | None = None
+        if choice.compiled:
+            try:
+                self._compiled = CompiledStep(learner, plan, args.batch_size)
+            except EngineUnavailableError as error:
+                self._do_without(error)
+        graph = choice.engine == "graph"
+        self._run: Callable[..., ChunkRecord] = (
+            Captured(self._chunk, cuda_graph) if graph else self._chunk
+        )
+
+    def __call__(
+        self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
+    ) -> ChunkRecord:
+        """`chunk_`; what it returns is to be used before the next call."""
+        num_updates = sum(update_counts)
+        if self._compiled is not None and num_updates and self._num_updates >= self._switch:
+            self._change_over(self._compiled)
+        self._num_updates += num_updates
+        return self._run(update_counts, steps, updates)
+
+    def _chunk(
+        self, update_counts: tuple[int, ...], steps: StepInputs, updates: UpdateInputs
+    ) -> ChunkRecord:
+        return chunk_(self._learner, steps, updates, update_counts, self._step)
+
+    def _change_over(self, compiled: CompiledStep) -> None:
+        """Wait for the compiler and go on with what it made."""
+        began = time.perf_counter()
+        self._compiled = None
+        try:
+            compiled.finish()
+            self._step = compiled
+            if self.engine == "eager":
+                self.engine = "compile"
+        except EngineUnavailableError as error:
+            self._do_without(error)
+        self.compile_s = time.perf_counter() - began
+        self.on_change(self.engine, self.reason, self.compile_s)
+
+    def _do_without(self, error: EngineUnavailableError) -> None:
+        self.engine = "graph" if self.engine == "graph" else "eager"
+        self.reason = str(error)
+
+    def close(self) -> None:
+        """Stop the compiler if it still runs."""
+        if self._compiled is not None:
+            self._compiled.close()
+
+
+def make_runner(args: Args, learner: Learner, plan: Plan) -> Runner:
+    """The engine that --engine asks for."""
+    return Runner(args, learner, plan)
+
+
+def example_step_inputs(learner: Learner) -> StepInputs:
+    """Inputs of one vector step, all 0, in their shapes and dtypes."""
+    (m, n), env, device = learner.copies, learner.env, learner.gamma.device
+    return StepInputs(
+        explore=torch.zeros(m, n, 2, device=device),
+        env_step=torch.zeros(m * n, env.step_noise_dim, device=device),
+        env_reset=torch.zeros(m * n, env.reset_noise_dim, device=device),
+        epsilon=torch.zeros((), device=device),
+    )
+
+
+def example_update_inputs(learner: Learner, batch_size: int) -> UpdateInputs:
+    """Inputs of one gradient step, all 0, in their shapes and dtypes."""
+    device = learner.gamma.device
+    rows = torch.zeros(learner.copies[0], batch_size, dtype=torch.int64, device=device)
+    return UpdateInputs(rows, *torch.zeros(3, device=device).unbind())
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -583,17 +811,28 @@ def train(
         except (ValueError, EnvCheckError) as error:
             raise UsageError(str(error)) from error
         run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
-        usual = vars(Args.for_env(env_id))
+        runner = Runner(args, learner, plan)
+        stack.callback(runner.close)
         config = describe(
-            vars(args), usual, env_id, env, plan, learner.q_net, learner.replay, exact
+            vars(args),
+            vars(Args.for_env(env_id)),
+            env_id,
+            env,
+            plan,
+            learner.q_net,
+            learner.replay,
+            exact,
+            runner.engine,
+            runner.reason,
         )
         probe = env.features(learner.by_member(learner.vector.obs)[:, :1]).clone()
         metrics = Metrics(args.num_seeds, most_episodes(args), device)
         diagnostics = Diagnostics(env, exact, args.double_q)
         with RunRecord(run_dir, config, plan, metrics, diagnostics, learner.q_net, began) as run:
+            runner.on_change = run.changed_engine
             for chunk, steps, updates in planned(args, env, noise, plan):
                 with located(chunk):
-                    record = chunk_(learner, steps, updates, chunk.update_counts)
+                    record = runner(steps, updates, chunk.update_counts)
                 metrics.add_(record, chunk.before, chunk.first_update)
                 run.advance(chunk)
 
