@@ -11,7 +11,9 @@ Run as a program, this file is the compiler: `Compiler` starts it beside the loo
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -35,12 +37,14 @@ NARROW = 8
 what stands around them; the routines for matrices take 10 us for [64, 128] x [128, 2], four times
 what they take for eight times the work."""
 
-MOST_UNROLLED = 8
-"""Gradient steps in one compiled function at most; compiling takes longer with each."""
+MOST_UNROLLED = 1
+"""Gradient steps in one compiled function at most. More of them in one take longer to compile and,
+because each then writes new tensors instead of the old ones, longer to run as well: 8 took 215 us
+each, 1 takes 190."""
 
 AUTO_SWITCH = 16_384
 """Gradient steps after which `auto` changes over on a CPU. A fixed number, so that a run can be
-repeated; compiling, 15 to 40 s on another core, is done by then or nearly so."""
+repeated; compiling, 15 to 30 s on another core, is done by then or nearly so."""
 
 AUTO_COMPILE_ON_CUDA = 100_000
 """Gradient steps from which `auto` waits for the compiler before it captures on a GPU."""
@@ -114,11 +118,7 @@ def why_not_compiled(device: torch.device) -> str | None:
             return "no C++ compiler"
         return None
     if device.type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "no Triton"
-        return None
+        return None if importlib.util.find_spec("triton") else "no Triton"
     return f"no compiler for {device.type}"
 
 
@@ -164,9 +164,7 @@ class Compiler:
         waited: seconds that the caller was kept waiting so far.
     """
 
-    def __init__(
-        self, state: Sequence[Tensor], carrier: Callable[[Sequence[Tensor]], Any]
-    ) -> None:
+    def __init__(self, state: Sequence[Tensor], carrier: Callable[[Sequence[Tensor]], Any]) -> None:
         """Remember what is carried.
 
         Args:
@@ -180,9 +178,14 @@ class Compiler:
         self._process: subprocess.Popen[bytes] | None = None
         self._packages: list[Path] = []
 
-    def trace(self, unit: Unit) -> torch.fx.GraphModule:
+    def trace(self, unit: Unit) -> tuple[torch.fx.GraphModule, list[Tensor]]:
         """The function as one graph of plain operations, gradients included; a whole graph or an
-        error, as with `fullgraph`."""
+        error, as with `fullgraph`.
+
+        Returns:
+            The graph, a function of the carried tensors, the inputs and some more tensors; and
+            these: what the function reads beside, such as an environment's tables.
+        """
         from torch.fx.experimental.proxy_tensor import make_fx
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -194,16 +197,19 @@ class Compiler:
             inputs = refill(unit.inputs, rest)
             return [t.detach() for t in leaves(unit.function(self._carrier(carried), *inputs))]
 
-        example = [*self.state, *leaves(unit.inputs)]
-        traced = make_fx(
-            flat,
-            decomposition_table=_decompositions(example[0].device),
-            tracing_mode="fake",
-            _allow_non_fake_inputs=True,
-        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about names it deprecated
-            return traced(*example)
+            graph = make_fx(
+                flat,
+                decomposition_table=_decompositions(self.state[0].device),
+                tracing_mode="fake",
+                _allow_non_fake_inputs=True,
+            )(*self._example(unit))
+        return graph, _lift_constants(graph)
+
+    def _example(self, unit: Unit) -> list[Tensor]:
+        # A tensor that is given twice would be taken for one input.
+        return [*self.state, *(tensor.clone() for tensor in leaves(unit.inputs))]
 
     def start(self, units: Iterable[Unit]) -> None:
         """Begin to compile; `finish` waits for the end.
@@ -211,17 +217,20 @@ class Compiler:
         Raises:
             EngineUnavailableError: a function cannot be traced.
         """
-        device = self.state[0].device
-        self._units = list(units)
-        try:
-            self._graphs = [self.trace(unit) for unit in self._units]
-        except Exception as error:
-            raise EngineUnavailableError(f"not traceable: {_first_line(error)}") from error
-        if device.type != "cpu":
-            return
-        self._packages, jobs = [], []
-        for unit, graph in zip(self._units, self._graphs, strict=True):
-            example = (*self.state, *leaves(unit.inputs))
+        self._graphs: list[torch.fx.GraphModule] = []
+        self._constants: list[list[Tensor]] = []
+        self._packages = []
+        jobs: list[Path] = []
+        for unit in units:
+            try:
+                graph, constants = self.trace(unit)
+            except Exception as error:
+                raise EngineUnavailableError(f"not traceable: {_first_line(error)}") from error
+            self._graphs.append(graph)
+            self._constants.append(constants)
+            if self.state[0].device.type != "cpu":
+                continue
+            example = (*self._example(unit), *constants)
             package = _cache() / f"{unit.name}-{_key(graph, example)}.pt2"
             self._packages.append(package)
             if not package.exists() and package not in jobs:
@@ -232,9 +241,9 @@ class Compiler:
                     torch.export.save(torch.export.export(graph, example), source)
                 jobs += [source, package]
         if jobs:
-            command = [sys.executable, __file__, str(torch.get_num_threads())]
+            command = [sys.executable, __file__, str(torch.get_num_threads()), *map(str, jobs)]
             self._process = subprocess.Popen(
-                [*command, *map(str, jobs)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -248,21 +257,21 @@ class Compiler:
         Raises:
             EngineUnavailableError: the compiler failed.
         """
-        if self.state[0].device.type != "cpu":
-            return [_called_with_list(torch.compile(g, fullgraph=True)) for g in self._graphs]
         if self._process is not None:
             _, log = self._process.communicate()
             code, self._process = self._process.returncode, None
+            self.close()
             if code:
                 lines = log.decode(errors="replace").strip().splitlines() or ["no message"]
                 raise EngineUnavailableError(f"the compiler failed: {lines[-1][:200]}")
-        self.close()
-        try:
-            return [_load(package) for package in self._packages]
-        except RuntimeError as error:
-            raise EngineUnavailableError(
-                f"not loadable: {_first_line(error)}"
-            ) from error
+        if self._packages:
+            try:
+                runs = [_load(package) for package in self._packages]
+            except RuntimeError as error:
+                raise EngineUnavailableError(f"not loadable: {_first_line(error)}") from error
+        else:
+            runs = [_called_with_list(torch.compile(g, fullgraph=True)) for g in self._graphs]
+        return [_with(run, more) for run, more in zip(runs, self._constants, strict=True)]
 
     @property
     def busy(self) -> bool:
@@ -305,7 +314,7 @@ def _decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
         if x.shape[-1] <= NARROW:
             return (x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2)
         if y.shape[-1] > NARROW:
-            return NotImplemented  # type: ignore[no-any-return]
+            return NotImplemented
         if x.stride(-1) == 1:  # sums along what lies together in memory
             return (x.unsqueeze(-2) * y.mT.unsqueeze(-3)).sum(-1)
         return (x.mT.unsqueeze(-3) * y.mT.unsqueeze(-1)).sum(-2).mT
@@ -315,7 +324,7 @@ def _decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
 
 def _cache() -> Path:
     """Folder of compiled functions, inside torch's own cache (TORCHINDUCTOR_CACHE_DIR)."""
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = Path(cache_dir()) / "dqn_fast"
     folder.mkdir(parents=True, exist_ok=True)
@@ -330,13 +339,7 @@ def _key(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next(line for line in lines if line.startswith(("flags", "Features")))
     layout = [(str(t.dtype), tuple(t.shape), t.stride()) for t in example]
-    constants = [
-        (name, value.dtype, value.tolist())
-        for name, value in sorted(vars(graph).items())
-        if isinstance(value, Tensor)
-    ]
-    constants += [(name, value.dtype, value.tolist()) for name, value in graph.named_buffers()]
-    parts = (graph.code, layout, constants, torch.__version__, torch.get_num_threads(), flags)
+    parts = (graph.code, layout, torch.__version__, torch.get_num_threads(), flags)
     for part in (*parts, platform.machine(), OPTIONS):
         digest.update(repr(part).encode())
     return digest.hexdigest()[:32]
@@ -348,6 +351,32 @@ def _load(package: Path) -> Run:
         warnings.simplefilter("ignore")
         run: Run = torch._inductor.aoti_load_package(str(package)).loader.boxed_run
     return run
+
+
+def _with(run: Run, constants: list[Tensor]) -> Run:
+    """`run` with `constants` behind what it is called with."""
+    return (lambda tensors: run(tensors + constants)) if constants else run
+
+
+def _lift_constants(graph: torch.fx.GraphModule) -> list[Tensor]:
+    """Turn the tensors that a graph holds into inputs, the last ones; returns them."""
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    lifted: dict[str, torch.fx.Node] = {}
+    constants: list[Tensor] = []
+    for node in list(graph.graph.nodes):
+        name = str(node.target)
+        if node.op != "get_attr" or not isinstance(value := getattr(graph, name), Tensor):
+            continue
+        if name not in lifted:
+            constants.append(value.detach())
+            with graph.graph.inserting_after(last):
+                last = lifted[name] = graph.graph.placeholder(f"constant_{len(constants)}")
+        node.replace_all_uses_with(lifted[name])
+        graph.graph.erase_node(node)
+    for name in lifted:
+        delattr(graph, name)
+    graph.recompile()
+    return constants
 
 
 def _called_with_list(function: Callable[..., Any]) -> Run:
@@ -494,6 +523,22 @@ def cpu_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Keep Python's garbage collector from walking what is there already.
+
+    torch alone leaves half a million objects; walking them takes 0.15 s, every few thousand
+    gradient steps. What is made meanwhile is collected as always.
+    """
+    frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 def upload(array: torch.Tensor, device: torch.device) -> torch.Tensor:

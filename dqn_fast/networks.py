@@ -12,14 +12,6 @@ from torch import Tensor, nn
 from dqn_fast.noise import Noise, Stream
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
-        return torch.baddbmm(bias, x, weight)
-    if weight.shape[-1] <= 4:
-        return (x.unsqueeze(-2) * weight.mT.unsqueeze(-3)).sum(-1) + bias
-    return torch.bmm(x, weight) + bias
-
-
 class QNetwork(nn.Module):
     """Multi-layer perceptron with ReLU between its layers, one per member.
 
@@ -41,12 +33,12 @@ class QNetwork(nn.Module):
         # Plain lists beside the registered names: walking a module costs 30 us, four times a step.
         self.layers: list[tuple[nn.Parameter, nn.Parameter]] = []
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            # Rows of few numbers are stored as columns: that is what matrix routines are fast with.
-            shape = (num_members, fan_in, fan_out)
-            if fan_out < fan_in:
-                weight = nn.Parameter(torch.zeros(shape[0], fan_out, fan_in, device=device).mT)
-            else:
-                weight = nn.Parameter(torch.zeros(shape, device=device))
+            weight = torch.zeros(num_members, fan_in, fan_out, device=device)
+            if (
+                fan_out < fan_in
+            ):  # long rows in memory, which products are several times faster with
+                weight = weight.mT.contiguous().mT
+            weight = nn.Parameter(weight)
             bias = nn.Parameter(torch.zeros(num_members, 1, fan_out, device=device))
             self.register_parameter(f"weight_{i}", weight)
             self.register_parameter(f"bias_{i}", bias)
@@ -75,9 +67,10 @@ class QNetwork(nn.Module):
         """Output of every layer, [M, B, width]; the last is the Q-values."""
         x, outputs = features, []
         for weight, bias in self.layers[:-1]:
-            x = torch.relu(linear(x, weight, bias))
+            x = torch.relu(torch.baddbmm(bias, x, weight))
             outputs.append(x)
-        return [*outputs, linear(x, *self.layers[-1])]
+        weight, bias = self.layers[-1]
+        return [*outputs, torch.baddbmm(bias, x, weight)]
 
     @property
     def num_parameters(self) -> int:

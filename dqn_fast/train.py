@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import gc
 import itertools
 import math
 import sys
@@ -49,6 +50,7 @@ from dqn_fast.engine import (
     Unit,
     choose_device,
     choose_engine,
+    collector_at_rest,
     cpu_threads,
     cuda_graph,
     leaves,
@@ -159,7 +161,9 @@ class Args:
     device: str = "auto"
     """Where everything lives: auto (cuda, then cpu), cpu, cuda, cuda:1, mps."""
     engine: EngineName = "auto"
-    """How a chunk of vector steps is run; never changes the result's meaning."""
+    """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (15 to
+    30 s, kept for the next run); graph, captured in CUDA graphs. auto weighs the gradient steps to
+    come against the time to compile and says what it chose. Results agree but for rounding."""
     chunk_steps: int = 64
     """Vector steps per chunk at most, >= 1; never changes the result."""
     num_threads: int = 1
@@ -712,9 +716,7 @@ class Runner:
             self._compiled.close()
 
 
-def make_runner(args: Args, learner: Learner, plan: Plan) -> Runner:
-    """The engine that --engine asks for."""
-    return Runner(args, learner, plan)
+make_runner = Runner
 
 
 def example_step_inputs(learner: Learner) -> StepInputs:
@@ -789,6 +791,7 @@ def train(
         raise UsageError(f"--env-params {pairs}: must be empty with an environment of one's own")
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(args.num_threads))
+        stack.enter_context(collector_at_rest())
         try:
             device = choose_device(args.device)
             if env is None:
@@ -942,6 +945,8 @@ def main() -> int:
     except (UsageError, TrainingError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        gc.freeze()  # or the interpreter walks all of torch's objects before it exits: 0.8 s
     return 128 + interruption.signal if interruption.signal is not None else 0
 
 

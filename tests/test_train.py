@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -351,52 +348,6 @@ def test_replay_holds_what_the_environment_did(env):
     for i, stored in enumerate(learner.replay.data):
         ours = torch.cat([learner.by_member(row[i]) for row in expected], 1)
         assert torch.equal(stored[:, :size], ours.to(stored.dtype))
-
-
-@contextmanager
-def tracing_gradients() -> Iterator[None]:
-    """Let Dynamo trace torch.autograd.grad."""
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        pytest.skip("this torch cannot trace torch.autograd.grad")
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        yield
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_vector_step_traces_whole_and_bakes_nothing_in():
-    """Full graph under torch.compile; every scheduled number is an input: each of them changed
-    gives what eager gives, and nothing recompiles (trap 11)."""
-    args = replace(SHORT, num_envs=16, train_freq=16, hidden_sizes=(8,), batch_size=8)
-    eager, steps, updates, counts = learner_and_inputs(args)
-    torch._dynamo.reset()
-    with tracing_gradients():
-        compiled_chunk = torch.compile(chunk_, backend="aot_eager", fullgraph=True)
-        k = slice(0, 1)
-        u = slice(0, counts[0])
-        steps = StepInputs(*(t[k] for t in steps))
-        updates = UpdateInputs(*(t[u].clone() for t in updates))
-        baseline = None
-        for change in ("nothing", "epsilon", "step_size", "root_scale", "sync", "gamma", "norm"):
-            ours, theirs = copy.deepcopy(eager), copy.deepcopy(eager)
-            step_inputs, update_inputs = steps, updates
-            if change == "epsilon":
-                step_inputs = steps._replace(epsilon=torch.zeros_like(steps.epsilon))
-            elif change in UpdateInputs._fields:
-                value = getattr(updates, change) * 0.5 + 0.1
-                update_inputs = updates._replace(**{change: value})
-            for learner in (ours, theirs):
-                if change == "gamma":
-                    learner.gamma.fill_(0.3)
-                elif change == "norm":
-                    learner.max_grad_norm.fill_(1e-4)
-            chunk_(ours, step_inputs, update_inputs, counts[:1])
-            with torch._dynamo.config.patch(error_on_recompile=change != "nothing"):
-                compiled_chunk(theirs, step_inputs, update_inputs, counts[:1])
-            for a, b in zip(tensors(ours), tensors(theirs), strict=True):
-                torch.testing.assert_close(a, b)
-            baseline = baseline or tensors(ours)
-            same = [torch.equal(a, b) for a, b in zip(tensors(ours), baseline, strict=True)]
-            assert all(same) == (change == "nothing"), change
 
 
 @pytest.mark.gpu
