@@ -6,6 +6,7 @@ python -m benchmarks.learning environments  # the same for Acrobot, MountainCar 
 python -m benchmarks.learning reference     # N = 1, notebook settings, against the scalar loop
 python -m benchmarks.learning peers         # CartPole-v1 against Stable-Baselines3's DQN
 python -m benchmarks.learning throughput    # the settings of benchmarks.throughput, 10 seeds
+python -m benchmarks.learning wall          # seconds to the goal from process start, and the peers'
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from benchmarks.classic import (
 )
 from benchmarks.common import finish
 from benchmarks.comparison import Peers, run_peers
+from benchmarks.goal import Wall, run_wall
 from benchmarks.reference import QNetwork as ReferenceNetwork
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.throughput import fast_args
@@ -287,8 +289,8 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
 
 def main() -> int:
     """Print a table and one JSON line last; returns the exit status."""
-    args: Default | Cartpole | Environments | Reference | Peers | Throughput = tyro.cli(
-        Default | Cartpole | Environments | Reference | Peers | Throughput
+    args: Default | Cartpole | Environments | Reference | Peers | Throughput | Wall = tyro.cli(
+        Default | Cartpole | Environments | Reference | Peers | Throughput | Wall
     )
     try:
         for name in ("seeds", "episodes", "processes"):
@@ -307,6 +309,8 @@ def main() -> int:
                 result = run_peers(args)
             case Throughput():
                 result = run_throughput(args)
+            case Wall():
+                result = run_wall(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -101,6 +101,7 @@ class RunRecord:
         num_evaluations: evaluations so far.
         engine: what runs the chunks, as it is to stand in the summary.
         compile_s: seconds that the loop waited for a compiler; speeds leave them out.
+        eval_s: seconds spent on evaluations.
         summary: content of `summary.json`, complete once the run has ended.
     """
 
@@ -128,7 +129,7 @@ class RunRecord:
         self.run_dir, self.config, self.status = run_dir, config, "done"
         self.num_evaluations = 0
         self.engine: str = config["derived"]["engine"]
-        self.compile_s = 0.0
+        self.compile_s = self.eval_s = 0.0
         self.summary: dict[str, Any] = {}
         self._args: Mapping[str, Any] = config["args"]
         self._num_members: int = self._args["num_seeds"]
@@ -356,6 +357,7 @@ class RunRecord:
             "wall_s": now - self._began,
             "startup_s": self._loop_began - self._began,
             "compile_s": self.compile_s,
+            "eval_s": self.eval_s,
             "env_steps_per_s": self._global_step * self._num_members / seconds,
             "updates_per_s": self._num_updates * self._num_members / seconds,
             "eval_episodes": self._args["eval_episodes"],

@@ -848,6 +848,7 @@ def train(
                 run.check_finite(learner.replay)
                 row: dict[str, Any] = {}
                 if evaluation or done:
+                    eval_began = time.perf_counter()
                     result = evaluate(
                         env.for_evaluation(),
                         learner.q_net,
@@ -858,6 +859,7 @@ def train(
                     )
                     known = exact.compare(learner.q_net) if exact else {}
                     row = run.evaluated(result, known)
+                    run.eval_s += time.perf_counter() - eval_began
                 solved = reached_goal(args, row)
                 if log or stopped or done or solved:
                     row = run.read() | q_probe(learner.q_net, probe) | row
