@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -162,7 +163,8 @@ def run_reference(args: Reference) -> dict[str, Any]:
     """Both loops' times to the optimum, and whether they can be told apart."""
     from scipy import stats
 
-    with ProcessPoolExecutor(args.processes) as pool:
+    context = multiprocessing.get_context("spawn")  # torch has threads that a fork loses
+    with ProcessPoolExecutor(args.processes, context) as pool:
         scalar = [*pool.map(scalar_time, range(args.seeds), [args.transitions] * args.seeds)]
     fast = fast_times(args)
     # Runs that never got there count as later than all others, equal among themselves.

@@ -716,9 +716,6 @@ class Runner:
             self._compiled.close()
 
 
-make_runner = Runner
-
-
 def example_step_inputs(learner: Learner) -> StepInputs:
     """Inputs of one vector step, all 0, in their shapes and dtypes."""
     (m, n), env, device = learner.copies, learner.env, learner.gamma.device

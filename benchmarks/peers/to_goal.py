@@ -180,11 +180,9 @@ def sb3_line_world(settings: dict[str, Any]) -> tuple[Args, Env, Judge]:
     """The same of LineWorld: the settings here, and the reference loop's environment, a copy of
     which costs a fraction of one of tensors."""
     import dataclasses
+    from functools import partial
 
-    import gymnasium
-    import numpy as np
-
-    from benchmarks.reference import LineWorld
+    from benchmarks.peers.sb3_loop import ScalarLineWorld
     from dqn_fast.envs import make_env
     from dqn_fast.train import Args
 
@@ -194,25 +192,14 @@ def sb3_line_world(settings: dict[str, Any]) -> tuple[Args, Env, Judge]:
     block = max(args.train_freq, args.num_envs)
     spacing = max(args.target_update_interval, args.train_freq / args.gradient_steps)
     tau = 1.0 - (1.0 - args.tau) ** (block / spacing)
-    line = LineWorld(**params)
-
-    class Line(gymnasium.Env[Any, Any]):
-        observation_space = gymnasium.spaces.Box(0.0, 1.0, (line.n_states,), np.float32)
-        action_space = gymnasium.spaces.Discrete(line.n_actions)
-
-        def __init__(self) -> None:
-            self._line = LineWorld(**params)
-
-        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-            return self._line.reset(seed)
-
-        def step(self, action: Any) -> Any:
-            return self._line.step(int(action))
-
     judge = exact_judge(
-        args.env_id, args.env_params, args.gamma, (line.n_states, *args.hidden_sizes, 2)
+        args.env_id, args.env_params, args.gamma, (params["n_states"], *args.hidden_sizes, 2)
     )
-    return dataclasses.replace(args, target_update_interval=block, tau=tau), Line, judge
+    return (
+        dataclasses.replace(args, target_update_interval=block, tau=tau),
+        partial(ScalarLineWorld, **params),
+        judge,
+    )
 
 
 def run_sb3(settings: dict[str, Any]) -> ToGoal:

@@ -85,7 +85,7 @@ def test_cartpole_is_timed_from_start_to_goal_and_exit(monkeypatch, capsys):
     assert row["in_time"]
     assert result["seeds_in_time"] == 1
     assert 0 < row["startup_s"] < row["goal_s"] < row["exit_s"] < 60
-    assert row["whole_s"] > row["startup_s"]
+    assert 0 < row["whole_s"] < 60
     assert row["saved_return"] == result["saved_return_mean"] > 5
     assert "within 60 s by 1 of 1 seeds" in capsys.readouterr().out
     json.dumps(result)

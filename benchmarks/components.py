@@ -1,0 +1,395 @@
+"""What the parts of a vector step cost, each alone, beside the least that they could cost.
+
+    python -m benchmarks.components
+
+Parts are the functions of the training loop, run eagerly on a full replay. The floor of a part is
+what `benchmarks.floors` computes from its arithmetic, its bytes and its launches at the rates that
+this device reaches; Python, allocation and autograd are in no floor: they are the gap. "own
+products" is what its matrix products take alone, in their own shapes: small ones do not reach the
+rate that the floor is computed with.
+
+A compiled vector step is one function without parts, so engines are compared by whole vector steps,
+with one gradient step each. "x work" is over max(arithmetic, bytes) alone: what launching costs is
+an engine's to avoid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.common import finish, pin
+from benchmarks.floors import (
+    COPY_SIZES,
+    LARGE,
+    Floor,
+    Job,
+    Shape,
+    Work,
+    count_launches,
+    gflops,
+    probes,
+    rates_of,
+    synchronise,
+    time_in_turns,
+    work_of,
+)
+from benchmarks.throughput import ENDLESS, fast_args
+from dqn_fast.agent import UpdateSchedule, update_
+from dqn_fast.engine import choose_device
+from dqn_fast.envs import EnvError, TensorEnv, make_env
+from dqn_fast.noise import Noise
+from dqn_fast.replay import Transition
+from dqn_fast.run import UsageError
+from dqn_fast.schedule import Chunk
+from dqn_fast.train import (
+    Args,
+    Learner,
+    Runner,
+    StepInputs,
+    UpdateInputs,
+    act_,
+    check,
+    make_learner,
+    make_plan,
+    planned,
+    step_envs,
+    store_,
+)
+
+NamedEngine = Literal["eager", "compile", "graph"]
+
+
+@dataclass
+class ComponentsArgs:
+    """Time of each part of a vector step, alone, beside its floor."""
+
+    env_id: str = "LineWorld-v0"
+    """Environment of tensors."""
+    num_envs: int = 64
+    """Env copies N of each member; >= 1."""
+    num_seeds: int = 1
+    """Members M; >= 1."""
+    batch_size: int = 64
+    """Transitions B of a gradient step; >= 1."""
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """Widths of the hidden layers; each >= 1."""
+    chunk_steps: int = 32
+    """Vector steps that an engine runs at a time; >= 1."""
+    engines: tuple[NamedEngine, ...] = ("eager", "compile", "graph")
+    """Engines whose whole vector step is timed; one that cannot be had here is left out."""
+    repeats: int = 5
+    """Rounds; >= 1."""
+    seconds: float = 0.1
+    """Length of a stretch; > 0."""
+    device: str = "auto"
+    """Device: auto (cuda, then cpu), cpu, cuda."""
+    num_threads: int = 1
+    """CPU threads of torch; >= 1."""
+    cores: tuple[int, ...] = (0,)
+    """Cores to pin to; none: not pinned."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Write results/NAME.json as well."""
+
+    def training(self) -> Args:
+        """One gradient step per vector step, and chunks as long as the engine is asked for."""
+        return dataclasses.replace(
+            fast_args(self.num_envs, self.device, self.num_threads),
+            env_id=self.env_id,
+            num_seeds=self.num_seeds,
+            batch_size=self.batch_size,
+            buffer_size=max(25_000, self.num_envs, self.batch_size),
+            hidden_sizes=self.hidden_sizes,
+            chunk_steps=self.chunk_steps,
+            total_timesteps=ENDLESS,
+            log_interval=0,
+            eval_interval=0,
+            checkpoint_interval=0,
+        )
+
+
+# ------------------------------------------------------------------------------------- the parts
+
+
+def learning_chunk(
+    args: Args, env: TensorEnv, noise: Noise, run: Callable[[Chunk, StepInputs, UpdateInputs], Any]
+) -> tuple[Chunk, StepInputs, UpdateInputs]:
+    """Run a loop until a whole chunk learns; returns that chunk, which has run, and its inputs."""
+    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
+        run(chunk, steps, updates)
+        if all(chunk.update_counts):
+            return chunk, steps, updates
+    raise AssertionError("the loop is endless")
+
+
+def parts_of(learner: Learner, steps: StepInputs, updates: UpdateInputs) -> dict[str, Job]:
+    """Every part as a call, on a full replay; they change the learner as training would."""
+    noise, schedule = (
+        StepInputs(*(t[0] for t in steps)),
+        UpdateSchedule(*(t[0] for t in updates[1:])),
+    )
+    env, replay = learner.env, learner.replay
+    action = act_(learner, noise.explore, noise.epsilon)
+    _, outcome = step_envs(learner, action, noise.env_step, noise.env_reset)
+    filled = torch.arange(replay.capacity, device=action.device) % replay.size.min()
+    for stored in replay.data:
+        stored.copy_(stored[:, filled])
+    replay.size.fill_(replay.capacity)
+
+    def env_step() -> None:
+        vector, _ = step_envs(learner, action, noise.env_step, noise.env_reset)
+        learner.vector.copy_(vector)
+
+    def sample(rows: torch.Tensor = updates.rows[0]) -> Transition:
+        batch = replay.sample(rows)
+        return batch._replace(obs=env.features(batch.obs), next_obs=env.features(batch.next_obs))
+
+    # One batch again and again would leave moments of rare inputs to decay into denormal numbers,
+    # which processors are slow with.
+    batches = itertools.cycle([sample(rows) for rows in updates.rows])
+
+    def update() -> torch.Tensor:
+        nets = learner.q_net, learner.target_net, learner.adam
+        limits = learner.gamma, learner.max_grad_norm
+        return update_(*nets, next(batches), *limits, learner.loss, learner.double_q, schedule)
+
+    return {
+        "env step": env_step,
+        "replay add": lambda: store_(learner, action, outcome),
+        "replay sample": sample,
+        "act": lambda: act_(learner, noise.explore, noise.epsilon),
+        "update": update,
+    }
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A whole chunk under one engine.
+
+    Attributes:
+        name: of the engine that runs.
+        job: runs the chunk once more.
+        num_steps: its vector steps.
+        startup_s: seconds to make the engine and run it for the first times, compiler included.
+    """
+
+    name: str
+    job: Job
+    num_steps: int
+    startup_s: float
+
+
+def engines_of(args: Args, env: TensorEnv, names: tuple[NamedEngine, ...]) -> Iterator[Engine]:
+    """Those of the engines that can be had here, each with a learner of its own, running."""
+    noise = Noise(args.seed, args.num_seeds, choose_device(args.device))
+    for name in names:
+        asked, start = dataclasses.replace(args, engine=name), time.perf_counter()
+        learner = make_learner(asked, env, noise)
+        runner = Runner(asked, learner, make_plan(asked, env))
+
+        def run(
+            chunk: Chunk, steps: StepInputs, updates: UpdateInputs, runner: Any = runner
+        ) -> Any:
+            return runner(steps, updates, chunk.update_counts)
+
+        if runner.engine == name:  # the compiler may still fail
+            inputs = learning_chunk(asked, env, noise, run)
+            job = functools.partial(run, *inputs)
+            for _ in range(2):  # a graph is recorded in the second call
+                job()
+            synchronise(noise.device)
+        if runner.engine == name:
+            yield Engine(name, job, inputs[0].num_steps, time.perf_counter() - start)
+        else:
+            runner.close()
+            print(f"{name}: left out, {runner.reason}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------ the figures
+
+
+def measure(args: ComponentsArgs) -> dict[str, Any]:
+    """Rates of the device, a row for each part, and a row for each engine.
+
+    Raises:
+        UsageError: a setting makes no sense.
+    """
+    training, device, env = prepared(args)
+    noise = Noise(training.seed, training.num_seeds, device)
+    learner = make_learner(training, env, noise)
+    runner = Runner(
+        dataclasses.replace(training, engine="eager"), learner, make_plan(training, env)
+    )
+    _, steps, updates = learning_chunk(
+        training, env, noise, lambda chunk, s, u: runner(s, u, chunk.update_counts)
+    )
+    work = work_of(learner, args.batch_size)
+    parts = parts_of(learner, steps, updates)
+    launches: dict[Any, int | None] = {n: count_launches(job, device) for n, job in parts.items()}
+    engines = list(engines_of(training, env, args.engines))
+    for engine in engines:  # on a CPU a compiled step dispatches next to nothing
+        can = device.type == "cuda" or engine.name == "eager"
+        launches[engine] = count_launches(engine.job, device) if can else None
+
+    shapes = sorted({shape for part in work.values() for shape in part.products})
+    jobs = probes(shapes, args.num_seeds, device)
+    jobs |= parts | {engine: engine.job for engine in engines}
+    rounds = list(time_in_turns(jobs, args.repeats, args.seconds, device))
+    rates = [rates_of(seconds, shapes, args.num_seeds, device) for seconds in rounds]
+
+    def row(job: Any, part: Work, num_steps: int = 1) -> dict[str, Any]:
+        counted = launches[job]
+        count = None if counted is None else counted / num_steps
+        in_graph = isinstance(job, Engine) and job.name == "graph"
+        floors = [Floor.of(part, count or 0, args.num_seeds, r, in_graph) for r in rates]
+        seconds = [each[job] / num_steps for each in rounds]
+        pairs = list(zip(seconds, floors, strict=True))
+        return {
+            "us": 1e6 * median(seconds),
+            "us_min": 1e6 * min(seconds),
+            "us_max": 1e6 * max(seconds),
+            "flops": part.flops(args.num_seeds),
+            "bytes": part.num_bytes,
+            "launches": count,
+            "arithmetic_us": 1e6 * median(floor.arithmetic for floor in floors),
+            "bytes_us": 1e6 * median(floor.copying for floor in floors),
+            "launches_us": 1e6 * median(floor.launching for floor in floors),
+            "own_products_us": 1e6 * median(sum(r[p] for p in part.products) for r in rounds),
+            "floor_us": 1e6 * median(floor.whole(device) for floor in floors),
+            "over_floor": median(second / floor.whole(device) for second, floor in pairs),
+            "over_work": median(second / floor.work for second, floor in pairs),
+        }
+
+    def rate(key: Any, shape: Shape, num_members: int) -> float:
+        return median(gflops(seconds[key], shape, num_members) for seconds in rounds)
+
+    large = LARGE[device.type]
+    return {
+        "args": vars(args),
+        "device": str(device),
+        "replay_ratio": args.batch_size / args.num_envs,
+        "rates": {
+            "gflops": 1e-9 * median(r.flops for r in rates),
+            "gflops_by_product": {_text(large): rate("large", large, 1)}
+            | {_text(shape): rate(shape, shape, args.num_seeds) for shape in shapes},
+            "copy_gb_per_s": {
+                size: 1e-9 * median(r.copies[size] for r in rates) for size in COPY_SIZES
+            },
+            "launch_us": 1e6 * median(r.launch_s for r in rates),
+            "launch_in_graph_us": 1e6 * median(r.graph_s for r in rates),
+        },
+        "parts": [{"part": name, **row(name, work[name])} for name in parts],
+        "engines": [
+            {
+                "engine": engine.name,
+                "startup_s": engine.startup_s,
+                "chunk_steps": engine.num_steps,
+                **row(engine, work["vector step"], engine.num_steps),
+            }
+            for engine in engines
+        ],
+    }
+
+
+def _text(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def prepared(args: ComponentsArgs) -> tuple[Args, torch.device, TensorEnv]:
+    """Settings of the loop, device and environment.
+
+    Raises:
+        UsageError: a setting makes no sense.
+    """
+    for name in ("repeats", "num_threads"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: must be at least 1")
+    if not 0.0 < args.seconds < math.inf:
+        raise UsageError(f"--seconds {args.seconds}: must be above 0 and finite")
+    training = args.training()
+    check(training)
+    try:
+        device = choose_device(args.device)
+        env = make_env(args.env_id, training.env_params)
+    except (ValueError, EnvError) as error:
+        raise UsageError(str(error)) from error
+    if env.on_host:
+        raise UsageError(f"--env-id {args.env_id}: must be an environment of tensors")
+    return training, device, env
+
+
+def show(result: dict[str, Any]) -> None:
+    """The tables."""
+    args, rates = result["args"], result["rates"]
+    print(
+        f"{args['env_id']}, {args['num_seeds']} x {args['num_envs']} envs, "
+        f"{_text(args['hidden_sizes'])}, batch {args['batch_size']}, replay ratio "
+        f"{result['replay_ratio']:.4g}; {result['device']}, {args['num_threads']} thread(s), cores "
+        f"{args['cores'] or 'free'}, median of {args['repeats']} rounds (min .. max)"
+    )
+    products = [f"{name} {rate:.3g}" for name, rate in rates["gflops_by_product"].items()]
+    copies = [f"{rate:.3g} at {size / 2**20:.3g}" for size, rate in rates["copy_gb_per_s"].items()]
+    print(f"matrix rate  {rates['gflops']:.3g} GFLOP/s float32, of {', '.join(products)}")
+    print(f"copy rate    GB/s read and written: {', '.join(copies)} MiB")
+    in_graph = (
+        f", {rates['launch_in_graph_us']:.3g} in a graph" if result["device"] != "cpu" else ""
+    )
+    print(f"launch       {rates['launch_us']:.3g} us{in_graph}\n")
+    head = ("us", "(min .. max)", "arithmetic", "bytes", "launches", "in us")
+    head_line = "{:>9}{:>20}{:>12}{:>8}{:>10}{:>8}".format(*head)
+    print(f"{'part, eager':<14}{head_line}{'floor':>9}{'x floor':>9}{'own products':>14}")
+    for row in result["parts"]:
+        print(
+            f"{row['part']:<14}{_cells(row)}{row['floor_us']:>9.1f}{row['over_floor']:>9.2f}"
+            f"{row['own_products_us']:>14.1f}"
+        )
+    print(f"\n{'vector step':<14}{head_line}{'x work':>9}{'x floor':>9}{'start-up s':>14}")
+    for row in result["engines"]:
+        over = "-" if row["launches"] is None else f"{row['over_floor']:.2f}"
+        print(
+            f"{row['engine']:<14}{_cells(row)}{row['over_work']:>9.2f}{over:>9}"
+            f"{row['startup_s']:>14.1f}"
+        )
+
+
+def _cells(row: dict[str, Any]) -> str:
+    spread = f"{row['us_min']:.1f} .. {row['us_max']:.1f}"
+    counted = row["launches"] is not None
+    launches, launches_us = (
+        (f"{row['launches']:.0f}", f"{row['launches_us']:.1f}") if counted else ("-", "-")
+    )
+    return (
+        f"{row['us']:>9.1f}{spread:>20}{row['arithmetic_us']:>12.2f}{row['bytes_us']:>8.2f}"
+        f"{launches:>10}{launches_us:>8}"
+    )
+
+
+def main() -> int:
+    """Print tables and one JSON line last; returns the exit status."""
+    args = tyro.cli(ComponentsArgs)
+    pin(args.cores)
+    torch.set_num_threads(max(args.num_threads, 1))
+    try:
+        result = measure(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(result)
+    finish("components", result, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""Where the time of one vector step goes.
+
+    python -m scripts.profile_step --num-envs 64 --engine eager --trace step.json
+
+Takes the flags of `dqn_fast.train`, runs its loop until it learns, and profiles some vector steps
+several times, in turns with as many that are not profiled: the profiler takes time too. Parts are
+those of the median round, so they add up. A compiled or captured vector step has no parts; on a GPU
+its kernels stand below the table, on a CPU nothing inside it can be seen. Evaluation, files and
+loggers are left out.
+
+Noise and schedules are drawn for many vector steps at once: their share is what one draw takes,
+divided by the steps that it serves. The trace opens in chrome://tracing or ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
+
+import torch
+import tyro
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.common import machine_card, pin
+from dqn_fast import train
+from dqn_fast.checkpoint import finite
+from dqn_fast.engine import choose_device, choose_engine, cpu_threads
+from dqn_fast.envs import EnvError, make_env
+from dqn_fast.metrics import Metrics
+from dqn_fast.noise import Noise
+from dqn_fast.run import UsageError
+from dqn_fast.schedule import Chunk
+
+PARTS = {
+    "act": "act_",
+    "env step": "step_envs",
+    "store": "store_",
+    "sample + update": "learn_",
+}
+"""Functions of `dqn_fast.train` that a plain vector step calls."""
+
+DRAW, STEPS, METRICS, REST = "noise, schedules", "vector step", "metrics", "carry over, records"
+TOP = 15
+
+
+@dataclass
+class ProfileArgs:
+    """Print where one vector step's time goes; all flags of the training command are taken."""
+
+    training: Annotated[train.Args, tyro.conf.arg(name="")] = field(default_factory=train.Args)
+    """Settings of the loop."""
+    profile_steps: int = 16
+    """Vector steps in a round at least, >= 1; at most as many as noise is drawn for at once."""
+    repeats: int = 5
+    """Rounds; >= 1."""
+    cores: tuple[int, ...] = (0,)
+    """Cores to pin to; none: not pinned."""
+    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the Chrome trace of the median round."""
+
+
+class Loop:
+    """The training loop from its first gradient steps on, over the same vector steps each time.
+
+    Attributes:
+        engine: what runs.
+        num_steps: vector steps of a round.
+        num_updates: gradient steps of a round.
+        drawn: vector steps that one draw of noise serves.
+    """
+
+    def __init__(self, args: train.Args, profile_steps: int) -> None:
+        try:
+            self.device = choose_device(args.device)
+            self._env = make_env(args.env_id, args.env_params, args.vectorization_mode)
+        except (ValueError, EnvError) as error:
+            raise UsageError(str(error)) from error
+        plan = train.make_plan(args, self._env)
+        choice = choose_engine(args.engine, self.device, plan.total_updates, self._env.on_host)
+        if choice.switch is not None:  # what the run ends up with
+            args = dataclasses.replace(args, engine=choice.engine)
+        self._args, self._noise = args, Noise(args.seed, args.num_seeds, self.device)
+        self._plan = dataclasses.replace(plan, total_timesteps=10**12)
+        self._learner = train.make_learner(args, self._env, self._noise)
+        self._metrics = Metrics(args.num_seeds, train.most_episodes(args), self.device)
+        self._runner = train.Runner(args, self._learner, self._plan)
+        last = self._warm_up()
+        self.engine = str(self._runner.engine)
+
+        first = last.after // args.num_envs
+        chunks = self._plan.chunks(first, last.first_update + last.num_updates)
+        self._chunks: list[Chunk] = []
+        self._window, chunk = next(chunks)
+        window = self._window
+        while window is self._window and self.num_steps < profile_steps:
+            self._chunks.append(chunk)
+            window, chunk = next(chunks)
+        self.drawn = self._window.num_steps
+        self.num_updates = sum(chunk.num_updates for chunk in self._chunks)
+
+    @property
+    def num_steps(self) -> int:
+        return sum(chunk.num_steps for chunk in self._chunks)
+
+    def _warm_up(self) -> Chunk:
+        """Run until learning has begun, and for some chunks more."""
+        learned = 0
+        inputs = train.planned(self._args, self._env, self._noise, self._plan)
+        for chunk, steps, updates in inputs:
+            self._advance(chunk, steps, updates)
+            learned += chunk.before >= self._plan.learning_starts_at
+            if learned >= 3:
+                return chunk
+        raise AssertionError("the loop is endless")
+
+    def _advance(self, chunk: Chunk, steps: train.StepInputs, updates: train.UpdateInputs) -> None:
+        with record_function(STEPS):
+            record = self._runner(steps, updates, chunk.update_counts)
+        with record_function(METRICS):
+            self._metrics.add_(record, chunk.before, chunk.first_update)
+
+    def run(self) -> float:
+        """One round; microseconds per vector step."""
+        self.synchronise()
+        start = time.perf_counter()
+        with record_function(DRAW):
+            steps, updates = train.draw_inputs(self._args, self._env, self._noise, self._window)
+        self.synchronise()
+        drawn = time.perf_counter()
+        for chunk in self._chunks:
+            k, u = chunk.within(self._window)
+            self._advance(
+                chunk,
+                train.StepInputs(*(t[k] for t in steps)),
+                train.UpdateInputs(*(t[u] for t in updates)),
+            )
+        self.synchronise()
+        end = time.perf_counter()
+        return 1e6 * ((drawn - start) / self.drawn + (end - drawn) / self.num_steps)
+
+    @contextmanager
+    def parts_marked(self) -> Iterator[None]:
+        """Mark the parts of the vector step for the profiler, where it has parts."""
+        if self.engine != "eager":
+            yield
+            return
+
+        def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def call(*args: Any) -> Any:
+                with record_function(name):
+                    return function(*args)
+
+            return call
+
+        with ExitStack() as stack, mock.patch.object(self, "_runner"):
+            parts = {f: marked(name, getattr(train, f)) for name, f in PARTS.items()}
+            step_ = functools.partial(
+                train.vector_step_, act_=parts["act_"], learn_=parts["learn_"]
+            )
+            for name, function in {**parts, "vector_step_": step_}.items():
+                stack.enter_context(mock.patch.object(train, name, function))
+            self._runner = train.Runner(
+                dataclasses.replace(self._args, engine="eager"), self._learner, self._plan
+            )
+            yield
+
+    def synchronise(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def close(self) -> None:
+        """End what the engine and the environment still hold."""
+        self._runner.close()
+        self._env.close()
+
+
+class Part(NamedTuple):
+    """Of one vector step, in one round.
+
+    Attributes:
+        us: on the host.
+        device_us: on the GPU; 0 without one.
+        operations: called there; those that an operation calls itself are not counted.
+    """
+
+    us: float
+    device_us: float
+    operations: float
+
+
+class Operation(NamedTuple):
+    """All calls of one operation in a vector step; time in what it calls is not its own."""
+
+    operation: str
+    us: float
+    device_us: float
+    calls: float
+
+
+def analysed(events: Any, loop: Loop) -> tuple[dict[str, Part], list[Operation]]:
+    """The parts of a round, which together are all of it, and the operations of its vector steps.
+
+    What happens belongs to the innermost range that it begins in, in whatever thread: on a GPU
+    backward has one of its own.
+    """
+    names = (DRAW, *PARTS, STEPS, METRICS)
+    host = [event for event in events if str(event.device_type).endswith("CPU")]
+    ranges = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in host
+        if event.name in names
+    )
+    us, device_us, calls = (Counter[str]() for _ in range(3))  # by part
+    own: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])  # by operation
+    for start, end, name in ranges:
+        us[name] += end - start
+    open_ranges: list[tuple[float, float, str]] = []
+    following = iter([*ranges, (math.inf, math.inf, "")])
+    upcoming = next(following)
+    for event in sorted(host, key=lambda event: event.time_range.start):
+        start = event.time_range.start
+        while upcoming[0] <= start:
+            open_ranges.append(upcoming)
+            upcoming = next(following)
+        while open_ranges and open_ranges[-1][1] <= start:
+            open_ranges.pop()
+        if not open_ranges:
+            continue
+        part = open_ranges[-1][2]
+        device_us[part] += event.self_device_time_total
+        if event.name.startswith("aten::"):
+            caller = event.cpu_parent
+            while caller is not None and not caller.name.startswith("aten::"):
+                caller = caller.cpu_parent
+            calls[part] += caller is None
+        if part != DRAW and event.name not in names:
+            more = (event.self_cpu_time_total, event.self_device_time_total, 1)
+            own[event.name] = [a + b for a, b in zip(own[event.name], more, strict=True)]
+    inner = [name for name in PARTS if us[name]]
+    us[STEPS] -= sum(us[name] for name in inner)
+    parts: dict[str, Part] = {}
+    for name in (DRAW, *inner, STEPS, METRICS):
+        steps = loop.drawn if name == DRAW else loop.num_steps
+        figures = (us[name] / steps, device_us[name] / steps, calls[name] / steps)
+        parts[REST if name == STEPS and inner else name] = Part(*figures)
+    operations = [
+        Operation(name, *(total / loop.num_steps for total in totals))
+        for name, totals in own.items()
+    ]
+    by_device = any(operation.device_us for operation in operations)
+    operations.sort(key=lambda row: row.device_us if by_device else row.us, reverse=True)
+    return parts, operations
+
+
+def measure(args: ProfileArgs) -> dict[str, Any]:
+    """Parts, operations and totals; writes the trace if one is asked for.
+
+    Raises:
+        UsageError: a setting makes no sense.
+    """
+    for name in ("profile_steps", "repeats"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: must be at least 1")
+    if args.trace is not None and not args.trace.parent.is_dir():
+        raise UsageError(f"--trace {args.trace}: must be in a folder that exists")
+    train.check(args.training)
+    loop = Loop(args.training, args.profile_steps)
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if loop.device.type == "cuda" else []
+
+    def profiled() -> Any:
+        with loop.parts_marked(), profile(activities=activities, acc_events=True) as profiler:
+            loop.run()
+        return profiler
+
+    loop.run()
+    profiled()
+    rounds = [(loop.run(), profiled()) for _ in range(args.repeats)]
+    plain = [us for us, _ in rounds]
+    analyses = [analysed(profiler.events(), loop) for _, profiler in rounds]
+    tables = [parts for parts, _ in analyses]
+    totals = [sum(part.us for part in table.values()) for table in tables]
+    middle = sorted(range(args.repeats), key=lambda i: totals[i])[args.repeats // 2]
+    if args.trace is not None:
+        rounds[middle][1].export_chrome_trace(str(args.trace))
+    result = {
+        "device": str(loop.device),
+        "engine": loop.engine,
+        "profile_steps": loop.num_steps,
+        "updates_per_step": loop.num_updates / loop.num_steps,
+        "drawn_steps": loop.drawn,
+        "repeats": args.repeats,
+        "parts": [
+            {
+                "part": name,
+                **part._asdict(),
+                "us_min": min(table[name].us for table in tables),
+                "us_max": max(table[name].us for table in tables),
+                "share": part.us / totals[middle],
+            }
+            for name, part in tables[middle].items()
+        ],
+        "operations": [operation._asdict() for operation in analyses[middle][1][:TOP]],
+        "profiled_us": totals[middle],
+        "profiled_us_min": min(totals),
+        "profiled_us_max": max(totals),
+        "plain_us": median(plain),
+        "plain_us_min": min(plain),
+        "plain_us_max": max(plain),
+    }
+    loop.close()
+    return result
+
+
+def show(args: train.Args, result: dict[str, Any]) -> None:
+    """The tables."""
+    device = result["device"] != "cpu"
+    print(
+        f"{args.env_id}, {args.num_seeds} x {args.num_envs} envs, batch {args.batch_size}, "
+        f"{result['updates_per_step']:.3g} updates per vector step; {result['device']}, "
+        f"engine {result['engine']}, {args.num_threads} thread(s); median of "
+        f"{result['repeats']} rounds of {result['profile_steps']} vector steps, in the profiler"
+    )
+    head = f"{'us':>10}{'(min .. max)':>22}" + (f"{'device us':>12}" if device else "")
+    print(f"{'part of a vector step':<24}{head}{'share':>8}{'operations':>12}")
+    for row in result["parts"]:
+        spread = f"{row['us_min']:.1f} .. {row['us_max']:.1f}"
+        on_device = f"{row['device_us']:>12.1f}" if device else ""
+        print(
+            f"{row['part']:<24}{row['us']:>10.1f}{spread:>22}{on_device}"
+            f"{row['share']:>8.1%}{row['operations']:>12.1f}"
+        )
+    spread = f"{result['profiled_us_min']:.1f} .. {result['profiled_us_max']:.1f}"
+    print(f"{'whole, in the profiler':<24}{result['profiled_us']:>10.1f}{spread:>22}")
+    spread = f"{result['plain_us_min']:.1f} .. {result['plain_us_max']:.1f}"
+    print(f"{'whole, without it':<24}{result['plain_us']:>10.1f}{spread:>22}", end="")
+    print(f"   the profiler adds {result['profiled_us'] / result['plain_us'] - 1:.0%}")
+    on_device = f"{'device us':>12}" if device else ""
+    print(f"\n{'operation, without the draw':<44}{'us':>10}{on_device}{'calls':>8}")
+    for row in result["operations"]:
+        on_device = f"{row['device_us']:>12.1f}" if device else ""
+        print(f"{row['operation'][:43]:<44}{row['us']:>10.1f}{on_device}{row['calls']:>8.1f}")
+
+
+def main() -> int:
+    """Print tables and one JSON line last; returns the exit status."""
+    usual = train.Args.for_env(train.asked_env_id(sys.argv[1:]))
+    args = tyro.cli(ProfileArgs, default=ProfileArgs(usual))
+    pin(args.cores)
+    try:
+        with cpu_threads(max(args.training.num_threads, 0)):
+            result = measure(args)
+    except (UsageError, EnvError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    show(args.training, result)
+    record = {
+        "script": "profile_step",
+        "command": "python -m scripts.profile_step " + " ".join(sys.argv[1:]),
+        "machine": machine_card(),
+        **finite(result),
+    }
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
