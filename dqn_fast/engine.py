@@ -37,11 +37,6 @@ NARROW = 8
 what stands around them; the routines for matrices take 10 us for [64, 128] x [128, 2], four times
 what they take for eight times the work."""
 
-MOST_UNROLLED = 1
-"""Gradient steps in one compiled function at most. More of them in one take longer to compile and,
-because each then writes new tensors instead of the old ones, longer to run as well: 8 took 215 us
-each, 1 takes 190."""
-
 AUTO_SWITCH = 16_384
 """Gradient steps after which `auto` changes over on a CPU. A fixed number, so that a run can be
 repeated; compiling, 15 to 30 s on another core, is done by then or nearly so."""
@@ -140,14 +135,18 @@ class Unit(NamedTuple):
         function: takes the object that carries the tensors, and the inputs; returns nested tuples
             or lists of tensors.
         inputs: nested tuples and lists of tensors, as the function takes them.
+        results: tensors in the shapes of what it returns, nested alike.
     """
 
     name: str
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
+    results: Any
 
 
-Run = Callable[[list[Tensor]], list[Tensor]]
+Run = Callable[[list[Tensor]], object]
+"""A compiled function: takes the carried tensors, the inputs and the results, flat, in one list
+that it empties, and writes the results. So a call makes no tensor that outlives it."""
 
 
 class Compiler:
@@ -183,8 +182,9 @@ class Compiler:
         error, as with `fullgraph`.
 
         Returns:
-            The graph, a function of the carried tensors, the inputs and some more tensors; and
-            these: what the function reads beside, such as an environment's tables.
+            The graph, a function of the carried tensors, the inputs, the results, which it writes,
+            and some more tensors; and these: what the function reads beside, such as an
+            environment's tables.
         """
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -195,7 +195,10 @@ class Compiler:
                 for tensor, learns in zip(state, self._learns, strict=True)
             ]
             inputs = refill(unit.inputs, rest)
-            return [t.detach() for t in leaves(unit.function(self._carrier(carried), *inputs))]
+            made = unit.function(self._carrier(carried), *inputs)
+            for result, tensor in zip(rest, leaves(made), strict=True):
+                result.copy_(tensor.detach())
+            return [tensors[0].new_zeros(())]  # export takes no function without an output
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about names it deprecated
@@ -209,7 +212,7 @@ class Compiler:
 
     def _example(self, unit: Unit) -> list[Tensor]:
         # A tensor that is given twice would be taken for one input.
-        return [*self.state, *(tensor.clone() for tensor in leaves(unit.inputs))]
+        return [*self.state, *(tensor.clone() for tensor in leaves((unit.inputs, unit.results)))]
 
     def start(self, units: Iterable[Unit]) -> None:
         """Begin to compile; `finish` waits for the end.
@@ -251,8 +254,6 @@ class Compiler:
 
     def finish(self) -> list[Run]:
         """The compiled functions, in the order of `start`.
-
-        Each takes the carried tensors followed by the inputs, flat, and returns its results, flat.
 
         Raises:
             EngineUnavailableError: the compiler failed.
@@ -380,9 +381,9 @@ def _lift_constants(graph: torch.fx.GraphModule) -> list[Tensor]:
 
 
 def _called_with_list(function: Callable[..., Any]) -> Run:
-    def run(tensors: list[Tensor]) -> list[Tensor]:
+    def run(tensors: list[Tensor]) -> None:
         with torch.no_grad():
-            return list(function(*tensors))
+            function(*tensors)
 
     return run
 

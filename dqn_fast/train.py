@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -41,7 +42,6 @@ from dqn_fast.agent import (
 from dqn_fast.describe import describe
 from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.engine import (
-    MOST_UNROLLED,
     Captured,
     Compiler,
     EngineName,
@@ -69,7 +69,7 @@ from dqn_fast.envs import (
 )
 from dqn_fast.envs.params import plain
 from dqn_fast.evaluate import evaluate, q_probe, solve
-from dqn_fast.metrics import ChunkRecord, Metrics
+from dqn_fast.metrics import UPDATE_METRICS, ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.replay import Replay, Transition
@@ -569,11 +569,41 @@ def chunk_(
 # ------------------------------------------------------------------ the same functions, compiled
 
 
-class CompiledStep:
-    """Stands for `vector_step_` of one learner, compiled in as few functions as possible.
+class Rows:
+    """Tensors [K, ...] and their rows, for as large a K as was asked for so far.
 
-    One for the whole vector step with its gradient steps; where these are many, one for the step
-    and one for a block of them; where the environment lives on the host, `act_` and the blocks.
+    On a CPU they stay in memory, because to make a view costs as much as a small operation, 1 us.
+    Elsewhere every call makes new ones: recorded chunks must share none, and are not slowed down.
+    """
+
+    def __init__(self, example: Sequence[Tensor]) -> None:
+        """`example`: a row of each tensor."""
+        self._example, self._kept = example, example[0].device.type == "cpu"
+        self._tensors: list[Tensor] = []
+        self._rows: list[tuple[Tensor, ...]] = []
+
+    def room(self, count: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+        """Tensors of `count` rows that hold anything, and the rows."""
+        if not self._kept or not self._tensors or count > len(self._rows):
+            self._tensors = [t.new_empty((count, *t.shape)) for t in self._example]
+            self._rows = list(zip(*self._tensors, strict=True))
+        return [tensor[:count] for tensor in self._tensors], self._rows
+
+    def filled(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The rows of a copy of `tensors`."""
+        room, rows = self.room(len(tensors[0]))
+        for kept, tensor in zip(room, tensors, strict=True):
+            kept.copy_(tensor)
+        return rows
+
+
+class CompiledChunk:
+    """Stands for `chunk_` of one learner: its vector steps compiled, one call each.
+
+    A vector step and the gradient step after it are one function; where more gradient steps follow,
+    one function is the vector step and one a gradient step; where the environment lives on the
+    host, one is `act_` and one a gradient step. Several gradient steps in one function would each
+    write new tensors instead of the old ones: 8 took 215 us each, 1 takes 190.
     """
 
     def __init__(self, learner: Learner, plan: Plan, batch_size: int) -> None:
@@ -585,27 +615,24 @@ class CompiledStep:
         self._compiler = Compiler(learner.tensors(), learner.with_tensors)
         noise = example_step_inputs(learner)
         update = example_update_inputs(learner, batch_size)
+        copies = torch.zeros(learner.vector.elapsed.shape, device=update.rows.device)
+        metrics = copies.new_zeros(len(UPDATE_METRICS), learner.copies[0])
         counts = plan.learning_counts()
         units = []
         if learner.env.on_host:
-            units += [Unit("act", act_, (noise.explore, noise.epsilon))]
+            units += [Unit("act", act_, (noise.explore, noise.epsilon), copies.long())]
         else:
-            whole = {count if count <= MOST_UNROLLED else 0 for count in counts}
-            units += [Unit("step", vector_step_, (noise, [update] * n)) for n in sorted(whole)]
-        blocks = [n for count in counts for n in self._blocks(learner.env, count)]
-        units += [Unit("learn", learn_, ([update] * n,)) for n in sorted(set(blocks))]
-        self._names = [(unit.name, len(leaves(unit.inputs))) for unit in units]
-        self._functions: dict[tuple[str, int], Run] = {}
+            for n in sorted({int(count == 1) for count in counts}):
+                record = StepRecord(copies, copies.int(), [metrics] * n)
+                units += [Unit(_STEP[n], vector_step_, (noise, [update] * n), record)]
+        if learner.env.on_host or max(counts, default=0) > 1:
+            units += [Unit("update", learn_, ([update],), [metrics])]
+        self._names = [unit.name for unit in units]
         self._compiler.start(units)
-        self._state, self._per_update = self._compiler.state, len(update)
-
-    @staticmethod
-    def _blocks(env: TensorEnv, count: int) -> list[int]:
-        """How `count` gradient steps are cut where they are not part of the compiled step."""
-        if count <= MOST_UNROLLED and not env.on_host:
-            return []
-        whole, rest = divmod(count, MOST_UNROLLED)
-        return [MOST_UNROLLED] * whole + [rest] * (rest > 0)
+        self._state = self._compiler.state
+        self._functions: dict[str, Run] = {}
+        self._noise, self._updates = Rows(noise), Rows(update)
+        self._record, self._metrics = Rows([copies, copies.int()]), Rows([metrics])
 
     def finish(self) -> None:
         """Wait for the compiler.
@@ -620,31 +647,53 @@ class CompiledStep:
         self._compiler.close()
 
     def __call__(
-        self, learner: Learner, noise: StepInputs, updates: list[UpdateInputs]
-    ) -> StepRecord:
-        """As `vector_step_`, of the learner that this was made for."""
+        self,
+        learner: Learner,
+        steps: StepInputs,
+        updates: UpdateInputs,
+        update_counts: tuple[int, ...],
+    ) -> ChunkRecord:
+        """As `chunk_`, of the learner that this was made for; the next call may overwrite what it
+        returns."""
         if learner.env.on_host:
-            return vector_step_(learner, noise, updates, self._act_, self._learn_)
-        inline = updates if len(updates) <= MOST_UNROLLED else []
-        inputs = [*noise, *itertools.chain.from_iterable(inline)]
-        step_ = self._functions.get(("step", len(inputs)))
-        if step_ is None:  # before learning starts
-            return vector_step_(learner, noise, updates)
-        episode_return, length, *metrics = step_([*self._state, *inputs])
-        if inline is not updates:
-            metrics = self._learn_(learner, updates)
-        return StepRecord(episode_return, length, metrics)
+            step_ = partial(vector_step_, act_=self._act_, learn_=self._learn_)
+            return chunk_(learner, steps, updates, update_counts, step_)
+        if not {_STEP[count == 1] for count in update_counts} <= self._functions.keys():
+            return chunk_(learner, steps, updates, update_counts)  # before learning starts
+        noise, schedules = self._noise.filled(steps), self._updates.filled(updates)
+        (episode_return, episode_length), records = self._record.room(len(update_counts))
+        (metrics,), rows = self._metrics.room(len(updates.rows))
+        first = 0
+        for k, count in enumerate(update_counts):
+            last = first + count
+            if count == 1:
+                inputs = (*noise[k], *schedules[first], *records[k], *rows[first])
+                self._functions["step-update"]([*self._state, *inputs])
+            else:
+                self._functions["step"]([*self._state, *noise[k], *records[k]])
+                for u in range(first, last):
+                    self._functions["update"]([*self._state, *schedules[u], *rows[u]])
+            first = last
+        return ChunkRecord(
+            episode_return.unflatten(1, learner.copies),
+            episode_length.unflatten(1, learner.copies),
+            metrics,
+        )
 
-    def _act_(self, _: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
-        (action,) = self._functions["act", 2]([*self._state, noise, epsilon])
+    def _act_(self, learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
+        action = torch.empty_like(learner.vector.elapsed, dtype=torch.int64)
+        self._functions["act"]([*self._state, noise, epsilon, action])
         return action
 
-    def _learn_(self, learner: Learner, updates: list[UpdateInputs]) -> list[Tensor]:
-        metrics: list[Tensor] = []
-        for start in range(0, len(updates), MOST_UNROLLED):
-            inputs = [*itertools.chain.from_iterable(updates[start : start + MOST_UNROLLED])]
-            metrics += self._functions["learn", len(inputs)]([*self._state, *inputs])
-        return metrics
+    def _learn_(self, _learner: Learner, updates: list[UpdateInputs]) -> list[Tensor]:
+        _, rows = self._metrics.room(len(updates))
+        for update, row in zip(updates, rows, strict=False):
+            self._functions["update"]([*self._state, *update, *row])
+        return [row for (row,) in rows[: len(updates)]]
+
+
+_STEP = ("step", "step-update")
+"""Name of a compiled vector step, with or without the gradient step after it."""
 
 
 class Runner:
@@ -665,11 +714,11 @@ class Runner:
         self.reason, self.compile_s = choice.reason, 0.0
         self.on_change: Callable[[str, str, float], None] = lambda *_: None
         self._learner, self._num_updates, self._switch = learner, 0, choice.switch or 0
-        self._step: Callable[..., StepRecord] = vector_step_
-        self._compiled: CompiledStep | None = None
+        self._chunk_: Callable[..., ChunkRecord] = chunk_
+        self._compiled: CompiledChunk | None = None
         if choice.compiled:
             try:
-                self._compiled = CompiledStep(learner, plan, args.batch_size)
+                self._compiled = CompiledChunk(learner, plan, args.batch_size)
             except EngineUnavailableError as error:
                 self._do_without(error)
         graph = choice.engine == "graph"
@@ -690,15 +739,15 @@ class Runner:
     def _chunk(
         self, update_counts: tuple[int, ...], steps: StepInputs, updates: UpdateInputs
     ) -> ChunkRecord:
-        return chunk_(self._learner, steps, updates, update_counts, self._step)
+        return self._chunk_(self._learner, steps, updates, update_counts)
 
-    def _change_over(self, compiled: CompiledStep) -> None:
+    def _change_over(self, compiled: CompiledChunk) -> None:
         """Wait for the compiler and go on with what it made."""
         began = time.perf_counter()
         self._compiled = None
         try:
             compiled.finish()
-            self._step = compiled
+            self._chunk_ = compiled
             if self.engine == "eager":
                 self.engine = "compile"
         except EngineUnavailableError as error:

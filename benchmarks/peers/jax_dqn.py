@@ -743,8 +743,8 @@ def train_jax(
         tuned, precision: see `JaxLoop`.
 
     Returns:
-        "startup_s" (making the state and compiling), "train_s", "global_step", "num_updates",
-        "solved" and "history", a row of metrics for each evaluation.
+        "startup_s" (making the state and compiling), "train_s", "eval_s", "global_step",
+        "num_updates", "solved" and "history", a row of metrics for each evaluation.
 
     Raises:
         UsageError: the settings make no sense, or are not possible here.
@@ -763,18 +763,20 @@ def train_jax(
     startup = time.perf_counter() - began
 
     history: list[dict[str, Any]] = []
+    eval_s = 0.0
     solved, key = False, jax.random.fold_in(loop._key, EVALUATION)
     loop.advance(schedule.fill)
     while loop.group < schedule.num_groups and not solved:
         crossing = (loop.global_step // interval + 1) * interval
         loop.advance(min(-(-crossing // schedule.transitions), schedule.num_groups) - loop.group)
-        params = loop.carry.learner.params
+        params, asked = loop.carry.learner.params, time.perf_counter()
         returns = play(params, jax.random.fold_in(key, len(history)))
         row = {"global_step": loop.global_step, "return_mean": float(returns.mean())}
         if exact is not None:
             known = exact.compare(as_q_network(params))
             row |= {name: values[0] for name, values in known.items()}
         row["wall_s"] = time.perf_counter() - began
+        eval_s += row["wall_s"] + began - asked
         history.append(row)
         goal = args.stop_at_return
         solved = bool(args.stop_when_optimal and row["policy_optimal"])
@@ -783,7 +785,8 @@ def train_jax(
             break
     return {
         "startup_s": startup,
-        "train_s": time.perf_counter() - began - startup,
+        "train_s": time.perf_counter() - began - startup - eval_s,
+        "eval_s": eval_s,
         "global_step": loop.global_step,
         "num_updates": loop.num_updates,
         "solved": solved,
