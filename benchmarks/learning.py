@@ -39,7 +39,8 @@ from benchmarks.comparison import Peers, run_peers
 from benchmarks.goal import Wall, run_wall
 from benchmarks.reference import QNetwork as ReferenceNetwork
 from benchmarks.reference import ReferenceConfig, train_reference
-from benchmarks.throughput import fast_args
+from benchmarks.throughput import equal_work_args, fast_args
+from dqn_fast.engine import EngineName
 from dqn_fast.run import UsageError
 from dqn_fast.train import Args, Learner, train
 
@@ -237,33 +238,42 @@ def first_of_a_row(optimal: list[bool]) -> float:
 
 @dataclass
 class Throughput:
-    """The settings of benchmarks.throughput, one update per vector step, judged exactly."""
+    """The settings of the rows of benchmarks.throughput, judged exactly."""
 
     seeds: int = 10
     """Members of one population; >= 1."""
     updates: int = 4_096
-    """Gradient steps; >= 1. Transitions follow: num_envs times as many."""
-    num_envs: tuple[int, ...] = (1, 64, 1024)
-    """Env copies, one row each."""
+    """Gradient steps; >= 1. Transitions follow from the replay ratio."""
+    num_envs: tuple[int, ...] = (1, 64, 1024, 16384)
+    """Env copies, one row each, with one gradient step per vector step."""
+    equal_work: bool = True
+    """A row of 64 envs with 64 gradient steps a vector step as well."""
+    engine: EngineName = "auto"
+    """How the functions are run."""
     out: Out = None
     """Write results/NAME.json as well."""
 
 
 def run_throughput(args: Throughput) -> dict[str, Any]:
-    """Train a population for each number of envs."""
+    """Train a population for each row."""
     rows = []
-    print(f"{'envs':>6}{'seeds':>7}{'solved':>8}{'worst return':>14}{'worst error':>13}")
-    for num_envs in args.num_envs:
-        total = args.updates * num_envs
+    print(
+        f"{'envs':>6}{'replay ratio':>14}{'transitions':>13}{'seeds':>7}{'solved':>8}"
+        f"{'worst return':>14}{'worst error':>13}  engine"
+    )
+    asked = [fast_args(num_envs) for num_envs in args.num_envs]
+    for speed in asked + [equal_work_args()] * args.equal_work:
+        total = args.updates * speed.train_freq // speed.gradient_steps
         with tempfile.TemporaryDirectory() as folder:
             settings = dataclasses.replace(
-                fast_args(num_envs),
+                speed,
                 num_seeds=args.seeds,
                 total_timesteps=total,
                 log_interval=total // 16,
                 eval_interval=0,
                 checkpoint_interval=0,
                 eval_episodes=1000,
+                engine=args.engine,
                 quiet=True,
                 report=False,
                 run_dir=Path(folder) / "run",
@@ -271,7 +281,8 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
             summary = train(settings).summary
         members = summary.get("members", [summary])
         row = {
-            "num_envs": num_envs,
+            "num_envs": speed.num_envs,
+            "engine": summary["engine"],
             "seeds": args.seeds,
             "global_step": summary["global_step"],
             "num_updates": summary["num_updates"],
@@ -282,8 +293,9 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
         }
         rows.append(row)
         print(
-            f"{num_envs:>6}{args.seeds:>7}{row['solved']:>8}{row['eval_return_mean_min']:>14.4f}"
-            f"{row['q_error_max_max']:>13.4f}",
+            f"{row['num_envs']:>6}{row['replay_ratio']:>14.4g}{row['global_step']:>13,}"
+            f"{args.seeds:>7}{row['solved']:>8}{row['eval_return_mean_min']:>14.4f}"
+            f"{row['q_error_max_max']:>13.4f}  {row['engine']}",
             flush=True,
         )
     return {"args": vars(args), "rows": rows}

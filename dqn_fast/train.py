@@ -451,10 +451,25 @@ def draw_inputs(
 # ------------------------------------------------------------- one vector step, four functions
 
 
+ACT_BLOCK, MOST_BLOCKS = 1_024, 16
+"""Copies whose values a CPU computes at a time, so that what lies between two layers stays in its
+cache: 11 ms instead of 33 for 16,384 copies. More blocks would make what is compiled too long."""
+
+
+def q_of_copies(learner: Learner) -> Tensor:
+    """Q-values of what the env copies show, float32 [M, N, A]."""
+    obs = learner.by_member(learner.vector.obs)
+    size = learner.copies[1]
+    if obs.device.type == "cpu":
+        size = max(min(size, ACT_BLOCK), -(-size // MOST_BLOCKS))
+    values = [learner.q_net(learner.env.features(block)) for block in obs.split(size, 1)]
+    return values[0] if len(values) == 1 else torch.cat(values, 1)
+
+
 @torch.no_grad()
 def act_(learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
     """Epsilon-greedy actions of all copies, int64 [E]; noise [M, N, 2], epsilon []."""
-    q_values = learner.q_net(learner.env.features(learner.by_member(learner.vector.obs)))
+    q_values = q_of_copies(learner)
     if learner.held is None:
         return epsilon_greedy(q_values, noise, epsilon).flatten()
     # An episode that has just begun goes on with nothing.

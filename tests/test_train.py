@@ -30,6 +30,7 @@ from dqn_fast.train import (
     make_learner,
     make_plan,
     planned,
+    q_of_copies,
     train,
 )
 
@@ -286,6 +287,21 @@ def test_a_chunk_reads_nothing_on_the_host():
     assert len(record.updates) > 0
     with pytest.raises(AssertionError, match="host read"), NoHostReads():
         record.updates.sum().item()
+
+
+@pytest.mark.parametrize("num_envs", [1, 1_024, 2_500, 20_000])
+def test_values_of_many_copies_are_those_of_each(num_envs):
+    """Whatever blocks a CPU takes them in: order, members and shape are those of one product."""
+    args = replace(SHORT, num_envs=num_envs, num_seeds=2, buffer_size=num_envs)
+    learner = make_learner(args, make_env(args.env_id), Noise(0, 2))
+    learner.vector.obs.random_(0, 15)
+    obs = learner.vector.obs.unflatten(0, (2, num_envs))
+    with torch.no_grad():
+        table = learner.q_net(learner.env.features(torch.arange(15).expand(2, -1)))
+        values = q_of_copies(learner)
+    assert values.shape == (2, num_envs, 2)
+    expected = table.gather(1, obs.long()[..., None].expand(-1, -1, 2))
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_carried_keeps_its_address():
