@@ -243,7 +243,7 @@ class Throughput:
     seeds: int = 10
     """Members of one population; >= 1."""
     updates: int = 4_096
-    """Gradient steps; >= 1. Transitions follow from the replay ratio."""
+    """Gradient steps, >= 1, four times as many at equal work; transitions follow."""
     num_envs: tuple[int, ...] = (1, 64, 1024, 16384)
     """Env copies, one row each, with one gradient step per vector step."""
     equal_work: bool = True
@@ -261,9 +261,10 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
         f"{'envs':>6}{'replay ratio':>14}{'transitions':>13}{'seeds':>7}{'solved':>8}"
         f"{'worst return':>14}{'worst error':>13}  engine"
     )
-    asked = [fast_args(num_envs) for num_envs in args.num_envs]
-    for speed in asked + [equal_work_args()] * args.equal_work:
-        total = args.updates * speed.train_freq // speed.gradient_steps
+    asked = [(fast_args(num_envs), args.updates) for num_envs in args.num_envs]
+    asked += [(equal_work_args(), 4 * args.updates)] * args.equal_work
+    for speed, updates in asked:
+        total = updates * speed.train_freq // speed.gradient_steps
         with tempfile.TemporaryDirectory() as folder:
             settings = dataclasses.replace(
                 speed,

@@ -96,8 +96,8 @@ class Timing:
         warmup_s: see `Stopwatch`.
         own_memory: largest resident set of its process, in bytes.
         peak_memory: the same with that process's children, such as compilers.
-        core_share: of the time in which its process wanted a core, how much it had one; None where
-            the system does not tell.
+        core_share: of the time in which its process wanted a core, once warm, how much it had one;
+            None where the system does not tell.
         left_out: why it could not run here; None: it ran.
     """
 
@@ -125,6 +125,7 @@ class Contestant:
         self._process.start()
         theirs.close()  # else the end of the process would go unnoticed
         self._name, self._all, self.timing = name, all_, Timing()
+        self._warm_at: tuple[int, int] | None = None
         all_.append(self)
         self._ask(seconds)
 
@@ -134,6 +135,9 @@ class Contestant:
         if isinstance(reply, str):
             self.timing.left_out = reply
             self._process.join()
+        else:
+            assert self._process.pid is not None
+            self._warm_at = core_times(self._process.pid)
 
     def run(self, seconds: float) -> None:
         """One timed stretch."""
@@ -144,7 +148,9 @@ class Contestant:
         """Let it finish."""
         assert self._process.pid is not None
         self.look_at_memory()
-        self.timing.core_share = core_share(self._process.pid)
+        if self._warm_at and (now := core_times(self._process.pid)):
+            ran, waited = (b - a for a, b in zip(self._warm_at, now, strict=True))
+            self.timing.core_share = ran / (ran + waited) if ran else None
         self._ask(None)
         self.timing.warmup_s = self._reply()
         self._process.join()
@@ -230,13 +236,14 @@ def take_turns(
 # ---------------------------------------------------------------------- what the system tells
 
 
-def core_share(pid: int) -> float | None:
-    """Time on a core / (that + time ready and waiting for one), of a process's main thread."""
+def core_times(pid: int) -> tuple[int, int] | None:
+    """Nanoseconds that a process's main thread was on a core, and ready but waiting for one; None
+    where the system does not tell."""
     try:
         ran, waited, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
     except (OSError, ValueError):
         return None
-    return ran / (ran + waited) if ran else None
+    return ran, waited
 
 
 def peak_memory(pid: int) -> int:
