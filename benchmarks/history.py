@@ -94,20 +94,30 @@ def row_name(row: dict[str, Any]) -> str:
 
 
 def chart(history: Sequence[dict[str, Any]]) -> go.Figure:
-    """A line for each row, a place on the x axis for each change, on a logarithmic axis."""
+    """A line for each row, a place on the x axis for each change, on a logarithmic axis.
+
+    Loops differ by their markers, numbers of envs by colour.
+    """
     import plotly.graph_objects as go
+
+    from dqn_fast.report.figures import OKABE_ITO
 
     def place(entry: dict[str, Any]) -> str:
         return f"{entry['change']}<br>{entry['date']}"
 
     figure = go.Figure()
-    for name in dict.fromkeys(entry["row"] for entry in history):
+    names = list(dict.fromkeys(entry["row"] for entry in history))
+    loops, sizes = (list(dict.fromkeys(n.partition(", ")[i] for n in names)) for i in (0, 2))
+    for name in names:
+        loop, _, size = name.partition(", ")
         mine = [entry for entry in history if entry["row"] == name]
         figure.add_scatter(
             x=[place(entry) for entry in mine],
             y=[entry["x_reference"] for entry in mine],
             mode="lines+markers",
             name=name,
+            line_color=OKABE_ITO[sizes.index(size) % len(OKABE_ITO)],
+            marker={"symbol": loops.index(loop), "size": 9},
             customdata=[
                 [entry["env_steps_per_s"], entry["replay_ratio"], entry["machine"]]
                 for entry in mine
@@ -120,7 +130,7 @@ def chart(history: Sequence[dict[str, Any]]) -> go.Figure:
     figure.update_layout(
         title="Env steps/s relative to the reference loop (LineWorld, network 128x128, batch 64)",
         template="plotly_white",
-        legend={"title": "loop, envs"},
+        legend={"title": "loop, envs", "font": {"size": 11}},
     )
     places = list(dict.fromkeys(map(place, history)))
     figure.update_xaxes(categoryorder="array", categoryarray=places)
@@ -133,7 +143,7 @@ def draw(history: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     figure = chart(history)
     figure.write_html(folder / "history.html", include_plotlyjs=True)
     written = ["history.html"]
-    if write_png(figure, folder / "history.png", width=1000, height=520):
+    if write_png(figure, folder / "history.png", width=1000, height=600):
         written.append("history.png")
     return written
 
