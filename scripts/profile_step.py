@@ -170,7 +170,8 @@ class Loop:
             step_ = functools.partial(
                 train.vector_step_, act_=parts["act_"], learn_=parts["learn_"]
             )
-            for name, function in {**parts, "vector_step_": step_}.items():
+            chunk_ = functools.partial(train.chunk_, step_=step_)
+            for name, function in {**parts, "chunk_": chunk_}.items():
                 stack.enter_context(mock.patch.object(train, name, function))
             self._runner = train.Runner(
                 dataclasses.replace(self._args, engine="eager"), self._learner, self._plan

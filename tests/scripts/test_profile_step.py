@@ -18,9 +18,9 @@ EAGER = Args(engine="eager", device="cpu", train_freq=64, chunk_steps=4)
 def profiled(tmp_path_factory):
     """A short profile and its trace."""
     path = tmp_path_factory.mktemp("profile") / "step.json"
-    before = [getattr(train, name) for name in (*PARTS.values(), "vector_step_")]
+    before = [getattr(train, name) for name in (*PARTS.values(), "chunk_")]
     result = measure(ProfileArgs(EAGER, profile_steps=4, repeats=3, trace=path))
-    assert before == [getattr(train, name) for name in (*PARTS.values(), "vector_step_")]
+    assert before == [getattr(train, name) for name in (*PARTS.values(), "chunk_")]
     return result, json.loads(path.read_text())
 
 
