@@ -601,7 +601,7 @@ def test_closing_ends_all_processes_and_may_be_repeated(pending, recwarn):
             env.close()
             env.close()
         assert multiprocessing.active_children() == []
-    assert len(recwarn) == 0
+    assert [w for w in recwarn if "os.fork() was called" not in str(w.message)] == []  # JAX's
 
 
 class Slow(Episodes):
