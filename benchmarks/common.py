@@ -1,8 +1,9 @@
-"""What every benchmark shares: the machine card, pinning, and where results go."""
+"""What every benchmark shares: checks of flags, the machine card, pinning, where results go."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -15,8 +16,35 @@ import torch
 
 from dqn_fast.checkpoint import finite
 from dqn_fast.describe import software
+from dqn_fast.run import UsageError
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def at_least_one(args: object, *names: str) -> None:
+    """Raise UsageError that names the flag where one of these settings is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: must be at least 1")
+
+
+def above_zero(flag: str, value: float) -> None:
+    """Raise UsageError where `value` is not above 0 and finite."""
+    if not 0.0 < value < math.inf:
+        raise UsageError(f"{flag} {value}: must be above 0 and finite")
+
+
+def in_a_folder(flag: str, path: Path | None) -> None:
+    """Raise UsageError where a file is to be written to a folder that is not there."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{flag} {path}: must be in a folder that exists")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def machine_card() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.common import finish, pin
+from benchmarks.common import above_zero, at_least_one, finish, pin, synchronise
 from benchmarks.floors import (
     COPY_SIZES,
     LARGE,
@@ -41,7 +40,6 @@ from benchmarks.floors import (
     gflops,
     probes,
     rates_of,
-    synchronise,
     time_in_turns,
     work_of,
 )
@@ -312,12 +310,8 @@ def prepared(args: ComponentsArgs) -> tuple[Args, torch.device, TensorEnv]:
     Raises:
         UsageError: a setting makes no sense.
     """
-    for name in ("repeats", "num_threads"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}: must be at least 1")
-    if not 0.0 < args.seconds < math.inf:
-        raise UsageError(f"--seconds {args.seconds}: must be above 0 and finite")
+    at_least_one(args, "repeats", "num_threads")
+    above_zero("--seconds", args.seconds)
     training = args.training()
     check(training)
     try:

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import synchronise
 from dqn_fast.train import Learner
 
 Shape = tuple[int, int, int]
@@ -147,12 +148,6 @@ def count_launches(job: Job, device: torch.device) -> int:
 
 
 # ------------------------------------------------------------------------------- what is measured
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was asked for."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def stretch(job: Job, calls: int, device: torch.device) -> float:

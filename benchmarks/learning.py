@@ -34,7 +34,7 @@ from benchmarks.classic import (
     run_environments,
     train_command,
 )
-from benchmarks.common import finish
+from benchmarks.common import at_least_one, finish
 from benchmarks.comparison import Peers, run_peers
 from benchmarks.goal import Wall, run_wall
 from benchmarks.reference import QNetwork as ReferenceNetwork
@@ -308,9 +308,8 @@ def main() -> int:
         Default | Cartpole | Environments | Reference | Peers | Throughput | Wall
     )
     try:
-        for name in ("seeds", "episodes", "processes"):
-            if getattr(args, name, 1) < 1:
-                raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+        counts = ("seeds", "episodes", "processes")
+        at_least_one(args, *(name for name in counts if hasattr(args, name)))
         match args:
             case Default():
                 result = run_default(args)

@@ -14,7 +14,6 @@ how long they are.
 from __future__ import annotations
 
 import dataclasses
-import math
 import multiprocessing
 import sys
 import time
@@ -26,16 +25,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import torch
 import tyro
 
-from benchmarks.common import finish, pin
+from benchmarks.common import above_zero, at_least_one, finish, in_a_folder, pin, synchronise
 from benchmarks.comparison import write_png
-from benchmarks.floors import synchronise
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast.engine import choose_device
 from dqn_fast.envs import make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
 from dqn_fast.replay import Replay, Transition
-from dqn_fast.run import UsageError
 from dqn_fast.train import Args, Runner, check, make_learner, make_plan, most_episodes, planned
 
 if TYPE_CHECKING:
@@ -334,19 +331,13 @@ def main() -> int:
     seconds = args.seconds if args.seconds is not None else 0.1 if args.quick else 0.5
     axes = QUICK_AXES if args.quick else AXES
     try:
-        for name in ("repeats", "num_threads"):
-            if getattr(args, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} {getattr(args, name)}: must be at least 1")
-        if not 0.0 < seconds < math.inf:
-            raise UsageError(f"--seconds {seconds}: must be above 0 and finite")
-        for name in ("html", "png"):
-            path = getattr(args, name)
-            if path is not None and not path.parent.is_dir():
-                raise UsageError(f"--{name} {path}: must be in a folder that exists")
+        at_least_one(args, "repeats", "num_threads")
+        above_zero("--seconds", seconds)
+        in_a_folder("--html", args.html)
+        in_a_folder("--png", args.png)
         device = choose_device(args.device)
         check(Point().training(args))
-    except (UsageError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     pin(args.cores)

@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import tyro
 
-from benchmarks.common import RESULTS, finish, machine_card, pin
+from benchmarks.common import RESULTS, above_zero, at_least_one, finish, machine_card, pin
 from benchmarks.gate import RATIOS, RecordError, check, disturbed, key_of, name_of, read_record
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.turns import Body, LeftOutError, Stopwatch, TurnError, take_turns
@@ -97,12 +97,8 @@ class ThroughputArgs:
         assert self.seconds is not None
         if min(self.num_envs, default=0) < 1:
             raise ValueError(f"--num-envs {self.num_envs}: must be at least 1 each")
-        for name in ("repeats", "num_threads"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {getattr(self, name)}: must be at least 1")
-        if not 0.0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds {self.seconds}: must be above 0 and finite")
+        at_least_one(self, "repeats", "num_threads")
+        above_zero("--seconds", self.seconds)
         if hasattr(os, "sched_getaffinity") and not set(self.cores) <= os.sched_getaffinity(0):
             allowed = sorted(os.sched_getaffinity(0))
             raise ValueError(f"--cores {self.cores}: must be among {allowed}")

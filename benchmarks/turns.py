@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import pin
+from benchmarks.common import pin, synchronise
 
 POLL_S = 0.1
 """Seconds between two looks at the memory of a contender that works."""
@@ -67,7 +67,7 @@ class Stopwatch:
         now = time.perf_counter()
         if now - self._start[0] < self._seconds:
             return False
-        self._synchronise()  # before the clock is read for good
+        synchronise(self._device)  # before the clock is read for good
         now = time.perf_counter()
         if self._seconds:
             figures = (now, env_steps, updates)
@@ -81,10 +81,6 @@ class Stopwatch:
         self._seconds = seconds
         self._start = (time.perf_counter(), env_steps, updates)
         return False
-
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 @dataclass

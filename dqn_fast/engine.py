@@ -146,7 +146,7 @@ class Unit(NamedTuple):
 
 Run = Callable[[list[Tensor]], object]
 """A compiled function: takes the carried tensors, the inputs and the results, flat, in one list
-that it empties, and writes the results. So a call makes no tensor that outlives it."""
+that it may empty, and writes the results. So a call makes no tensor that outlives it."""
 
 
 class Compiler:

@@ -29,11 +29,10 @@ from statistics import median
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
-import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.common import machine_card, pin
+from benchmarks.common import at_least_one, in_a_folder, machine_card, pin, synchronise
 from dqn_fast import train
 from dqn_fast.checkpoint import finite
 from dqn_fast.engine import choose_device, choose_engine, cpu_threads
@@ -133,11 +132,11 @@ class Loop:
 
     def run(self) -> float:
         """One round; microseconds per vector step."""
-        self.synchronise()
+        synchronise(self.device)
         start = time.perf_counter()
         with record_function(DRAW):
             steps, updates = train.draw_inputs(self._args, self._env, self._noise, self._window)
-        self.synchronise()
+        synchronise(self.device)
         drawn = time.perf_counter()
         for chunk in self._chunks:
             k, u = chunk.within(self._window)
@@ -146,7 +145,7 @@ class Loop:
                 train.StepInputs(*(t[k] for t in steps)),
                 train.UpdateInputs(*(t[u] for t in updates)),
             )
-        self.synchronise()
+        synchronise(self.device)
         end = time.perf_counter()
         return 1e6 * ((drawn - start) / self.drawn + (end - drawn) / self.num_steps)
 
@@ -177,10 +176,6 @@ class Loop:
                 dataclasses.replace(self._args, engine="eager"), self._learner, self._plan
             )
             yield
-
-    def synchronise(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
     def close(self) -> None:
         """End what the engine and the environment still hold."""
@@ -272,12 +267,8 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
     Raises:
         UsageError: a setting makes no sense.
     """
-    for name in ("profile_steps", "repeats"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}: must be at least 1")
-    if args.trace is not None and not args.trace.parent.is_dir():
-        raise UsageError(f"--trace {args.trace}: must be in a folder that exists")
+    at_least_one(args, "profile_steps", "repeats")
+    in_a_folder("--trace", args.trace)
     train.check(args.training)
     loop = Loop(args.training, args.profile_steps)
     activities = [ProfilerActivity.CPU]
