@@ -14,6 +14,7 @@ how long they are.
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import sys
 import time
@@ -52,6 +53,7 @@ QUICK_AXES: dict[str, tuple[int, ...]] = {
 }
 MEMORY_ENVS = ("LineWorld-v0", "CartPole-v1")
 CAPACITIES = (10_000, 100_000, 1_000_000)
+MEASURED_BYTES = 64e6  # of each row: an allocator's free pages, a few MB, are then no matter
 
 
 @dataclass
@@ -204,15 +206,15 @@ def replay_memory(device_name: str) -> list[dict[str, Any]]:
     """What filled replay memories add to this process, or to what is allocated on a GPU."""
     device = choose_device(device_name)
     rows: list[dict[str, Any]] = []
-    kept: list[Replay] = []
+    kept: list[Replay] = []  # all of them: given back, the pages of one would serve the next
     for env_id in MEMORY_ENVS:
         env = make_env(env_id)
         obs = env.example_obs().to(device)[None]
         scalar = torch.zeros(1, 1, device=device)
         example = Transition(obs, scalar.long(), scalar, obs, scalar.bool())
+        size = Replay(1, example, env.num_actions).bytes_per_transition
         for capacity in (1, *CAPACITIES):  # the first warms up
-            # As many as show among pages; given back, the pages of one would serve the next.
-            count = max(CAPACITIES) // capacity if capacity > 1 else 1
+            count = math.ceil(MEASURED_BYTES / (size * capacity)) if capacity > 1 else 1
             before = memory_in_use(device)
             kept += [Replay(capacity, example, env.num_actions) for _ in range(count)]
             for replay in kept[-count:]:
