@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,111 +43,135 @@ class Reading(NamedTuple):
 
 
 class Metrics:
-    """Accumulators of M members on one device.
+    """What chunks left behind since the last reading, in memory on one device.
 
-    Sums cover every episode and gradient step. The list of episodes keeps the first `capacity` of
-    each member between two readings.
+    To take a chunk in is to copy it. What it means is worked out at a reading, or when there is no
+    room for the next chunk, which in runs that are logged is never the case.
 
     Attributes:
         num_members: M.
-        capacity: episodes of one member that are listed between two readings.
+        capacity: episodes that are listed between two readings, the first ones; means cover all.
     """
+
+    KEPT_UPDATES = 1_024
+    """Gradient steps whose metrics are kept before they are summed; or those of one chunk."""
 
     def __init__(self, num_members: int, capacity: int, device: torch.device) -> None:
         self.num_members, self.capacity = num_members, capacity
-        # Wide sums, narrow means: what is logged does not depend on where chunks end. MPS has no
-        # float64.
-        self._wide = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(3, num_members, dtype=self._wide, device=device)
-        self._update_sums = torch.zeros(
-            len(UPDATE_METRICS), num_members, dtype=self._wide, device=device
-        )
-        self._num_updates = 0
+        self._num_steps = self._before = 0
+        self._returns = torch.empty(0, num_members, 0, device=device)
+        self._lengths = self._returns.int()
+        self._sums = np.zeros((3, num_members))
+        self._num_listed = 0
+        self._episodes: list[dict[str, NDArray[np.generic]]] = []
+
+        # Sums are wide: what is logged does not depend on where chunks end. MPS has no float64.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        shape = (len(UPDATE_METRICS), num_members)
+        self._updates = torch.empty(self.KEPT_UPDATES, *shape, device=device)
+        self._num_updates = self._num_summed = self._first_update = 0
+        self._update_sums = torch.zeros(shape, dtype=wide, device=device)
         self._first_bad_update = torch.full((), _NEVER, device=device)
-        # One row more than the capacity: what does not fit is written there and never read.
-        shape = (num_members, capacity + 1)
-        self._returns = torch.zeros(shape, device=device)
-        self._lengths = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._steps = torch.zeros(shape, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add_(self, record: ChunkRecord, before: int, first_update: int) -> None:
         """Take in what a chunk left behind, without reading it.
 
         Args:
-            record: of the chunk.
+            record: of the chunk, which follows the last one.
             before: global_step at its start.
             first_update: gradient steps taken before it.
         """
-        num_steps, num_members, num_envs = record.episode_length.shape
-        device = record.episode_length.device
-        finished = record.episode_length > 0
-        listed_before = self._sums[0].long()
-        self._sums += torch.stack(
-            [
-                finished.sum((0, 2)),
-                (record.episode_return.to(self._wide) * finished).sum((0, 2)),
-                record.episode_length.sum((0, 2)),
-            ]
-        )
+        num_steps, num_updates = len(record.episode_length), len(record.updates)
+        if self._num_steps + num_steps > len(self._lengths):
+            self._list_episodes()
+            self._make_room(record.episode_length)
+        if self._num_updates + num_updates > len(self._updates):
+            self._sum_updates()
+            if num_updates > len(self._updates):
+                self._updates = torch.empty_like(record.updates)
+        if self._num_steps == 0:
+            self._before = before
+        if self._num_updates == 0:
+            self._first_update = first_update
+        rows = slice(self._num_steps, self._num_steps + num_steps)
+        self._returns[rows].copy_(record.episode_return)
+        self._lengths[rows].copy_(record.episode_length)
+        self._num_steps = rows.stop
+        rows = slice(self._num_updates, self._num_updates + num_updates)
+        self._updates[rows].copy_(record.updates)
+        self._num_updates = rows.stop
 
-        # Rows of the list: time first, then env copy, for each member.
-        mask = finished.transpose(0, 1).flatten(1)
-        place = listed_before[:, None] + mask.cumsum(1) - 1
-        place = torch.where(mask, place, self.capacity).clamp(max=self.capacity)
-        steps = before + num_envs * torch.arange(1, num_steps + 1, device=device)
-        steps = steps.repeat_interleave(num_envs).expand(num_members, -1)
-        self._steps.scatter_(1, place, steps)
-        self._returns.scatter_(1, place, record.episode_return.transpose(0, 1).flatten(1))
-        self._lengths.scatter_(1, place, record.episode_length.transpose(0, 1).flatten(1))
+    def _make_room(self, length: Tensor) -> None:
+        """For as many transitions as episodes are listed, or for one chunk if it has more."""
+        num_steps, *copies = length.shape
+        num_steps = max(num_steps, self.capacity // math.prod(copies))
+        if num_steps > len(self._lengths):
+            self._returns = self._returns.new_empty(num_steps, *copies)
+            self._lengths = self._lengths.new_empty(num_steps, *copies)
 
-        num_updates = len(record.updates)
-        if num_updates:
-            self._num_updates += num_updates
-            self._update_sums += record.updates.sum(0, dtype=self._wide)
-            bad = ~record.updates.isfinite().flatten(1).all(1)
-            number = torch.arange(1, num_updates + 1, device=device) + first_update
+    def _list_episodes(self) -> None:
+        """Move what has finished to the host. Waits for the device."""
+        where = self._lengths[: self._num_steps].nonzero().unbind(1)  # in order of time
+        step, member, _ = (index.cpu().numpy() for index in where)
+        columns: dict[str, NDArray[Any]] = {
+            "global_step": self._before + self._lengths.shape[2] * (step + 1),
+            "episode_return": self._returns[where].cpu().numpy(),
+            "episode_length": self._lengths[where].cpu().numpy(),
+            "member": member.astype(np.int32),
+        }
+        for total, weights in zip(
+            self._sums, (None, columns["episode_return"], columns["episode_length"]), strict=True
+        ):
+            total += np.bincount(member, weights, self.num_members)
+        columns = _take(columns, slice(self.capacity - self._num_listed))
+        self._num_listed += len(columns["member"])
+        self._episodes.append(columns)
+        self._num_steps = 0
+
+    def _sum_updates(self) -> None:
+        """Take the gradient steps that are kept into the sums, on the device."""
+        updates = self._updates[: self._num_updates]
+        self._update_sums += updates.sum(0, dtype=self._update_sums.dtype)
+        bad = ~updates.isfinite().flatten(1).all(1)
+        number = torch.arange(1, len(updates) + 1, device=updates.device) + self._first_update
+        if len(updates):
             first_bad = torch.where(bad, number, _NEVER).amin()
             torch.minimum(self._first_bad_update, first_bad, out=self._first_bad_update)
+        self._num_summed += len(updates)
+        self._num_updates = 0
 
     def first_bad_update(self) -> int | None:
         """Number of the first gradient step, counted from 1, whose loss, values or gradient norm
         were not finite; None if all were. Waits for the device."""
+        self._sum_updates()
         number = int(self._first_bad_update)
         return None if number == _NEVER else number
 
     def read_(self) -> Reading:
         """Copy everything to the host and start again at zero. Waits for the device."""
-        count, total_return, total_length = self._sums.cpu().numpy()
+        self._list_episodes()
+        self._sum_updates()
+        count, total_return, total_length = self._sums
         with np.errstate(invalid="ignore"):
             values = {
                 "charts/episodic_return": (total_return / count).astype(np.float32).tolist(),
                 "charts/episodic_length": (total_length / count).tolist(),
             }
-        if self._num_updates:
-            means = (self._update_sums / self._num_updates).float().cpu().tolist()
+        if self._num_summed:
+            means = (self._update_sums / self._num_summed).float().cpu().tolist()
             values |= dict(zip(UPDATE_METRICS, means, strict=True))
+        names = self._episodes[0]
         reading = Reading(
             values=values,
-            episodes=self._episodes(np.minimum(count.astype(np.int64), self.capacity)),
+            episodes={name: np.concatenate([e[name] for e in self._episodes]) for name in names},
             num_episodes=count.astype(np.int64),
         )
-        self._sums.zero_()
+        self._sums = np.zeros_like(self._sums)
+        self._num_listed, self._episodes = 0, []
         self._update_sums.zero_()
-        self._num_updates = 0
+        self._num_summed = 0
         return reading
-
-    def _episodes(self, listed: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
-        kept = np.arange(listed.max(initial=0)) < listed[:, None]  # [M, longest list]
-        width = kept.shape[1]
-        columns = {
-            "global_step": self._steps[:, :width].cpu().numpy()[kept],
-            "episode_return": self._returns[:, :width].cpu().numpy()[kept],
-            "episode_length": self._lengths[:, :width].cpu().numpy()[kept],
-            "member": np.nonzero(kept)[0].astype(np.int32),
-        }
-        order = np.argsort(columns["global_step"], kind="stable")
-        return {name: column[order] for name, column in columns.items()}
 
 
 class EpisodeLog:
