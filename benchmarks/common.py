@@ -69,8 +69,21 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def among_cores(cores: tuple[int, ...]) -> None:
+    """Raise UsageError where this process may not use all of these cores."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*cores}
+    if not allowed.issuperset(cores):
+        asked, there_are = (" ".join(map(str, sorted(numbers))) for numbers in (cores, allowed))
+        raise UsageError(f"--cores {asked}: must be among {there_are}")
+
+
 def pin(cores: tuple[int, ...]) -> None:
-    """Keep this process on the given cores, where the system can; no cores: leave it free."""
+    """Keep this process on the given cores, where the system can; no cores: leave it free.
+
+    Raises:
+        UsageError: it may not use one of them.
+    """
+    among_cores(cores)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
 

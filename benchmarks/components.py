@@ -45,7 +45,7 @@ from benchmarks.floors import (
 )
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast.agent import UpdateSchedule, update_
-from dqn_fast.engine import choose_device
+from dqn_fast.engine import choose_device, run_conditions
 from dqn_fast.envs import EnvError, TensorEnv, make_env
 from dqn_fast.noise import Noise
 from dqn_fast.replay import Transition
@@ -153,8 +153,7 @@ def parts_of(learner: Learner, steps: StepInputs, updates: UpdateInputs) -> dict
         batch = replay.sample(rows)
         return batch._replace(obs=env.features(batch.obs), next_obs=env.features(batch.next_obs))
 
-    # One batch again and again would leave moments of rare inputs to decay into denormal numbers,
-    # which processors are slow with.
+    # Of one batch again and again, inputs that are not in it would have no gradients at all.
     batches = itertools.cycle([sample(rows) for rows in updates.rows])
 
     def update() -> torch.Tensor:
@@ -194,7 +193,7 @@ def engines_of(args: Args, env: TensorEnv, names: tuple[NamedEngine, ...]) -> It
     for name in names:
         asked, start = dataclasses.replace(args, engine=name), time.perf_counter()
         learner = make_learner(asked, env, noise)
-        runner = Runner(asked, learner, make_plan(asked, env))
+        runner = Runner(asked, learner, make_plan(asked, env), noise)
 
         def run(
             chunk: Chunk, steps: StepInputs, updates: UpdateInputs, runner: Any = runner
@@ -226,9 +225,8 @@ def measure(args: ComponentsArgs) -> dict[str, Any]:
     training, device, env = prepared(args)
     noise = Noise(training.seed, training.num_seeds, device)
     learner = make_learner(training, env, noise)
-    runner = Runner(
-        dataclasses.replace(training, engine="eager"), learner, make_plan(training, env)
-    )
+    eager = dataclasses.replace(training, engine="eager")
+    runner = Runner(eager, learner, make_plan(training, env), noise)
     _, steps, updates = learning_chunk(
         training, env, noise, lambda chunk, s, u: runner(s, u, chunk.update_counts)
     )
@@ -373,10 +371,10 @@ def _cells(row: dict[str, Any]) -> str:
 def main() -> int:
     """Print tables and one JSON line last; returns the exit status."""
     args = tyro.cli(ComponentsArgs)
-    pin(args.cores)
-    torch.set_num_threads(max(args.num_threads, 1))
     try:
-        result = measure(args)
+        pin(args.cores)
+        with run_conditions(max(args.num_threads, 1)):
+            result = measure(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

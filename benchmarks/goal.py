@@ -36,7 +36,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from benchmarks.classic import CARTPOLE_RETURN, Cores, Out, spread
-from benchmarks.common import pin
+from benchmarks.common import among_cores, pin
 from benchmarks.peers.to_goal import ToGoal
 from dqn_fast.engine import EngineName
 from dqn_fast.run import UsageError
@@ -94,11 +94,7 @@ def check(args: Wall) -> None:
             )
     if args.sides == ("reference",) and args.env_id == ("CartPole-v1",):
         raise UsageError("--sides reference: must be others for CartPole-v1")
-    if hasattr(os, "sched_getaffinity"):
-        allowed = sorted(os.sched_getaffinity(0))
-        if not set(args.cores) <= set(allowed):
-            named = " ".join(map(str, args.cores))
-            raise UsageError(f"--cores {named}: must be among {' '.join(map(str, allowed))}")
+    among_cores(args.cores)
     for side in args.sides:
         if side in PACKAGES and importlib.util.find_spec(PACKAGES[side]) is None:
             raise UsageError(f"--sides {side}: needs the package {PACKAGES[side]}")

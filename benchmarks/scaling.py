@@ -29,7 +29,7 @@ import tyro
 from benchmarks.common import above_zero, at_least_one, finish, in_a_folder, pin, synchronise
 from benchmarks.comparison import write_png
 from benchmarks.throughput import ENDLESS, fast_args
-from dqn_fast.engine import choose_device
+from dqn_fast.engine import choose_device, run_conditions
 from dqn_fast.envs import make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
@@ -119,9 +119,9 @@ class Loop:
         env, self._device = make_env(args.env_id, args.env_params), choose_device(args.device)
         noise = Noise(args.seed, args.num_seeds, self._device)
         learner, plan = make_learner(args, env, noise), make_plan(args, env)
-        self._runner = Runner(args, learner, plan)
+        self._runner = Runner(args, learner, plan, noise)
         self._metrics = Metrics(args.num_seeds, most_episodes(args), self._device)
-        self._inputs = planned(args, env, noise, plan)
+        self._inputs = planned(args, env, noise, plan, self._runner.draw_noise)
         self.chunk_steps = learning = 0
         while learning < 3:  # a graph is recorded in the second chunk that learns
             learning += self._chunk()[1] > 0
@@ -339,15 +339,16 @@ def main() -> int:
         in_a_folder("--png", args.png)
         device = choose_device(args.device)
         check(Point().training(args))
+        pin(args.cores)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    pin(args.cores)
-    torch.set_num_threads(args.num_threads)
     shown = {**vars(args), "seconds": seconds} | {
         name: str(getattr(args, name)) if getattr(args, name) else None for name in ("html", "png")
     }
-    memory, rows = measure_memory(args.device), measure_time(axes, args, seconds)
+    memory = measure_memory(args.device)
+    with run_conditions(args.num_threads):
+        rows = measure_time(axes, args, seconds)
     result = {"args": shown, "device": str(device), "time": rows, "memory": memory}
     show(result)
     if args.html or args.png:

@@ -34,11 +34,19 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import tyro
 
-from benchmarks.common import RESULTS, above_zero, at_least_one, finish, machine_card, pin
+from benchmarks.common import (
+    RESULTS,
+    above_zero,
+    among_cores,
+    at_least_one,
+    finish,
+    machine_card,
+    pin,
+)
 from benchmarks.gate import RATIOS, RecordError, check, disturbed, key_of, name_of, read_record
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.turns import Body, LeftOutError, Stopwatch, TurnError, take_turns
-from dqn_fast.engine import EngineName, choose_device, collector_at_rest
+from dqn_fast.engine import EngineName, choose_device, run_conditions
 from dqn_fast.envs import make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
@@ -99,9 +107,7 @@ class ThroughputArgs:
             raise ValueError(f"--num-envs {self.num_envs}: must be at least 1 each")
         at_least_one(self, "repeats", "num_threads")
         above_zero("--seconds", self.seconds)
-        if hasattr(os, "sched_getaffinity") and not set(self.cores) <= os.sched_getaffinity(0):
-            allowed = sorted(os.sched_getaffinity(0))
-            raise ValueError(f"--cores {self.cores}: must be among {allowed}")
+        among_cores(self.cores)
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def equal_work_args(device: str = "auto", num_threads: int = 1) -> Args:
         train_freq=1,
         target_update_interval=192,
         tau=1.0,
-        chunk_steps=1,  # 64 gradient steps, as in the other rows
+        chunk_steps=4,  # 256 gradient steps, as in the other rows
     )
 
 
@@ -235,10 +241,10 @@ def fast_loop(args: Args, device: torch.device, stopwatch: Stopwatch) -> None:
     env, noise = make_env(args.env_id, args.env_params), Noise(args.seed, args.num_seeds, device)
     learner, plan = make_learner(args, env, noise), make_plan(args, env)
     metrics = Metrics(args.num_seeds, most_episodes(args), device)
-    with closing(Runner(args, learner, plan)) as runner, collector_at_rest():  # as in training
+    with closing(Runner(args, learner, plan, noise)) as runner, run_conditions(args.num_threads):
         if args.engine not in (runner.engine, "auto"):
             raise LeftOutError(runner.reason)
-        for chunk, steps, updates in planned(args, env, noise, plan):
+        for chunk, steps, updates in planned(args, env, noise, plan, runner.draw_noise):
             record = runner(steps, updates, chunk.update_counts)
             metrics.add_(record, chunk.before, chunk.first_update)
             if chunk.crosses(args.log_interval):

@@ -50,10 +50,9 @@ from dqn_fast.engine import (
     Unit,
     choose_device,
     choose_engine,
-    collector_at_rest,
-    cpu_threads,
     cuda_graph,
     leaves,
+    run_conditions,
     upload,
 )
 from dqn_fast.envs import (
@@ -164,7 +163,7 @@ class Args:
     """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (15 to
     30 s, kept for the next run); graph, captured in CUDA graphs. auto weighs the gradient steps to
     come against the time to compile and says what it chose. Results agree but for rounding."""
-    chunk_steps: int = 64
+    chunk_steps: int = 256
     """Vector steps per chunk at most, >= 1; never changes the result."""
     num_threads: int = 1
     """CPU threads; >= 0, 0 leaves torch's own choice. Small networks are fastest on one."""
@@ -404,24 +403,51 @@ def epsilon(args: Args, step: NDArray[np.int64] | int) -> NDArray[np.float64]:
     return linear_schedule(step, args.eps_start, args.eps_end, duration)
 
 
+def draw_noise(
+    args: Args,
+    env: TensorEnv,
+    noise: Noise,
+    num_steps: int,
+    num_updates: int,
+    first_step: int | Tensor,
+    first_update: int | Tensor,
+) -> tuple[Tensor, ...]:
+    """Everything random in vector steps first_step .. and gradient steps first_update ..:
+    explore, env_step and env_reset of `StepInputs`, rows of `UpdateInputs`."""
+    n = args.num_envs
+    uniform = partial(noise.uniform, count=num_steps)
+    return (
+        uniform(Stream.EXPLORATION, first_step, shape=(n, 2)),
+        uniform(Stream.ENV_STEP, first_step, shape=(n, env.step_noise_dim)).flatten(1, 2),
+        uniform(Stream.ENV_RESET, first_step + 1, shape=(n, env.reset_noise_dim)).flatten(1, 2),
+        noise.integers(Stream.REPLAY, first_update, num_updates, (args.batch_size,)),
+    )
+
+
+DrawNoise = Callable[..., tuple[Tensor, ...]]
+"""`draw_noise` or what stands for it."""
+
+
 def planned(
-    args: Args, env: TensorEnv, noise: Noise, plan: Plan
+    args: Args, env: TensorEnv, noise: Noise, plan: Plan, draw_noise: DrawNoise = draw_noise
 ) -> Iterator[tuple[Chunk, StepInputs, UpdateInputs]]:
     """The run's chunks, each with everything random and everything scheduled in it."""
     drawn = None
     for window, chunk in plan.chunks():
         if window is not drawn:
-            drawn, (steps, updates) = window, draw_inputs(args, env, noise, window)
+            drawn, (steps, updates) = window, draw_inputs(args, env, noise, window, draw_noise)
         k, u = chunk.within(window)
         yield chunk, StepInputs(*(t[k] for t in steps)), UpdateInputs(*(t[u] for t in updates))
 
 
 def draw_inputs(
-    args: Args, env: TensorEnv, noise: Noise, chunk: Chunk
+    args: Args, env: TensorEnv, noise: Noise, chunk: Chunk, draw_noise: DrawNoise = draw_noise
 ) -> tuple[StepInputs, UpdateInputs]:
     """Noise and schedules of `chunk`, as tensors on the device."""
-    first, count, n = chunk.before // args.num_envs, chunk.num_steps, args.num_envs
-    rows = noise.integers(Stream.REPLAY, chunk.first_update, chunk.num_updates, (args.batch_size,))
+    count, first = chunk.num_steps, (chunk.before // args.num_envs, chunk.first_update)
+    explore, env_step, env_reset, rows = draw_noise(
+        args, env, noise, count, chunk.num_updates, *first
+    )
 
     end = args.learning_rate if args.learning_rate_end is None else args.learning_rate_end
     rate = linear_schedule(chunk.stamps, args.learning_rate, end, args.total_timesteps)
@@ -435,16 +461,7 @@ def draw_inputs(
     )
     u = chunk.num_updates
     schedules = upload(torch.from_numpy(packed), noise.device).split([count, u, u, u])
-    steps = StepInputs(
-        explore=noise.uniform(Stream.EXPLORATION, first, count, (n, 2)),
-        env_step=noise.uniform(Stream.ENV_STEP, first, count, (n, env.step_noise_dim)).flatten(
-            1, 2
-        ),
-        env_reset=noise.uniform(
-            Stream.ENV_RESET, first + 1, count, (n, env.reset_noise_dim)
-        ).flatten(1, 2),
-        epsilon=schedules[0],
-    )
+    steps = StepInputs(explore, env_step, env_reset, schedules[0])
     return steps, UpdateInputs(rows, *schedules[1:])
 
 
@@ -621,33 +638,47 @@ class CompiledChunk:
     write new tensors instead of the old ones: 8 took 215 us each, 1 takes 190.
     """
 
-    def __init__(self, learner: Learner, plan: Plan, batch_size: int) -> None:
+    def __init__(self, args: Args, learner: Learner, plan: Plan, noise: Noise) -> None:
         """Begin to compile, in a process beside this one.
 
         Raises:
             EngineUnavailableError: the functions cannot be traced.
         """
         self._compiler = Compiler(learner.tensors(), learner.with_tensors)
-        noise = example_step_inputs(learner)
-        update = example_update_inputs(learner, batch_size)
+        step, update = example_step_inputs(learner), example_update_inputs(learner, args.batch_size)
         copies = torch.zeros(learner.vector.elapsed.shape, device=update.rows.device)
         metrics = copies.new_zeros(len(UPDATE_METRICS), learner.copies[0])
         counts = plan.learning_counts()
         units = []
         if learner.env.on_host:
-            units += [Unit("act", act_, (noise.explore, noise.epsilon), copies.long())]
+            units += [Unit("act", act_, (step.explore, step.epsilon), copies.long())]
         else:
             for n in sorted({int(count == 1) for count in counts}):
                 record = StepRecord(copies, copies.int(), [metrics] * n)
-                units += [Unit(_STEP[n], vector_step_, (noise, [update] * n), record)]
+                units += [Unit(_STEP[n], vector_step_, (step, [update] * n), record)]
         if learner.env.on_host or max(counts, default=0) > 1:
             units += [Unit("update", learn_, ([update],), [metrics])]
+        units += [self._noise_unit(args, learner.env, plan, noise)]
         self._names = [unit.name for unit in units]
         self._compiler.start(units)
         self._state = self._compiler.state
         self._functions: dict[str, Run] = {}
-        self._noise, self._updates = Rows(noise), Rows(update)
+        self._steps, self._updates = Rows(step), Rows(update)
         self._record, self._metrics = Rows([copies, copies.int()]), Rows([metrics])
+
+    def _noise_unit(self, args: Args, env: TensorEnv, plan: Plan, noise: Noise) -> Unit:
+        """`draw_noise` for the longest window; shorter ones are parts of it, because a number
+        depends on where it is drawn and on nothing else."""
+        num_steps = min(plan.max_window_steps, plan.num_vector_steps)
+        groups = num_steps * args.num_envs // args.train_freq + 1
+        num_updates = min(groups * args.gradient_steps, plan.total_updates)
+
+        def draw(_: Learner, keys: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
+            return draw_noise(args, env, noise.with_keys(keys), num_steps, num_updates, *first)
+
+        first = torch.zeros(2, dtype=torch.int64, device=noise.device).unbind()
+        self._drawn = draw_noise(args, env, noise, num_steps, num_updates, 0, 0)
+        return Unit("noise", draw, (noise.keys, *first), self._drawn)
 
     def finish(self) -> None:
         """Wait for the compiler.
@@ -675,7 +706,7 @@ class CompiledChunk:
             return chunk_(learner, steps, updates, update_counts, step_)
         if not {_STEP[count == 1] for count in update_counts} <= self._functions.keys():
             return chunk_(learner, steps, updates, update_counts)  # before learning starts
-        noise, schedules = self._noise.filled(steps), self._updates.filled(updates)
+        noise, schedules = self._steps.filled(steps), self._updates.filled(updates)
         (episode_return, episode_length), records = self._record.room(len(update_counts))
         (metrics,), rows = self._metrics.room(len(updates.rows))
         first = 0
@@ -694,6 +725,21 @@ class CompiledChunk:
             episode_length.unflatten(1, learner.copies),
             metrics,
         )
+
+    def draw_noise(
+        self,
+        _args: Args,
+        _env: TensorEnv,
+        noise: Noise,
+        num_steps: int,
+        num_updates: int,
+        *first: int,
+    ) -> tuple[Tensor, ...]:
+        """As `draw_noise`, for what this was made for; the next call overwrites what it returns."""
+        start = upload(torch.tensor(first), noise.device).unbind()
+        self._functions["noise"]([*self._state, noise.keys, *start, *self._drawn])
+        *steps, rows = self._drawn
+        return *(drawn[:num_steps] for drawn in steps), rows[:num_updates]
 
     def _act_(self, learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
         action = torch.empty_like(learner.vector.elapsed, dtype=torch.int64)
@@ -721,7 +767,7 @@ class Runner:
         on_change: told engine, reason and compile_s once compiled functions run, or cannot.
     """
 
-    def __init__(self, args: Args, learner: Learner, plan: Plan) -> None:
+    def __init__(self, args: Args, learner: Learner, plan: Plan, noise: Noise) -> None:
         """Choose the engine and begin to compile where that is called for."""
         device, on_host = learner.gamma.device, learner.env.on_host
         choice = choose_engine(args.engine, device, plan.total_updates, on_host)
@@ -730,10 +776,11 @@ class Runner:
         self.on_change: Callable[[str, str, float], None] = lambda *_: None
         self._learner, self._num_updates, self._switch = learner, 0, choice.switch or 0
         self._chunk_: Callable[..., ChunkRecord] = chunk_
+        self._draw_noise: DrawNoise = draw_noise
         self._compiled: CompiledChunk | None = None
         if choice.compiled:
             try:
-                self._compiled = CompiledChunk(learner, plan, args.batch_size)
+                self._compiled = CompiledChunk(args, learner, plan, noise)
             except EngineUnavailableError as error:
                 self._do_without(error)
         graph = choice.engine == "graph"
@@ -751,6 +798,10 @@ class Runner:
         self._num_updates += num_updates
         return self._run(update_counts, steps, updates)
 
+    def draw_noise(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """`draw_noise`; what it returns is to be used before the next call."""
+        return self._draw_noise(*arguments)
+
     def _chunk(
         self, update_counts: tuple[int, ...], steps: StepInputs, updates: UpdateInputs
     ) -> ChunkRecord:
@@ -762,7 +813,7 @@ class Runner:
         self._compiled = None
         try:
             compiled.finish()
-            self._chunk_ = compiled
+            self._chunk_, self._draw_noise = compiled, compiled.draw_noise
             if self.engine == "eager":
                 self.engine = "compile"
         except EngineUnavailableError as error:
@@ -851,8 +902,7 @@ def train(
         pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
         raise UsageError(f"--env-params {pairs}: must be empty with an environment of one's own")
     with ExitStack() as stack:
-        stack.enter_context(cpu_threads(args.num_threads))
-        stack.enter_context(collector_at_rest())
+        stack.enter_context(run_conditions(args.num_threads))
         try:
             device = choose_device(args.device)
             if env is None:
@@ -875,7 +925,7 @@ def train(
         except (ValueError, EnvCheckError) as error:
             raise UsageError(str(error)) from error
         run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
-        runner = Runner(args, learner, plan)
+        runner = Runner(args, learner, plan, noise)
         stack.callback(runner.close)
         config = describe(
             vars(args),
@@ -894,7 +944,7 @@ def train(
         diagnostics = Diagnostics(env, exact, args.double_q)
         with RunRecord(run_dir, config, plan, metrics, diagnostics, learner.q_net, began) as run:
             runner.on_change = run.changed_engine
-            for chunk, steps, updates in planned(args, env, noise, plan):
+            for chunk, steps, updates in planned(args, env, noise, plan, runner.draw_noise):
                 with located(chunk):
                     record = runner(steps, updates, chunk.update_counts)
                 metrics.add_(record, chunk.before, chunk.first_update)
@@ -980,10 +1030,10 @@ def reached_goal(args: Args, row: dict[str, Any]) -> bool:
 
 
 def most_episodes(args: Args) -> int:
-    """Episodes of a member that may be listed between two log points: each ends in a transition of
-    its own, and a log point is late by up to num_envs - 1 of them."""
+    """Episodes that may be listed between two log points: each ends in a transition of its own, and
+    a log point is late by up to num_envs - 1 of a member's."""
     interval = min(args.log_interval or args.total_timesteps, args.total_timesteps)
-    return max(1, min(interval + args.num_envs - 1, 2**20 // args.num_seeds))
+    return min((interval + args.num_envs - 1) * args.num_seeds, 2**20)
 
 
 # ------------------------------------------------------------------------------- command line

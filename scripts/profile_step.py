@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.common import at_least_one, in_a_folder, machine_card, pin, synchronise
 from dqn_fast import train
 from dqn_fast.checkpoint import finite
-from dqn_fast.engine import choose_device, choose_engine, cpu_threads
+from dqn_fast.engine import choose_device, choose_engine, run_conditions
 from dqn_fast.envs import EnvError, make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
@@ -94,7 +94,7 @@ class Loop:
         self._plan = dataclasses.replace(plan, total_timesteps=10**12)
         self._learner = train.make_learner(args, self._env, self._noise)
         self._metrics = Metrics(args.num_seeds, train.most_episodes(args), self.device)
-        self._runner = train.Runner(args, self._learner, self._plan)
+        self._runner = train.Runner(args, self._learner, self._plan, self._noise)
         last = self._warm_up()
         self.engine = str(self._runner.engine)
 
@@ -116,7 +116,9 @@ class Loop:
     def _warm_up(self) -> Chunk:
         """Run until learning has begun, and for some chunks more."""
         learned = 0
-        inputs = train.planned(self._args, self._env, self._noise, self._plan)
+        inputs = train.planned(
+            self._args, self._env, self._noise, self._plan, self._runner.draw_noise
+        )
         for chunk, steps, updates in inputs:
             self._advance(chunk, steps, updates)
             learned += chunk.before >= self._plan.learning_starts_at
@@ -135,7 +137,9 @@ class Loop:
         synchronise(self.device)
         start = time.perf_counter()
         with record_function(DRAW):
-            steps, updates = train.draw_inputs(self._args, self._env, self._noise, self._window)
+            steps, updates = train.draw_inputs(
+                self._args, self._env, self._noise, self._window, self._runner.draw_noise
+            )
         synchronise(self.device)
         drawn = time.perf_counter()
         for chunk in self._chunks:
@@ -172,9 +176,8 @@ class Loop:
             chunk_ = functools.partial(train.chunk_, step_=step_)
             for name, function in {**parts, "chunk_": chunk_}.items():
                 stack.enter_context(mock.patch.object(train, name, function))
-            self._runner = train.Runner(
-                dataclasses.replace(self._args, engine="eager"), self._learner, self._plan
-            )
+            args = dataclasses.replace(self._args, engine="eager")
+            self._runner = train.Runner(args, self._learner, self._plan, self._noise)
             yield
 
     def close(self) -> None:
@@ -352,9 +355,9 @@ def main() -> int:
     """Print tables and one JSON line last; returns the exit status."""
     usual = train.Args.for_env(train.asked_env_id(sys.argv[1:]))
     args = tyro.cli(ProfileArgs, default=ProfileArgs(usual))
-    pin(args.cores)
     try:
-        with cpu_threads(max(args.training.num_threads, 0)):
+        pin(args.cores)
+        with run_conditions(max(args.training.num_threads, 0)):
             result = measure(args)
     except (UsageError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)

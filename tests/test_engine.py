@@ -19,9 +19,11 @@ from dqn_fast.engine import (
     Unit,
     choose_engine,
     collector_at_rest,
+    cpu_threads,
     cuda_graph,
     leaves,
     refill,
+    run_conditions,
 )
 from dqn_fast.envs import make_env
 from dqn_fast.noise import Noise
@@ -78,10 +80,12 @@ def run(
 ) -> tuple[Tensor, Learner, Runner]:
     """Metrics of the first gradient steps, float32 [U, 4, M]; the learner; what ran it."""
     env, noise = make_env(args.env_id, args.env_params), Noise(args.seed, args.num_seeds, device)
-    learner, plan = make_learner(args, env, noise), make_plan(args, env)
-    runner = Runner(args, learner, plan)
+    # Many windows, so that most of the noise comes from the engine under test too.
+    plan = replace(make_plan(args, env), max_window_steps=75)
+    learner = make_learner(args, env, noise)
+    runner = Runner(args, learner, plan, noise)
     metrics: list[Tensor] = []
-    for chunk, steps, updates in planned(args, env, noise, plan):
+    for chunk, steps, updates in planned(args, env, noise, plan, runner.draw_noise):
         record = runner(steps, updates, chunk.update_counts)
         metrics.append(record.updates.clone())
         if sum(map(len, metrics)) >= num_updates:
@@ -248,6 +252,44 @@ def test_what_cannot_be_traced_runs_eagerly(tmp_path):
 # ----------------------------------------------------------------------------------- compiling
 
 
+SHAPES = [(1, 64, 128, 128), (3, 37, 50, 100), (2, 15, 64, 32), (1, 1, 9, 9), (1, 8, 33, 65)]
+
+
+def products(_: object, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [torch.bmm(x, y) for x, y in pairs]
+
+
+def test_the_own_product_is_a_product():
+    """Whole and broken tiles, panels and squares, members, and every order in memory, against
+    float64; each row the same whatever stands beside it."""
+    pairs = []
+    for b, m, k, n in SHAPES:
+        x, y = torch.randn(b, m, k), torch.randn(b, k, n)
+        for left in (x, x.mT.contiguous().mT):
+            pairs += [(left, y), (left, y.mT.contiguous().mT)]
+    pairs += [(pairs[0][0][:, :5].contiguous(), pairs[0][1])]
+    results = [torch.zeros(x.shape[0], x.shape[1], y.shape[2]) for x, y in pairs]
+    compiler = Compiler([torch.zeros(1)], lambda state: None)
+    unit = Unit("products", products, (pairs,), results)
+    with cpu_threads(1):
+        assert ("dqn_fast.product" in compiler.trace(unit)[0].code) == engine._own_product()
+        compiler.start([unit])
+        (run,) = compiler.finish()
+        run([*compiler.state, *leaves(pairs), *results])
+    for (x, y), result in zip(pairs, results, strict=True):
+        torch.testing.assert_close(result.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[-1], results[0][:, :5])
+
+
+def test_several_threads_share_a_product():
+    """The own product has one thread; with more, torch's is compiled."""
+    x, y = torch.zeros(1, 64, 128), torch.zeros(1, 128, 128)
+    unit = Unit("products", products, ([(x, y)],), [torch.zeros(1, 64, 128)])
+    with cpu_threads(2):
+        graph, _ = Compiler([torch.zeros(1)], lambda state: None).trace(unit)
+    assert "dqn_fast.product" not in graph.code
+
+
 def test_compiled_and_eager_runs_agree_over_1000_updates():
     """Equal draws and data exactly, equal losses within float32 rounding over 1 000 gradient steps.
 
@@ -302,8 +344,10 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c == "members" else [pytest.mark.slow]) for c in CASES],
+)
 def test_every_kind_of_run_compiles(case):
     """Members, replay ratios, all environments, actions that last, environments on the host.
 
@@ -411,8 +455,10 @@ def test_a_replay_does_not_synchronise():
     args = replace(RANDOM, engine="graph")
     env, noise = make_env(args.env_id, args.env_params), Noise(0, 1, "cuda")
     learner, plan = make_learner(args, env, noise), make_plan(args, env)
-    runner = Runner(args, learner, plan)
-    for number, (chunk, steps, updates) in enumerate(planned(args, env, noise, plan)):
+    runner = Runner(args, learner, plan, noise)
+    for number, (chunk, steps, updates) in enumerate(
+        planned(args, env, noise, plan, runner.draw_noise)
+    ):
         if number < 6:
             runner(steps, updates, chunk.update_counts)
             continue
@@ -451,6 +497,20 @@ def test_the_collector_is_given_back_as_it_was():
         pass
     assert gc.get_freeze_count() > 0
     gc.unfreeze()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_small_numbers_are_zero_during_a_run_and_then_as_before(before):
+    """Below float32's normal numbers there is only 0 while a run lasts."""
+    tiny = torch.full((), torch.finfo(torch.float32).tiny)
+    torch.set_flush_denormal(before)
+    try:
+        with run_conditions(1):
+            assert tiny / 2 == 0
+            assert tiny / 2 * 2 == 0
+        assert (tiny / 2 == 0) == before
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_examples_have_the_shapes_of_the_real_inputs():

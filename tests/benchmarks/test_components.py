@@ -24,7 +24,7 @@ def learning(args: ComponentsArgs, **settings):
     training = Args(**{**vars(training), "engine": "eager", **settings})
     noise = Noise(0, training.num_seeds, device)
     learner = make_learner(training, env, noise)
-    runner = Runner(training, learner, make_plan(training, env))
+    runner = Runner(training, learner, make_plan(training, env), noise)
     _, *inputs = learning_chunk(training, env, noise, lambda c, s, u: runner(s, u, c.update_counts))
     return learner, parts_of(learner, *inputs)
 
@@ -142,6 +142,7 @@ def test_nothing_is_faster_than_its_floor():
     [
         (["--num-envs", "0"], "--num-envs 0: must be at least 1"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
+        (["--cores", "4096"], "--cores 4096: must be among "),
         (["--seconds", "0"], "--seconds 0.0: must be above 0 and finite"),
         (["--hidden-sizes", "8", "0"], "--hidden-sizes (8, 0): must be at least 1 each"),
         (["--env-id", "gym:CartPole-v1"], "--env-id gym:CartPole-v1: must be an environment of "),

@@ -103,6 +103,7 @@ def test_the_page_opens_without_network(rows, memory, tmp_path):
     ("flags", "message"),
     [
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
+        (["--cores", "4096"], "--cores 4096: must be among "),
         (["--num-threads", "0"], "--num-threads 0: must be at least 1"),
         (["--seconds", "-1"], "--seconds -1.0: must be above 0 and finite"),
         (["--html", "nowhere/a.html"], "--html nowhere/a.html: must be in a folder that exists"),

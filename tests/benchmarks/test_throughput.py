@@ -349,7 +349,7 @@ def test_the_gate_passes_its_own_record_and_fails_a_better_one(tmp_path, monkeyp
         (["--num-envs", "0"], "--num-envs (0,): must be at least 1 each"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--seconds", "0"], "--seconds 0.0: must be above 0 and finite"),
-        (["--cores", "4096"], "--cores (4096,): must be among "),
+        (["--cores", "4096"], "--cores 4096: must be among "),
         (["--check", "--record", "nothing"], "--record nothing: cannot be read "),
     ],
 )

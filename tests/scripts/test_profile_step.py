@@ -91,6 +91,7 @@ def test_an_environment_on_the_host():
         (["--num-envs", "0"], "--num-envs 0: must be at least 1"),
         (["--profile-steps", "0"], "--profile-steps 0: must be at least 1"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
+        (["--cores", "4096"], "--cores 4096: must be among "),
         (["--trace", "nowhere/t.json"], "--trace nowhere/t.json: must be in a folder that exists"),
         (["--num-threads", "-1"], "--num-threads -1: must be at least 0"),
         (["--device", "abacus"], "--device abacus: not to be had here"),
