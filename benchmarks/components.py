@@ -153,7 +153,7 @@ def parts_of(learner: Learner, steps: StepInputs, updates: UpdateInputs) -> dict
         batch = replay.sample(rows)
         return batch._replace(obs=env.features(batch.obs), next_obs=env.features(batch.next_obs))
 
-    # Of one batch again and again, inputs that are not in it would have no gradients at all.
+    # Several, because inputs that are in none of them have no gradients at all.
     batches = itertools.cycle([sample(rows) for rows in updates.rows])
 
     def update() -> torch.Tensor:

@@ -34,7 +34,7 @@ from dqn_fast.envs import make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
 from dqn_fast.replay import Replay, Transition
-from dqn_fast.train import Args, Runner, check, make_learner, make_plan, most_episodes, planned
+from dqn_fast.train import Args, Runner, check, make_learner, make_plan, planned
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -120,7 +120,9 @@ class Loop:
         noise = Noise(args.seed, args.num_seeds, self._device)
         learner, plan = make_learner(args, env, noise), make_plan(args, env)
         self._runner = Runner(args, learner, plan, noise)
-        self._metrics = Metrics(args.num_seeds, most_episodes(args), self._device)
+        # Room for many chunks: a run logs less often than once a chunk, too.
+        room = min(1024 * args.num_envs * args.num_seeds, 2**20)
+        self._metrics = Metrics(args.num_seeds, room, self._device)
         self._inputs = planned(args, env, noise, plan, self._runner.draw_noise)
         self.chunk_steps = learning = 0
         while learning < 3:  # a graph is recorded in the second chunk that learns

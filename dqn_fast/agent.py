@@ -148,7 +148,7 @@ def clip_global_norm_(grads: Sequence[Tensor], max_norm: Tensor) -> Tensor:
     # Tensor by tensor: joined, they would be copied first, which costs 8 us where this is compiled.
     norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    # min(1, max_norm / norm). The compiler takes logarithms for costly and computes them once; the
+    # min(1, max_norm / norm). Logarithms the compiler considers expensive and computes once; the
     # quotient, and the root in the norm, it computes again for every 16 weights: 4 % of a step.
     scale = torch.exp(-torch.relu(torch.log(norm / max_norm[:, 0])))
     for grad in grads:

@@ -11,6 +11,7 @@ Run as a program, this file is the compiler: `Compiler` starts it beside the loo
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -315,7 +317,7 @@ def _decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
         if x.shape[-1] <= NARROW:
             return (x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2)
         if y.shape[-1] > NARROW:
-            return torch.ops.dqn_fast.product(x, y) if _own_product() else NotImplemented
+            return torch.ops.dqn_fast.product(x, y) if _own_product(x) else NotImplemented
         if x.stride(-1) == 1:  # sums along what lies together in memory
             return (x.unsqueeze(-2) * y.mT.unsqueeze(-3)).sum(-1)
         return (x.mT.unsqueeze(-3) * y.mT.unsqueeze(-1)).sum(-2).mT
@@ -328,21 +330,20 @@ def _shape_of_product(x: Tensor, y: Tensor) -> Tensor:
 
 
 # The matrix product of compiled functions, see product.cpp; whatever else calls it gets torch's.
-torch.library.define(
-    "dqn_fast::product", "(Tensor x, Tensor y) -> Tensor", tags=(torch.Tag.flexible_layout,)
-)
-torch.library.register_fake("dqn_fast::product", _shape_of_product)
-torch.library.impl("dqn_fast::product", "cpu", torch.bmm)
+if not hasattr(torch.ops.dqn_fast, "product"):  # a module may be loaded again
+    torch.library.define(
+        "dqn_fast::product", "(Tensor x, Tensor y) -> Tensor", tags=(torch.Tag.flexible_layout,)
+    )
+    torch.library.register_fake("dqn_fast::product", _shape_of_product)
+    torch.library.impl("dqn_fast::product", "cpu", torch.bmm)
 
 PRODUCT = Path(__file__).with_name("product.cpp")
 
 
-def _own_product() -> bool:
-    """Whether `product.cpp` is the faster one here; on several threads torch's shares the work."""
-    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() in (
-        "AVX2",
-        "AVX512",
-    )
+def _own_product(x: Tensor) -> bool:
+    """Whether `product.cpp` can multiply and is faster; on several threads torch's shares work."""
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return fast and torch.get_num_threads() == 1 and x.dtype == torch.float32
 
 
 def _cache() -> Path:
@@ -363,7 +364,7 @@ def _key(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> str:
         flags = next(line for line in lines if line.startswith(("flags", "Features")))
     layout = [(str(t.dtype), tuple(t.shape), t.stride()) for t in example]
     parts = (graph.code, layout, torch.__version__, torch.get_num_threads(), flags)
-    for part in (*parts, platform.machine(), OPTIONS, PRODUCT.read_text()):
+    for part in (*parts, platform.machine(), PRODUCT.read_text()):
         digest.update(repr(part).encode())
     return digest.hexdigest()[:32]
 
@@ -414,18 +415,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-OPTIONS: dict[str, Any] = {
-    "aot_inductor.custom_ops_to_c_shims": {
-        torch.ops.dqn_fast.product.default: [
-            "AOTITorchError aoti_torch_cpu_product"
-            "(AtenTensorHandle x, AtenTensorHandle y, AtenTensorHandle* out)"
-        ]
-    },
-    "aot_inductor.custom_op_libs": ["dqn_fast_product"],
-}
-"""Options of Inductor for a CPU, other than its defaults."""
-
-
 def compile_packages(num_threads: int, jobs: Sequence[str]) -> None:
     """Compile exported graphs into packages.
 
@@ -434,27 +423,43 @@ def compile_packages(num_threads: int, jobs: Sequence[str]) -> None:
         jobs: for each of them the file of `torch.export.save` and the package to write.
     """
     torch.set_num_threads(num_threads)
-    with tempfile.TemporaryDirectory() as folder:
-        _build_product(Path(folder))
-        os.environ["LIBRARY_PATH"] = folder  # where compilers look for what is linked
-        for source, target in zip(jobs[::2], jobs[1::2], strict=True):
-            partial = Path(target).with_suffix(f".{os.getpid()}.pt2")
-            program = torch.export.load(source)
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(partial), inductor_configs=OPTIONS
-            )
-            partial.replace(target)
+    for source, target in zip(jobs[::2], jobs[1::2], strict=True):
+        partial = Path(target).with_suffix(f".{os.getpid()}.pt2")
+        program = torch.export.load(source)
+        product = torch.ops.dqn_fast.product.default
+        used = any(node.target is product for node in program.graph.nodes)
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(partial),
+            inductor_configs=_with_product(Path(source).parent) if used else {},
+        )
+        partial.replace(target)
 
 
-def _build_product(folder: Path) -> None:
-    """Write the library of `product.cpp` that compiled functions are linked with."""
+@functools.cache
+def _with_product(folder: Path) -> dict[str, Any]:
+    """Build `product.cpp` in `folder`; the options with which Inductor calls and links it."""
     include, built = Path(torch.__file__).with_name("include"), folder / "product.o"
-    flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC"]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run(
-        [compiler, *flags, f"-I{include}", "-c", str(PRODUCT), "-o", str(built)], check=True
+    flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", f"-I{include}"]
+    compiler = [os.environ.get("CXX", "g++"), *flags]
+    for command in (
+        [*compiler, "-c", str(PRODUCT), "-o", str(built)],
+        ["ar", "rcs", str(folder / "libdqn_fast_product.a"), str(built)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{PRODUCT.name}: {(done.stderr.splitlines() or ['failed'])[0]}")
+    # Where compilers look for what is linked.
+    paths = [str(folder), os.environ.get("LIBRARY_PATH", "")]
+    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    declaration = (
+        "AOTITorchError aoti_torch_cpu_product"
+        "(AtenTensorHandle x, AtenTensorHandle y, AtenTensorHandle* out)"
     )
-    subprocess.run(["ar", "rcs", str(folder / "libdqn_fast_product.a"), str(built)], check=True)
+    return {
+        "aot_inductor.custom_ops_to_c_shims": {torch.ops.dqn_fast.product.default: [declaration]},
+        "aot_inductor.custom_op_libs": ["dqn_fast_product"],
+    }
 
 
 # ----------------------------------------------------------------------------------- capturing
@@ -601,6 +606,8 @@ def denormals_as_zero() -> Iterator[None]:
     LineWorld 38 % of the first moments after 2,000 gradient steps and 60 % after 20,000, which cost
     6 % of the compiled loop.
     """
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)  # NumPy remembers it; asked later, it would warn
     smallest = torch.full((), torch.finfo(torch.float32).tiny)
     before = bool(smallest / 2 == 0)
     torch.set_flush_denormal(True)

@@ -45,8 +45,8 @@ class Reading(NamedTuple):
 class Metrics:
     """What chunks left behind since the last reading, in memory on one device.
 
-    To take a chunk in is to copy it. What it means is worked out at a reading, or when there is no
-    room for the next chunk, which in runs that are logged is never the case.
+    To take a chunk in is to copy it. What it means is worked out at a reading, or earlier, when
+    there is no room for the next chunk: what `capacity` transitions leave behind is kept.
 
     Attributes:
         num_members: M.
@@ -75,7 +75,7 @@ class Metrics:
 
     @torch.no_grad()
     def add_(self, record: ChunkRecord, before: int, first_update: int) -> None:
-        """Take in what a chunk left behind, without reading it.
+        """Take in what a chunk left behind; waits for the device only where there is no room.
 
         Args:
             record: of the chunk, which follows the last one.

@@ -5,7 +5,7 @@
 // Vendor libraries first copy both matrices into an order of their own and check much; with the
 // small matrices of a Q-network this takes a fifth of the time. Here ROWS x PANEL results stay in
 // registers while k runs: x is read number by number, whatever its order in memory, and y a row of
-// the panel at a time, from where it lies if its rows do. Each row of the result is computed alone,
+// the panel at a time, in place if its rows are contiguous. Each row of the result is computed alone,
 // in one order of k, so it does not depend on how many rows there are.
 //
 // engine.py builds this into the functions that it compiles. They call it through torch's C
@@ -94,15 +94,15 @@ inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, J...>) {
   a = low;
 }
 
-// Turn a square over its diagonal: exchange two of its quarters, then two of each quarter's.
+// Transpose a square: exchange two of its quarters, then two of each quarter's.
 template <int STEP = WIDTH / 2>
-inline __attribute__((always_inline)) void turn(Vector* square) {
+inline __attribute__((always_inline)) void transpose(Vector* square) {
 #pragma GCC unroll 16
   for (int i = 0; i < WIDTH; ++i)
     if (!(i & STEP))
       exchange<STEP>(square[i], square[i | STEP], std::make_integer_sequence<int, WIDTH>());
   if constexpr (STEP > 1)
-    turn<STEP / 2>(square);
+    transpose<STEP / 2>(square);
 }
 
 // Copy `count` columns of y, the first at y.data, to rows of PANEL numbers, 0 after them.
@@ -115,7 +115,7 @@ void fill_panel(Matrix y, int64_t count, int64_t depth, float* panel) {
 #pragma GCC unroll 16
         for (int j = 0; j < WIDTH; ++j)
           square[j] = *(const Vector*)y.at(k, c + j);
-        turn(square);
+        transpose(square);
 #pragma GCC unroll 16
         for (int j = 0; j < WIDTH; ++j)
           *(Vector*)(panel + (k + j) * PANEL + c) = square[j];

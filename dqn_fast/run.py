@@ -121,7 +121,7 @@ class RunRecord:
             run_dir: existing directory.
             config: of `describe`.
             plan: of the run.
-            metrics: accumulators on the device.
+            metrics: what chunks left behind, on the device.
             diagnostics: snapshots of the run.
             q_net: the network that is trained.
             began: time.perf_counter() at the start of the program.

@@ -272,7 +272,8 @@ def test_the_own_product_is_a_product():
     compiler = Compiler([torch.zeros(1)], lambda state: None)
     unit = Unit("products", products, (pairs,), results)
     with cpu_threads(1):
-        assert ("dqn_fast.product" in compiler.trace(unit)[0].code) == engine._own_product()
+        own = engine._own_product(torch.zeros(1))
+        assert ("dqn_fast.product" in compiler.trace(unit)[0].code) == own
         compiler.start([unit])
         (run,) = compiler.finish()
         run([*compiler.state, *leaves(pairs), *results])
@@ -281,11 +282,12 @@ def test_the_own_product_is_a_product():
     assert torch.equal(results[-1], results[0][:, :5])
 
 
-def test_several_threads_share_a_product():
-    """The own product has one thread; with more, torch's is compiled."""
-    x, y = torch.zeros(1, 64, 128), torch.zeros(1, 128, 128)
-    unit = Unit("products", products, ([(x, y)],), [torch.zeros(1, 64, 128)])
-    with cpu_threads(2):
+@pytest.mark.parametrize(("threads", "dtype"), [(2, torch.float32), (1, torch.float64)])
+def test_other_products_are_torchs(threads, dtype):
+    """The own product has one thread and multiplies float32; otherwise torch's is compiled."""
+    x, y = torch.zeros(1, 64, 128, dtype=dtype), torch.zeros(1, 128, 128, dtype=dtype)
+    unit = Unit("products", products, ([(x, y)],), [torch.zeros(1, 64, 128, dtype=dtype)])
+    with cpu_threads(threads):
         graph, _ = Compiler([torch.zeros(1)], lambda state: None).trace(unit)
     assert "dqn_fast.product" not in graph.code
 
