@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.common import above_zero, at_least_one, finish, pin, synchronise
+from benchmarks.common import above_zero, among_cores, at_least_one, finish, pin, synchronise
 from benchmarks.floors import (
     COPY_SIZES,
     LARGE,
@@ -309,6 +309,7 @@ def prepared(args: ComponentsArgs) -> tuple[Args, torch.device, TensorEnv]:
         UsageError: a setting makes no sense.
     """
     at_least_one(args, "repeats", "num_threads")
+    among_cores(args.cores)
     above_zero("--seconds", args.seconds)
     training = args.training()
     check(training)

@@ -32,7 +32,14 @@ from unittest import mock
 import tyro
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.common import at_least_one, in_a_folder, machine_card, pin, synchronise
+from benchmarks.common import (
+    among_cores,
+    at_least_one,
+    in_a_folder,
+    machine_card,
+    pin,
+    synchronise,
+)
 from dqn_fast import train
 from dqn_fast.checkpoint import finite
 from dqn_fast.engine import choose_device, choose_engine, run_conditions
@@ -271,6 +278,7 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
         UsageError: a setting makes no sense.
     """
     at_least_one(args, "profile_steps", "repeats")
+    among_cores(args.cores)
     in_a_folder("--trace", args.trace)
     train.check(args.training)
     loop = Loop(args.training, args.profile_steps)
