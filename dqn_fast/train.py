@@ -630,7 +630,8 @@ class Rows:
 
 
 class CompiledChunk:
-    """Stands for `chunk_` of one learner: its vector steps compiled, one call each.
+    """Stands for `chunk_` of one learner, its vector steps compiled, one call each, and for
+    `draw_noise`.
 
     A vector step and the gradient step after it are one function; where more gradient steps follow,
     one function is the vector step and one a gradient step; where the environment lives on the
