@@ -131,13 +131,14 @@ class Metrics:
 
     def _sum_updates(self) -> None:
         """Take the gradient steps that are kept into the sums, on the device."""
+        if self._num_updates == 0:
+            return
         updates = self._updates[: self._num_updates]
         self._update_sums += updates.sum(0, dtype=self._update_sums.dtype)
         bad = ~updates.isfinite().flatten(1).all(1)
         number = torch.arange(1, len(updates) + 1, device=updates.device) + self._first_update
-        if len(updates):
-            first_bad = torch.where(bad, number, _NEVER).amin()
-            torch.minimum(self._first_bad_update, first_bad, out=self._first_bad_update)
+        first_bad = torch.where(bad, number, _NEVER).amin()
+        torch.minimum(self._first_bad_update, first_bad, out=self._first_bad_update)
         self._num_summed += len(updates)
         self._num_updates = 0
 
