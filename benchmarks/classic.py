@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,9 +237,11 @@ def saved_return(run_dir: Path, episodes: int) -> float:
     return float(json.loads(out.splitlines()[-1])["members"][0]["return_mean"])
 
 
-def run_module(command: Sequence[str]) -> str:
+def run_module(command: Sequence[str], environ: Mapping[str, str] | None = None) -> str:
     """What `python -m ...` prints; raises RuntimeError with its last words if it fails."""
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environ
+    )
     if done.returncode:
         words = done.stderr.strip().splitlines()
         raise RuntimeError(f"python -m {' '.join(command)}: {words[-1] if words else 'failed'}")

@@ -24,7 +24,6 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from benchmarks.classic import CARTPOLE_RETURN, Cores, Out, spread
+from benchmarks.classic import CARTPOLE_RETURN, Cores, Out, run_module, spread
 from benchmarks.common import among_cores, pin
 from benchmarks.peers.to_goal import ToGoal
 from dqn_fast.engine import EngineName
@@ -224,17 +223,6 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
         else:
             words += [f"--{flag}", str(value)]
     return words
-
-
-def run_module(command: Sequence[str], environ: Mapping[str, str]) -> str:
-    """What `python -m ...` prints; raises RuntimeError with its last words if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, env=environ
-    )
-    if done.returncode:
-        words = done.stderr.strip().splitlines()
-        raise RuntimeError(f"python -m {' '.join(command)}: {words[-1] if words else 'failed'}")
-    return done.stdout
 
 
 # ----------------------------------------------------------------------------------- the table
