@@ -41,7 +41,7 @@ what they take for eight times the work."""
 
 AUTO_SWITCH = 16_384
 """Gradient steps after which `auto` changes over on a CPU. A fixed number, so that a run can be
-repeated; compiling, 20 to 35 s on another core, is done by then or nearly so."""
+repeated; compiling, 30 to 40 s on another core, is done by then or nearly so."""
 
 AUTO_COMPILE_ON_CUDA = 100_000
 """Gradient steps from which `auto` waits for the compiler before it captures on a GPU."""

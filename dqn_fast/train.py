@@ -160,8 +160,8 @@ class Args:
     device: str = "auto"
     """Where everything lives: auto (cuda, then cpu), cpu, cuda, cuda:1, mps."""
     engine: EngineName = "auto"
-    """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (20 to
-    35 s, kept for the next run); graph, captured in CUDA graphs. auto weighs the gradient steps to
+    """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (30 to
+    40 s, kept for the next run); graph, captured in CUDA graphs. auto weighs the gradient steps to
     come against the time to compile and says what it chose. Results agree but for rounding."""
     chunk_steps: int = 256
     """Vector steps per chunk at most, >= 1; never changes the result."""
