@@ -45,7 +45,7 @@ from benchmarks.floors import (
 )
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast.agent import UpdateSchedule, update_
-from dqn_fast.engine import choose_device, run_conditions
+from dqn_fast.device import choose_device, run_conditions
 from dqn_fast.envs import EnvError, TensorEnv, make_env
 from dqn_fast.noise import Noise
 from dqn_fast.replay import Transition

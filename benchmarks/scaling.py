@@ -29,7 +29,7 @@ import tyro
 from benchmarks.common import above_zero, at_least_one, finish, in_a_folder, pin, synchronise
 from benchmarks.comparison import write_png
 from benchmarks.throughput import ENDLESS, fast_args
-from dqn_fast.engine import choose_device, run_conditions
+from dqn_fast.device import choose_device, run_conditions
 from dqn_fast.envs import make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise

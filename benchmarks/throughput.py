@@ -46,7 +46,8 @@ from benchmarks.common import (
 from benchmarks.gate import RATIOS, RecordError, check, disturbed, key_of, name_of, read_record
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.turns import Body, LeftOutError, Stopwatch, TurnError, take_turns
-from dqn_fast.engine import EngineName, choose_device, run_conditions
+from dqn_fast.device import choose_device, run_conditions
+from dqn_fast.engine import EngineName
 from dqn_fast.envs import make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.engine import choose_device
+from dqn_fast.device import choose_device
 from dqn_fast.envs import TensorEnv, UnknownEnvError, make_env
 from dqn_fast.networks import QNetwork
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import importlib.util
 import os
@@ -23,12 +22,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -538,93 +535,6 @@ def _on_side_stream(call: Callable[[], Any]) -> Any:
         result = call()
     torch.cuda.current_stream().wait_stream(stream)
     return result
-
-
-# -------------------------------------------------------------------------------------- device
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `name` stands for; "auto" takes CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = ["cpu"]
-        have += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        have += ["mps"] if torch.backends.mps.is_available() else []
-        raise ValueError(
-            f"--device {name}: not to be had here; there is auto, {', '.join(have)}"
-        ) from error
-    return device
-
-
-@contextmanager
-def run_conditions(num_threads: int) -> Iterator[None]:
-    """Threads, garbage collector and arithmetic as a run wants them, and then as they were."""
-    with cpu_threads(num_threads), collector_at_rest(), denormals_as_zero():
-        yield
-
-
-@contextmanager
-def cpu_threads(number: int) -> Iterator[None]:
-    """Let torch use so many CPU threads; 0 leaves its own choice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Keep Python's garbage collector from walking what is there already.
-
-    torch alone leaves half a million objects; walking them takes 0.15 s, every few thousand
-    gradient steps. What is made meanwhile is collected as always.
-    """
-    frozen = gc.get_freeze_count() > 0
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen:
-            gc.unfreeze()
-
-
-@contextmanager
-def denormals_as_zero() -> Iterator[None]:
-    """Let this thread's CPU take numbers below 1e-38 for 0.
-
-    It calculates slowly with them, and Adam's moments of a weight without gradients get there: in
-    LineWorld 38 % of the first moments after 2,000 gradient steps and 60 % after 20,000, which cost
-    6 % of the compiled loop.
-    """
-    for dtype in (np.float32, np.float64):
-        np.finfo(dtype)  # NumPy remembers it; asked later, it would warn
-    smallest = torch.full((), torch.finfo(torch.float32).tiny)
-    before = bool(smallest / 2 == 0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-def upload(array: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host tensor to `device` without waiting for it.
-
-    From pageable memory the copy to a CUDA device would block, and sync-debug mode would not say.
-    """
-    if device.type != "cuda":
-        return array.to(device)
-    return array.pin_memory().to(device, non_blocking=True)
 
 
 if __name__ == "__main__":

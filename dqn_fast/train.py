@@ -40,6 +40,7 @@ from dqn_fast.agent import (
     update_,
 )
 from dqn_fast.describe import describe
+from dqn_fast.device import MatmulPrecision, choose_device, run_conditions, upload
 from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.engine import (
     Captured,
@@ -48,12 +49,9 @@ from dqn_fast.engine import (
     EngineUnavailableError,
     Run,
     Unit,
-    choose_device,
     choose_engine,
     cuda_graph,
     leaves,
-    run_conditions,
-    upload,
 )
 from dqn_fast.envs import (
     EnvCheckError,
@@ -167,6 +165,9 @@ class Args:
     """Vector steps per chunk at most, >= 1; never changes the result."""
     num_threads: int = 1
     """CPU threads; >= 0, 0 leaves torch's own choice. Small networks are fastest on one."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Float32 matrix products on a GPU: highest, in float32; high, in TF32, with 10 bits of
+    mantissa instead of 23, where the card has it. A CPU multiplies in float32 either way."""
 
     # Records
     name: str = "dqn"
@@ -902,10 +903,13 @@ def train(
     if env is not None and args.env_params:
         pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
         raise UsageError(f"--env-params {pairs}: must be empty with an environment of one's own")
+    try:
+        device = choose_device(args.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     with ExitStack() as stack:
-        stack.enter_context(run_conditions(args.num_threads))
+        stack.enter_context(run_conditions(args.num_threads, device, args.matmul_precision))
         try:
-            device = choose_device(args.device)
             if env is None:
                 env_id = args.env_id
                 env = make_env(env_id, args.env_params, args.vectorization_mode)

@@ -42,7 +42,8 @@ from benchmarks.common import (
 )
 from dqn_fast import train
 from dqn_fast.checkpoint import finite
-from dqn_fast.engine import choose_device, choose_engine, run_conditions
+from dqn_fast.device import choose_device, run_conditions
+from dqn_fast.engine import choose_engine
 from dqn_fast.envs import EnvError, make_env
 from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise

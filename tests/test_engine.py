@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from dqn_fast import engine
+from dqn_fast.device import collector_at_rest, cpu_threads, run_conditions
 from dqn_fast.engine import (
     AUTO_SWITCH,
     Captured,
     Compiler,
     Unit,
     choose_engine,
-    collector_at_rest,
-    cpu_threads,
     cuda_graph,
     leaves,
     refill,
-    run_conditions,
 )
 from dqn_fast.envs import make_env
 from dqn_fast.noise import Noise

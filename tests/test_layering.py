@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
-    {"bellman", "noise", "schedule"},
+    {"bellman", "device", "noise", "schedule"},
     {"envs", "networks", "replay", "engine"},
     {"agent", "metrics", "tracker"},
     {"checkpoint"},

@@ -25,7 +25,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.engine import upload
+from dqn_fast.device import upload
 from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
 from dqn_fast.envs.gymnasium_copies import Copies, close_all
 from dqn_fast.envs.gymnasium_sources import (

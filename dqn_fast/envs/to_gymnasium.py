@@ -25,7 +25,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.engine import upload
+from dqn_fast.device import upload
 from dqn_fast.envs import TENSOR_ENVS
 from dqn_fast.envs.core import TabularEnv, TensorEnv, VectorState
 from dqn_fast.noise import Stream, stream_key, uniform_of, words_at
