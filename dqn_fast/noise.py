@@ -69,19 +69,18 @@ def stream_key(seed: int, stream: Stream) -> NDArray[Any]:
     return np.random.SeedSequence([seed, stream]).generate_state(2)
 
 
-def words_at(keys: Tensor, index: Tensor, blocks: int, epoch: int = 0) -> list[Tensor]:
+def words_at(keys: Tensor, index: Tensor, block: Tensor, epoch: int = 0) -> list[Tensor]:
     """The words of M streams at given places.
 
     Args:
         keys: of `stream_key`, int64 [M, 2].
         index: which draw of each stream, int64 [count, M], >= 0.
-        blocks: how many times four words a draw has.
+        block: 0 .. blocks - 1, int64 [blocks]; a draw has four words for each.
         epoch: a further index in [0, 2**32), for draws that start again at 0.
 
     Returns:
         Four int64 tensors [count, M, blocks] of 32-bit words.
     """
-    block = torch.arange(blocks, device=index.device)
     salt = torch.full((), epoch, dtype=torch.int64, device=index.device)
     index = index[..., None]
     return philox_4x32([block, index & _MASK, index >> 32, salt], keys[..., None].unbind(1))
@@ -104,18 +103,28 @@ class Noise:
         num_members: M.
         device: where the numbers are made; the values do not depend on it.
         keys: of each member and stream, int64 [M, streams, 2].
+        counters: 0, 1, 2, ..., int64, as many as were needed so far. Compiled for a GPU, an
+            `arange` has 32 bits whatever its dtype (pytorch#175966, open in torch 2.14), and a
+            product with a Philox constant is wrong; numbers that a function loads have 64.
     """
 
     def __init__(self, seed: int, num_members: int, device: torch.device | str = "cpu") -> None:
         self.seed, self.num_members, self.device = seed, num_members, torch.device(device)
         keys = [[stream_key(seed + i, stream) for stream in Stream] for i in range(num_members)]
         self.keys = torch.tensor(np.array(keys, np.int64), device=device)
+        self.counters = torch.arange(1_024, device=device)
 
-    def with_keys(self, keys: Tensor) -> Noise:
-        """The same over other memory for the keys."""
+    def with_tensors(self, keys: Tensor, counters: Tensor) -> Noise:
+        """The same over other memory for keys and counters."""
         noise = copy.copy(self)
-        noise.keys = keys
+        noise.keys, noise.counters = keys, counters
         return noise
+
+    def _up_to(self, count: int) -> Tensor:
+        """0 .. count - 1, int64 [count], loaded from memory."""
+        if count > len(self.counters):
+            self.counters = torch.arange(count, device=self.device)
+        return self.counters[:count]
 
     def uniform(
         self, stream: Stream, start: int | Tensor, count: int, shape: Sequence[int], epoch: int = 0
@@ -153,5 +162,5 @@ class Noise:
         self, stream: Stream, start: int | Tensor, count: int, blocks: int, epoch: int
     ) -> list[Tensor]:
         """Four int64 tensors [count, M, blocks] of 32-bit words."""
-        index = (start + torch.arange(count, device=self.device))[:, None]
-        return words_at(self.keys[:, stream], index.expand(count, self.num_members), blocks, epoch)
+        index = (start + self._up_to(count))[:, None].expand(count, self.num_members)
+        return words_at(self.keys[:, stream], index, self._up_to(blocks), epoch)

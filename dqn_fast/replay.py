@@ -142,7 +142,8 @@ class Replay:
         Returns:
             Transitions [M, B, ...], actions as int64.
         """
-        rows = (noise % self.size + self._offsets).flatten()
+        # An empty replay gives its first rows, zeros: a compiled division by 0 ends the process.
+        rows = (noise % self.size.clamp(min=1) + self._offsets).flatten()
         obs, action, reward, next_obs, terminated = (
             stored.index_select(0, rows).view(*noise.shape, *stored.shape[1:])
             for stored in self.rows

@@ -129,6 +129,7 @@ class RunRecord:
         self.run_dir, self.config, self.status = run_dir, config, "done"
         self.num_evaluations = 0
         self.engine: str = config["derived"]["engine"]
+        self._running, self._reason = self.engine, config["derived"]["engine_reason"]
         self.compile_s = self.eval_s = 0.0
         self.summary: dict[str, Any] = {}
         self._args: Mapping[str, Any] = config["args"]
@@ -185,14 +186,26 @@ class RunRecord:
         self._num_syncs += int(chunk.syncs.sum())
         self._tracker.progress(chunk.after)
 
-    def changed_engine(self, engine: str, reason: str, compile_s: float) -> None:
-        """Note in mid-run what runs from now on, why, and what the loop waited for it."""
-        if engine != self.engine:
+    def changed_engine(
+        self, engine: str, reason: str, compile_s: float, never_ran: bool = False
+    ) -> None:
+        """Note in mid-run what runs from now on, why, and what the loop waited for it.
+
+        Args:
+            engine: that runs from now on.
+            reason: why, in a few words.
+            compile_s: seconds that the loop waited for a compiler so far.
+            never_ran: whether what was announced before has run nothing.
+        """
+        if (engine, reason) != (self._running, self._reason):
             self._tracker.message(
                 f"engine    {engine} from global_step {self._global_step:,} on ({reason})"
             )
-            engine = f"{self.engine}, {engine} from {self._global_step:,} on"
-        self.engine, self.compile_s = engine, compile_s
+        if never_ran:
+            self.engine = engine
+        elif engine != self._running:
+            self.engine += f", {engine} from {self._global_step:,} on"
+        self._running, self._reason, self.compile_s = engine, reason, compile_s
 
     def check_finite(self, replay: Replay) -> None:
         """Reads one number from the device, and replay only if that number tells of trouble.

@@ -6,6 +6,7 @@ data. Nothing here knows about environments, networks or replay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -126,6 +127,8 @@ class Plan:
         target_update_interval: transitions between synchronisations of the target, 0 for none.
         max_chunk_steps: vector steps of a chunk at most; never changes the result.
         max_window_steps: vector steps whose noise is drawn at once; never changes the result.
+        few_shapes: whether chunks come in few kinds of `update_counts`, for an engine that records
+            each kind; see `_few_shapes`. Never changes the result.
         intervals: side jobs (log, evaluate, save); a chunk ends where one of them is crossed.
     """
 
@@ -137,6 +140,7 @@ class Plan:
     target_update_interval: int
     max_chunk_steps: int = 32
     max_window_steps: int = 256
+    few_shapes: bool = False
     intervals: tuple[int, ...] = ()
 
     @property
@@ -174,6 +178,11 @@ class Plan:
         group = before // self.train_freq + -(-number // self.gradient_steps)
         return -(-group * self.train_freq // self.num_envs) * self.num_envs
 
+    @property
+    def period(self) -> int:
+        """Vector steps after which the numbers of gradient steps repeat."""
+        return self.train_freq // math.gcd(self.train_freq, self.num_envs)
+
     def update_counts(self, first: int, num_steps: int) -> NDArray[np.int64]:
         """Gradient steps after each of the vector steps first .. first + num_steps - 1, int64."""
         index = np.arange(first, first + num_steps)
@@ -184,8 +193,7 @@ class Plan:
     def learning_counts(self) -> set[int]:
         """The different numbers of gradient steps after a vector step, once learning has begun."""
         first = self.first_learning_step
-        # They repeat after train_freq vector steps at the latest.
-        num_steps = min(self.num_vector_steps - first, self.train_freq)
+        num_steps = min(self.num_vector_steps - first, self.period)
         return {int(count) for count in np.unique(self.update_counts(first, max(num_steps, 0)))}
 
     def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[tuple[Chunk, Chunk]]:
@@ -208,6 +216,8 @@ class Plan:
             start, end = first, first + num_steps
             while first < end:
                 num_steps = min(self._steps_to_boundary(first), end - first)
+                if self.few_shapes:
+                    num_steps = self._few_shapes(first, num_steps)
                 yield window, window.part(first - start, num_steps)
                 first += num_steps
             num_updates += window.num_updates
@@ -219,6 +229,23 @@ class Plan:
         if first < self.first_learning_step:
             ends.append(self.first_learning_step)
         return min(ends) - first
+
+    def _few_shapes(self, first: int, num_steps: int) -> int:
+        """Length of a chunk from vector step `first` on, at most `num_steps`.
+
+        Whole periods, from the beginning of one, in a power of two; between them, and before
+        learning starts, as many steps with equally many gradient steps, in a power of two. So a
+        run has at most about log2(max_chunk_steps) kinds of chunks for each number of gradient
+        steps, wherever intervals and windows end.
+        """
+        learns, period = first >= self.first_learning_step, self.period
+        in_periods = learns and period <= self.max_chunk_steps
+        if in_periods and first % period == 0 and num_steps >= period:
+            return period * _power_of_two(num_steps // period)
+        if in_periods:
+            num_steps = min(num_steps, period - first % period)
+        counts = self.update_counts(first, num_steps)
+        return _power_of_two(int(np.argmin([*(counts == counts[0]), False])))
 
     def _chunk(self, first: int, num_steps: int, num_updates: int) -> Chunk:
         counts = self.update_counts(first, num_steps)
@@ -253,3 +280,8 @@ class Plan:
         last_stamp = -(-last_group // self.num_envs) * self.num_envs
         learning_start = self.first_learning_step * self.num_envs
         return max(last_stamp, learning_start) // self.target_update_interval
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one that is at most `number`, which is at least 1."""
+    return 1 << (number.bit_length() - 1)

@@ -43,14 +43,15 @@ from dqn_fast.describe import describe
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions, upload
 from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.engine import (
+    RECORDED_STEPS,
     Captured,
     Compiler,
+    CudaGraphs,
     EngineName,
     EngineUnavailableError,
     Run,
     Unit,
     choose_engine,
-    cuda_graph,
     leaves,
 )
 from dqn_fast.envs import (
@@ -675,12 +676,14 @@ class CompiledChunk:
         groups = num_steps * args.num_envs // args.train_freq + 1
         num_updates = min(groups * args.gradient_steps, plan.total_updates)
 
-        def draw(_: Learner, keys: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
-            return draw_noise(args, env, noise.with_keys(keys), num_steps, num_updates, *first)
+        def draw(_: Learner, keys: Tensor, counters: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
+            own = noise.with_tensors(keys, counters)
+            return draw_noise(args, env, own, num_steps, num_updates, *first)
 
         first = torch.zeros(2, dtype=torch.int64, device=noise.device).unbind()
         self._drawn = draw_noise(args, env, noise, num_steps, num_updates, 0, 0)
-        return Unit("noise", draw, (noise.keys, *first), self._drawn)
+        self._keys, self._counters = noise.keys, noise.counters  # as many as this needs
+        return Unit("noise", draw, (self._keys, self._counters, *first), self._drawn, exact=True)
 
     def finish(self) -> None:
         """Wait for the compiler.
@@ -739,7 +742,8 @@ class CompiledChunk:
     ) -> tuple[Tensor, ...]:
         """As `draw_noise`, for what this was made for; the next call overwrites what it returns."""
         start = upload(torch.tensor(first), noise.device).unbind()
-        self._functions["noise"]([*self._state, noise.keys, *start, *self._drawn])
+        inputs = (self._keys, self._counters, *start, *self._drawn)
+        self._functions["noise"]([*self._state, *inputs])
         *steps, rows = self._drawn
         return *(drawn[:num_steps] for drawn in steps), rows[:num_updates]
 
@@ -762,11 +766,16 @@ _STEP = ("step", "step-update")
 class Runner:
     """Runs the chunks of one learner with the engine that was asked for, or the next best.
 
+    Whatever fails while an engine is made costs a reason in words: without compiled functions a
+    graph holds plain kernels, without graphs compiled functions are called, without either the
+    plain ones are. Nothing has run by then, so the run is the one that the next best engine makes.
+
     Attributes:
         engine: what runs now: eager, compile or graph.
         reason: why, in a few words.
         compile_s: seconds that the loop waited for the compiler.
-        on_change: told engine, reason and compile_s once compiled functions run, or cannot.
+        on_change: told engine, reason, compile_s and whether this is instead of an engine that
+            never ran, once compiled functions run, or something cannot be had.
     """
 
     def __init__(self, args: Args, learner: Learner, plan: Plan, noise: Noise) -> None:
@@ -775,20 +784,19 @@ class Runner:
         choice = choose_engine(args.engine, device, plan.total_updates, on_host)
         self.engine: str = "eager" if choice.switch else choice.engine
         self.reason, self.compile_s = choice.reason, 0.0
-        self.on_change: Callable[[str, str, float], None] = lambda *_: None
+        self.on_change: Callable[[str, str, float, bool], None] = lambda *_: None
         self._learner, self._num_updates, self._switch = learner, 0, choice.switch or 0
         self._chunk_: Callable[..., ChunkRecord] = chunk_
         self._draw_noise: DrawNoise = draw_noise
         self._compiled: CompiledChunk | None = None
+        self.captured: Captured | None = None
+        if choice.engine == "graph":
+            self.captured = Captured(self._chunk, CudaGraphs(device))
         if choice.compiled:
             try:
                 self._compiled = CompiledChunk(args, learner, plan, noise)
             except EngineUnavailableError as error:
-                self._do_without(error)
-        graph = choice.engine == "graph"
-        self._run: Callable[..., ChunkRecord] = (
-            Captured(self._chunk, cuda_graph) if graph else self._chunk
-        )
+                self._without_compiler(error)
 
     def __call__(
         self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
@@ -798,7 +806,12 @@ class Runner:
         if self._compiled is not None and num_updates and self._num_updates >= self._switch:
             self._change_over(self._compiled)
         self._num_updates += num_updates
-        return self._run(update_counts, steps, updates)
+        if self.captured is not None:
+            try:
+                return self.captured(update_counts, steps, updates)
+            except EngineUnavailableError as error:
+                self._without_graphs(self.captured, error)
+        return self._chunk(update_counts, steps, updates)
 
     def draw_noise(self, *arguments: Any) -> tuple[Tensor, ...]:
         """`draw_noise`; what it returns is to be used before the next call."""
@@ -812,20 +825,29 @@ class Runner:
     def _change_over(self, compiled: CompiledChunk) -> None:
         """Wait for the compiler and go on with what it made."""
         began = time.perf_counter()
-        self._compiled = None
+        self._compiled, announced = None, self.engine
         try:
             compiled.finish()
             self._chunk_, self._draw_noise = compiled, compiled.draw_noise
             if self.engine == "eager":
                 self.engine = "compile"
         except EngineUnavailableError as error:
-            self._do_without(error)
+            self._without_compiler(error)
         self.compile_s = time.perf_counter() - began
-        self.on_change(self.engine, self.reason, self.compile_s)
+        never_ran = announced == "compile" and self.engine == "eager"
+        self.on_change(self.engine, self.reason, self.compile_s, never_ran)
 
-    def _do_without(self, error: EngineUnavailableError) -> None:
-        self.engine = "graph" if self.engine == "graph" else "eager"
+    def _without_compiler(self, error: EngineUnavailableError) -> None:
+        if self.engine == "graph":
+            self.reason = f"plain kernels, {error}"
+        else:
+            self.engine, self.reason = "eager", str(error)
+
+    def _without_graphs(self, captured: Captured, error: EngineUnavailableError) -> None:
+        self.captured = None
+        self.engine = "eager" if self._chunk_ is chunk_ else "compile"
         self.reason = str(error)
+        self.on_change(self.engine, self.reason, self.compile_s, captured.num_recordings == 0)
 
     def close(self) -> None:
         """Stop the compiler if it still runs."""
@@ -1013,7 +1035,14 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
     updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
     numbers = args.num_seeds * (args.num_envs * per_copy + 2 * updates * args.batch_size)
-    return dataclasses.replace(plan, max_window_steps=max(1, 2**19 // numbers))
+    window, chunk = max(1, 2**19 // numbers), plan.max_chunk_steps
+    choice = choose_engine(args.engine, choose_device(args.device), plan.total_updates, env.on_host)
+    if graph := choice.engine == "graph":
+        chunk = min(chunk, RECORDED_STEPS)
+        window -= window % chunk if window > chunk else 0
+    return dataclasses.replace(
+        plan, max_window_steps=window, max_chunk_steps=chunk, few_shapes=graph
+    )
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -19,6 +20,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """A context in which whatever waits for the GPU raises; the mode is given back as it was."""
+    before = torch.cuda.get_sync_debug_mode()
+
+    @contextmanager
+    def forbidden() -> Iterator[None]:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    yield forbidden
+    torch.cuda.set_sync_debug_mode(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

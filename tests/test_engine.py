@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import gc
+import json
+import subprocess
+import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from dqn_fast import engine
+from dqn_fast.checkpoint import load_checkpoint
 from dqn_fast.device import collector_at_rest, cpu_threads, run_conditions
 from dqn_fast.engine import (
     AUTO_SWITCH,
     Captured,
     Compiler,
+    CudaGraphs,
+    EngineUnavailableError,
     Unit,
     choose_engine,
-    cuda_graph,
     leaves,
     refill,
 )
@@ -27,6 +36,7 @@ from dqn_fast.envs import make_env
 from dqn_fast.noise import Noise
 from dqn_fast.train import (
     Args,
+    CompiledChunk,
     Learner,
     Runner,
     StepInputs,
@@ -155,19 +165,6 @@ def test_the_choice_on_a_gpu(name, num_updates, on_host, engine, monkeypatch):
         assert choice.compiled == (num_updates > 10 or name == "graph")
 
 
-def test_a_compiler_that_fails_costs_a_message(tmp_path, monkeypatch, capsys):
-    """The run goes on eagerly, says why, and its results are those of an eager run."""
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    args = replace(RANDOM, total_timesteps=640, quiet=False)
-    failed = train(replace(args, engine="compile", run_dir=tmp_path / "a")).summary
-    assert "compiler failed" in capsys.readouterr().out
-    assert failed["engine"].startswith("compile, eager from ")
-    eager = train(replace(args, engine="eager", run_dir=tmp_path / "b")).summary
-    for name in ("num_updates", "eval_return_mean", "q_error_max"):
-        assert failed[name] == eager[name]
-
-
 # ------------------------------------------------------------------------------------- tracing
 
 
@@ -231,6 +228,87 @@ def test_a_vector_step_traces_whole_and_bakes_nothing_in(env_id):
         baseline = baseline or carried(ours)
         same = [torch.equal(a, b) for a, b in zip(carried(ours), baseline, strict=True)]
         assert all(same) == (change == "nothing"), change
+
+
+CASES = {
+    "members": replace(RANDOM, num_seeds=3),
+    "several updates a step": replace(RANDOM, train_freq=4, target_update_interval=20),
+    "odd numbers": replace(RANDOM, num_envs=7, train_freq=3),
+    "one copy": replace(RANDOM, num_envs=1, train_freq=1, total_timesteps=2_000),
+    "double q": replace(RANDOM, env_id="CartPole-v1", double_q=True, env_params={}),
+    "held": replace(RANDOM, env_id="MountainCar-v0", eps_repeat=0.5),
+    "acrobot": replace(RANDOM, env_id="Acrobot-v1"),
+    "table": replace(RANDOM, env_id="FrozenLake-v1"),
+    "host": replace(RANDOM, env_id="gym:CartPole-v1", num_envs=4, total_timesteps=2_000),
+}
+
+
+def numbers_in_arithmetic(graph: torch.fx.GraphModule, constants: list[Tensor]) -> list[str]:
+    """Operations that calculate in 64-bit integers with an `arange` made in the same graph.
+
+    Inductor makes of it the index of a GPU's kernel, which has 32 bits whatever the dtype says; so
+    such a result is wrong beyond 2**31 (trap 19). Comparisons and floats are no matter.
+    """
+    table = {**select_decomp_table()}
+    lifted = iter(constants)
+    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    with values[0].fake_mode as mode:
+        inputs = [mode.from_tensor(next(lifted)) if v is None else v for v in values]
+        lowered = make_fx(graph, table)(*inputs)
+    found: list[str] = []
+    for traced in (graph, lowered):
+        indices: set[torch.fx.Node] = set()
+        for node in traced.graph.nodes:
+            name = str(node.target)
+            value = node.meta.get("val")
+            if name.startswith(("aten.arange", "prims.iota")):
+                indices.add(node)
+            elif indices.intersection(node.all_input_nodes) and isinstance(value, Tensor):
+                if value.dtype != torch.int64 or "index" in name or "gather" in name:
+                    continue
+                indices.add(node)
+                if not any(word in name for word in SHAPES_ONLY):
+                    found.append(f"{name} in {node.stack_trace or node}")
+    return found
+
+
+SHAPES_ONLY = (
+    "view", "squeeze", "expand", "slice", "select", "clone", "convert_element_type", "_to_copy",
+    "alias", "permute", "transpose", "detach", "broadcast", "copy",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_index_of_a_kernel_takes_part_in_64_bit_arithmetic(case, monkeypatch):
+    """In the traced graphs of every kind of run: noise, vector step, gradient step."""
+    units: list[Unit] = []
+    monkeypatch.setattr(Compiler, "start", lambda self, given: units.extend(given))
+    args = CASES[case]
+    env, noise = make_env(args.env_id, args.env_params), Noise(args.seed, args.num_seeds)
+    learner, plan = make_learner(args, env, noise), make_plan(args, env)
+    compiled = CompiledChunk(args, learner, plan, noise)
+    env.close()
+    assert units[-1].name == "noise"
+    monkeypatch.setattr(engine, "_decompositions", lambda device: {})  # as on a GPU
+    for unit in units:
+        assert numbers_in_arithmetic(*compiled._compiler.trace(unit)) == []
+
+
+def test_numbers_in_arithmetic_are_found():
+    """Through views, and in what Inductor makes of an operation; not in comparisons."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        number = torch.arange(4)[:, None].expand(4, 2)
+        return [(number == 2).long() + x, number.float(), x[number[:, 0]] * 2**40]
+
+    def wrong(x: Tensor) -> list[Tensor]:
+        return [torch.arange(4) * 0xD2511F53]
+
+    for each, expected in ((function, 0), (wrong, 2)):
+        x = torch.ones(4, 2, dtype=torch.int64)
+        unit = Unit("unit", each, (), [t.clone() for t in each(x)])
+        traced = Compiler([x], lambda state: state[0]).trace(unit)
+        assert len(numbers_in_arithmetic(*traced)) == expected
 
 
 def test_what_cannot_be_traced_runs_eagerly(tmp_path):
@@ -331,19 +409,6 @@ def test_auto_changes_over_in_mid_run(tmp_path, monkeypatch, capsys):
     assert auto[0]["q_error_max"] == pytest.approx(eager["q_error_max"], rel=1e-3)
 
 
-CASES = {
-    "members": replace(RANDOM, num_seeds=3),
-    "several updates a step": replace(RANDOM, train_freq=4, target_update_interval=20),
-    "odd numbers": replace(RANDOM, num_envs=7, train_freq=3),
-    "one copy": replace(RANDOM, num_envs=1, train_freq=1, total_timesteps=2_000),
-    "double q": replace(RANDOM, env_id="CartPole-v1", double_q=True, env_params={}),
-    "held": replace(RANDOM, env_id="MountainCar-v0", eps_repeat=0.5),
-    "acrobot": replace(RANDOM, env_id="Acrobot-v1"),
-    "table": replace(RANDOM, env_id="FrozenLake-v1"),
-    "host": replace(RANDOM, env_id="gym:CartPole-v1", num_envs=4, total_timesteps=2_000),
-}
-
-
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=[] if c == "members" else [pytest.mark.slow]) for c in CASES],
@@ -362,79 +427,132 @@ def test_every_kind_of_run_compiles(case):
 # ----------------------------------------------------------------------------------- capturing
 
 
-def rerun(call: Any) -> Any:
-    """Records a call where there is no GPU: running it again writes the outputs of the first."""
-    snapshot = None
+class Rerun:
+    """Records calls where there is no GPU: a replay runs the call and overwrites its outputs."""
 
-    def replay() -> None:
-        nonlocal snapshot
-        for target, source in zip(leaves(outputs), leaves(call()), strict=True):
-            target.copy_(source)
+    def __init__(self, device: Any = None) -> None:
+        self.num_recorded = 0
 
-    outputs = call()
-    return replay, outputs
+    def warm_up(self, call: Any) -> Any:
+        return call()
+
+    def record(self, call: Any) -> Any:
+        self.num_recorded += 1
+        kept: list[Any] = []
+
+        def replay() -> Any:
+            outputs = call()
+            if not kept:
+                kept.append(refill(outputs, iter([t.clone() for t in leaves(outputs)])))
+            for target, source in zip(leaves(kept[0]), leaves(outputs), strict=True):
+                target.copy_(source)
+            return kept[0]
+
+        return replay
 
 
-def test_a_recording_reads_fresh_inputs_and_computes_once():
-    """First call plain, second recorded, later ones replayed; inputs are fresh each time, a key has
-    a recording of its own, and capture itself leaves the carried tensors alone (trap 12)."""
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch) -> None:
+    """`--engine graph` captures on the CPU too, by running calls again."""
+    choose = engine.choose_engine
+
+    def chosen(name: Any, device: Any, num_updates: int, on_host: bool = False) -> Any:
+        if name == "graph" and not on_host:
+            return engine.Choice("graph", plain_or_compiled["compiled"], "asked for")
+        return choose(name, device, num_updates, on_host)
+
+    plain_or_compiled = {"compiled": False}
+    monkeypatch.setattr("dqn_fast.train.choose_engine", chosen)
+    monkeypatch.setattr("dqn_fast.train.CudaGraphs", Rerun)
+    return plain_or_compiled
+
+
+def test_a_recording_reads_fresh_inputs():
+    """A call with a new part of its key runs as it is; all others are recorded, once for each key,
+    and replayed with the inputs of each call (trap 12)."""
     total, calls = torch.zeros(()), []
 
-    def add_(key: int, x: Tensor) -> Tensor:
+    def add_(key: tuple[int, ...], x: Tensor) -> Tensor:
         calls.append(key)
-        total.add_(key * x)
+        total.add_(sum(key) * x)
         return total.clone()
 
-    def record(call: Any) -> Any:
-        before = total.clone()
-        replay, outputs = rerun(call)
-        total.copy_(before)  # as capture: nothing is computed
-        return replay, outputs
-
-    captured = Captured(add_, record)
+    recorder = Rerun()
+    captured = Captured(add_, recorder)
     expected = 0.0
     for x in range(1, 6):
-        for key in (1, 10):
-            expected += key * x
+        for key in ((1,), (10,), (1, 10), (10, 10, 1)):
+            expected += sum(key) * x
             assert float(captured(key, torch.tensor(float(x)))) == expected
-    assert len(captured._recordings) == 2
+    assert captured.num_plain == 2
+    assert captured.num_recordings == recorder.num_recorded == 4
 
 
 def test_recordings_are_bounded(monkeypatch):
     """Beyond the limit a call runs as it is."""
     monkeypatch.setattr(Captured, "MOST_RECORDINGS", 2)
-    captured = Captured(lambda key, x: x + key, rerun)
+    captured = Captured(lambda key, x: x + sum(key), Rerun())
     for _ in range(3):
         for key in range(4):
-            assert float(captured(key, torch.tensor(1.0))) == 1.0 + key
-    assert len(captured._recordings) == 2
+            assert float(captured((key,), torch.tensor(1.0))) == 1.0 + key
+    assert captured.num_recordings == 2
 
 
-def test_captured_chunks_equal_plain_ones():
+ODD = replace(RANDOM, num_envs=48, log_interval=1_000, eval_interval=4_100, total_timesteps=65_536)
+KINDS = {
+    "default": (Args(), 8, 2),
+    "odd intervals": (ODD, 12, 2),
+    "a period of 25 steps": (replace(ODD, num_envs=4, train_freq=100), 12, 2),
+    "a period longer than a recording": (replace(ODD, num_envs=16, train_freq=1_000), 12, 2),
+    "several counts": (replace(ODD, num_envs=7, train_freq=3), 14, 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_has_few_kinds_of_chunks(kind, graphs_on_the_cpu):
+    """Recordings and calls that ran as they are, over a whole run: few, and the calls short and at
+    the start of a kind, whatever windows, log points, learning start and period do."""
+    args, most_recordings, most_plain = KINDS[kind]
+    args = replace(args, engine="graph", gradient_steps=1)
+    plan = make_plan(args, make_env(args.env_id, args.env_params))
+    lengths = []
+
+    def call(key: tuple[int, ...], x: Tensor) -> Tensor:
+        lengths.append(len(key))
+        return x
+
+    captured = Captured(call, Rerun())
+    for _, chunk in plan.chunks():
+        captured(chunk.update_counts, torch.zeros(()))
+    assert sum(lengths) == plan.num_vector_steps
+    assert max(lengths) <= engine.RECORDED_STEPS
+    assert captured.num_recordings <= most_recordings
+    assert captured.num_plain <= most_plain
+
+
+@pytest.mark.parametrize(
+    "args", [replace(RANDOM, total_timesteps=4_000, log_interval=160), CASES["odd numbers"]]
+)
+def test_captured_chunks_equal_plain_ones(args, graphs_on_the_cpu):
     """The whole loop through recordings, without a GPU: the same metrics and the same learner."""
-    args = replace(RANDOM, total_timesteps=4_000, log_interval=160)
+    args = replace(args, total_timesteps=4_000)
     eager = run(replace(args, engine="eager"))
-    env, noise = make_env(args.env_id, args.env_params), Noise(0, 1)
-    learner, plan = make_learner(args, env, noise), make_plan(args, env)
-
-    def record(call: Any) -> Any:
-        saved = copy.deepcopy(carried(learner))
-        replay, outputs = rerun(call)
-        for tensor, value in zip(carried(learner), saved, strict=True):
-            tensor.copy_(value)
-        return replay, outputs
-
-    captured = Captured(
-        lambda counts, steps, updates: chunk_(learner, steps, updates, counts), record
-    )
-    metrics = [
-        captured(chunk.update_counts, steps, updates).updates.clone()
-        for chunk, steps, updates in planned(args, env, noise, plan)
-    ]
-    assert captured._recordings
-    assert torch.equal(torch.cat(metrics), eager[0])
-    for a, b in zip(carried(learner), carried(eager[1]), strict=True):
+    graph = run(replace(args, engine="graph"))
+    assert graph[2].engine == "graph"
+    assert graph[2].captured.num_recordings > 2
+    assert torch.equal(graph[0], eager[0])
+    for a, b in zip(carried(graph[1]), carried(eager[1]), strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled_functions_are_captured_too(graphs_on_the_cpu):
+    """What runs inside a recording is what the compiler made, and learns as eager does."""
+    graphs_on_the_cpu["compiled"] = True
+    args = replace(RANDOM, total_timesteps=4_000)
+    graph = run(replace(args, engine="graph"))
+    assert graph[2].engine == "graph"
+    assert graph[2].compile_s > 0
+    assert_same_learning(run(replace(args, engine="eager")), graph, rtol=1e-3)
 
 
 @pytest.mark.gpu
@@ -450,37 +568,230 @@ def test_gpu_engines_agree_with_eager(name, num_seeds):
 
 
 @pytest.mark.gpu
-def test_a_replay_does_not_synchronise():
-    """CUDA's sync-debug mode finds nothing once the chunks are captured."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_replay_does_not_synchronise(compiled, no_synchronisation, monkeypatch):
+    """CUDA's sync-debug mode finds nothing once each kind of chunk was recorded; a whole run has
+    few kinds, with plain kernels and with compiled ones."""
+    if not compiled:
+        monkeypatch.setattr(engine, "why_not_compiled", lambda device: "not wanted")
     args = replace(RANDOM, engine="graph")
     env, noise = make_env(args.env_id, args.env_params), Noise(0, 1, "cuda")
     learner, plan = make_learner(args, env, noise), make_plan(args, env)
     runner = Runner(args, learner, plan, noise)
-    for number, (chunk, steps, updates) in enumerate(
-        planned(args, env, noise, plan, runner.draw_noise)
-    ):
-        if number < 6:
+    seen: set[Any] = set()
+    replayed = 0
+    for chunk, steps, updates in planned(args, env, noise, plan, runner.draw_noise):
+        if chunk.update_counts not in seen:
             runner(steps, updates, chunk.update_counts)
+            plain = runner.captured.num_plain
+            if chunk.update_counts in runner.captured._recordings:
+                seen.add(chunk.update_counts)
             continue
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             runner(steps, updates, chunk.update_counts)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        replayed += 1
+    assert replayed > 20
+    assert runner.captured.num_plain == plain == 2
+    assert runner.captured.num_recordings <= 10
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def captured_on(request, graphs_on_the_cpu) -> str:
+    """A device on which `--engine graph` captures: through a recorder of the tests, or really."""
+    if request.param == "cuda":
+        request.getfixturevalue("monkeypatch").undo()
+    return str(request.param)
+
+
+@pytest.mark.parametrize("captured_on", DEVICES, indirect=True)
+def test_runs_of_one_process_do_not_meet(captured_on, tmp_path):
+    """Three in a row, one in a thread, and two in turns, chunk by chunk: all the same."""
+    args = replace(FAILING, engine="graph", quiet=True, device=captured_on, total_timesteps=640)
+    alone = run(args, captured_on)
+    for _ in range(2):
+        assert torch.equal(run(args, captured_on)[0], alone[0])
+
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(run, args, captured_on).result()[0], alone[0])
+
+    def steps_of(args: Args) -> Any:
+        env = make_env(args.env_id, args.env_params)
+        noise, plan = Noise(args.seed, args.num_seeds, captured_on), make_plan(args, env)
+        learner = make_learner(args, env, noise)
+        runner = Runner(args, learner, replace(plan, max_window_steps=75), noise)
+        for chunk, steps, updates in planned(args, env, noise, plan, runner.draw_noise):
+            yield runner(steps, updates, chunk.update_counts).updates.clone()
+        assert runner.captured.num_recordings > 2
+
+    pairs = list(zip(steps_of(args), steps_of(args), strict=True))
+    for updates in zip(*pairs, strict=True):
+        assert torch.equal(torch.cat(updates), alone[0])
+
+
+@pytest.mark.parametrize("captured_on", DEVICES, indirect=True)
+def test_a_run_after_a_failed_capture(captured_on, monkeypatch):
+    """A capture that broke in the middle leaves nothing behind that another one stumbles over."""
+    args = replace(FAILING, engine="graph", quiet=True, device=captured_on, total_timesteps=640)
+    alone = run(args, captured_on)
+    recorder = Rerun if captured_on == "cpu" else CudaGraphs
+    record = recorder.record
+
+    def breaks(self: Any, call: Any) -> Any:
+        def call_and_break() -> Any:
+            if captured_on == "cuda":  # elsewhere a call would compute
+                call()
+            raise RuntimeError("in the middle of a capture")
+
+        return call_and_break() if captured_on == "cpu" else record(self, call_and_break)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "record", breaks)
+        failed = run(args, captured_on)
+    assert failed[2].engine in ("eager", "compile")
+    assert "in the middle of a capture" in failed[2].reason
+    assert_same_learning(failed, alone, rtol=1e-3)
+    again = run(args, captured_on)
+    assert again[2].engine == "graph"
+    assert torch.equal(again[0], alone[0])
 
 
 @pytest.mark.gpu
 def test_capture_leaves_weights_and_inputs_alone():
     """Recording a call computes nothing (trap 12)."""
     x = torch.ones(4, device="cuda")
-    with torch.cuda.stream(torch.cuda.Stream()):
-        x.add_(1)
-    torch.cuda.synchronize()
-    replay, _ = cuda_graph(lambda: x.add_(1))
+    graphs = CudaGraphs(x.device)
+    graphs.warm_up(lambda: x.add_(1))
+    replay = graphs.record(lambda: x.add_(1))
     assert x.tolist() == [2.0] * 4
     replay()
     assert x.tolist() == [3.0] * 4
+
+
+# ------------------------------------------------------------------------------ what goes wrong
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("this fails on purpose\nand has a second line")
+
+
+FAILURES: dict[str, tuple[str, Any, str]] = {
+    "tracing": ("dqn_fast.engine.Compiler.trace", refuse, "not compilable: this fails on purpose"),
+    "exporting": ("torch.export.export", refuse, "not compilable: this fails on purpose"),
+    "the cache": ("dqn_fast.engine._cache", refuse, "not compilable: this fails on purpose"),
+    "starting": (
+        "dqn_fast.engine.subprocess.Popen", refuse, "not compilable: this fails on purpose",
+    ),
+    "compiling": ("dqn_fast.engine.sys.executable", "false", "the compiler failed: no message"),
+    "loading": ("dqn_fast.engine._load", refuse, "not loadable: this fails on purpose"),
+    "the first call": (
+        "dqn_fast.engine._load", lambda _: refuse, "does not run: this fails on purpose",
+    ),
+    "its numbers": (
+        "dqn_fast.engine._load", lambda _: lambda tensors: None,
+        "noise does not run: its numbers are not those of the plain function",
+    ),
+    "capturing": (
+        "tests.test_engine.Rerun.record", refuse, "capture failed: this fails on purpose",
+    ),
+}  # fmt: skip
+FAILING = replace(
+    RANDOM, total_timesteps=1_280, log_interval=320, eval_interval=640, num_envs=8, train_freq=8,
+    hidden_sizes=(16,), eval_episodes=5, quiet=False, checkpoint_interval=640,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eager_run(tmp_path_factory) -> Path:
+    """The run that an engine which cannot be had comes down to."""
+    run_dir = tmp_path_factory.mktemp("eager") / "run"
+    train(replace(FAILING, engine="eager", run_dir=run_dir))
+    return run_dir
+
+
+@pytest.mark.parametrize("point", FAILURES)
+def test_whatever_fails_costs_a_line(
+    point, eager_run, graphs_on_the_cpu, tmp_path, monkeypatch, capsys
+):
+    """Wherever the making of an engine fails, the run is the one without it: one line says why;
+    files, metrics and weights are the same."""
+    if point in ("exporting", "starting", "compiling"):  # where nothing is in the cache
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    elif point in ("loading", "the first call", "its numbers"):  # a package that is there
+        train(replace(FAILING, engine="compile", run_dir=tmp_path / "compiled", quiet=True))
+    target, value, reason = FAILURES[point]
+    if point == "starting":  # the module is not the engine's alone
+        own = types.SimpleNamespace(**vars(subprocess))
+        monkeypatch.setattr(engine, "subprocess", own)
+    monkeypatch.setattr(target, value)
+    name = "graph" if point == "capturing" else "compile"
+    summary = train(replace(FAILING, engine=name, run_dir=tmp_path / "run")).summary
+    out = capsys.readouterr()
+    assert out.err == ""
+    assert sum(reason in line for line in out.out.splitlines()) == 1
+    assert "second line" not in out.out
+    assert summary["engine"] == "eager"
+    assert_same_run(tmp_path / "run", eager_run)
+
+
+def assert_same_run(ours: Path, theirs: Path, *but: str) -> None:
+    """The same files with the same content, but for times and the values named."""
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    times = ("wall_s", "perf/", "startup_s", "compile_s", "eval_s", "loop_s", "_per_s", *but)
+
+    def content(folder: Path) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows.append(json.loads((folder / "summary.json").read_text()))
+        return [{k: v for k, v in row.items() if not any(t in k for t in times)} for row in rows]
+
+    assert content(ours) == content(theirs)
+    a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (ours, theirs))
+    for x, y in zip(tree_leaves(a["resume"]), tree_leaves(b["resume"]), strict=True):
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+def test_without_compiled_kernels_a_graph_has_plain_ones(
+    eager_run, graphs_on_the_cpu, tmp_path, monkeypatch, capsys
+):
+    """The next best engine of a graph with compiled kernels is the graph."""
+    graphs_on_the_cpu["compiled"] = True
+    monkeypatch.setattr("dqn_fast.engine._load", refuse)
+    summary = train(replace(FAILING, engine="graph", run_dir=tmp_path / "run")).summary
+    out = capsys.readouterr().out
+    assert out.count("(plain kernels, not loadable: this fails on purpose)") == 1
+    assert summary["engine"] == "graph"
+    assert_same_run(tmp_path / "run", eager_run, "engine")
+
+
+def test_damaged_packages_are_made_again(tmp_path, monkeypatch):
+    """They cost one run its compiled functions, not all the runs to come."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+    def compiled() -> Tensor:
+        x = torch.ones(3)
+        compiler = Compiler([x], lambda state: state[0])
+        units = [
+            Unit("double", lambda x: [x.mul_(2).clone()], (), [torch.zeros(3)]),
+            Unit("add", lambda x, y: [x.add_(y).clone()], (x,), [torch.zeros(3)]),
+        ]
+        compiler.start(units)
+        double, add = compiler.finish()
+        assert x.tolist() == [1.0] * 3  # to try them wrote nothing
+        result = torch.zeros(3)
+        double([*compiler.state, result])
+        add([*compiler.state, torch.ones(3), result])
+        return result
+
+    assert compiled().tolist() == [3.0] * 3
+    packages = list(engine._cache().iterdir())
+    assert len(packages) == 2
+    for package in packages:
+        package.write_bytes(package.read_bytes()[:1_000])
+    with pytest.raises(EngineUnavailableError, match="not loadable"):
+        compiled()
+    assert compiled().tolist() == [3.0] * 3
 
 
 # -------------------------------------------------------------------------------------- others

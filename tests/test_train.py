@@ -367,18 +367,14 @@ def test_replay_holds_what_the_environment_did(env):
 
 
 @pytest.mark.gpu
-def test_a_chunk_does_not_synchronise_with_the_gpu():
+def test_a_chunk_does_not_synchronise_with_the_gpu(no_synchronisation):
     """CUDA's own sync-debug mode finds nothing in a chunk."""
     args = replace(SHORT, num_envs=64)
     env, noise = LineWorld(slip_prob=0.05), Noise(0, 1, "cuda")
     learner = make_learner(args, env, noise)
     for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             chunk_(learner, steps, updates, chunk.update_counts)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -455,6 +455,7 @@ class _Draws:
         self.index = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self._copies = torch.arange(num_envs, device=device)
         self._rows = max(1, min(256, 2**16 // num_envs))
+        self._blocks = torch.arange(-(-dim // 4), device=device)
         self._first, self._block = self.index, torch.zeros(0, num_envs, dim, device=device)
         self._left = 0  # peeks that the block is certain to serve
 
@@ -487,7 +488,7 @@ class _Draws:
 
     def _fill(self) -> None:
         index = self.index + torch.arange(self._rows, device=self.index.device)[:, None]
-        self._block = uniform_of(words_at(self.keys, index, -(-self.dim // 4)), self.dim)
+        self._block = uniform_of(words_at(self.keys, index, self._blocks), self.dim)
         self._first, self._left = self.index, self._rows
 
 
