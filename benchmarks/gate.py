@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 MARGIN = 1.05
 
@@ -37,14 +37,26 @@ COVERAGE = 0.93
 BUSY = 0.9
 """Share of their core below which contenders were disturbed; see `Timing.core_share`."""
 
-RATIOS = ("x_reference", "x_sb3", "x_jax")
-"""Columns that are ratios of env steps/s at equal work; `<column>_rounds` holds them by round."""
+RATIOS = ("x_reference", "x_sb3", "x_jax", "x_loop")
+"""Columns that are ratios of env steps/s at equal work; `<column>_rounds` holds them by round.
+x_loop is the training command over the bare loop of the same engine: it falls where logging and
+checkpoints get dearer."""
 
 CARD = ("processor", "instruction_set", "cores", "gpu")
 """What makes two machines the same one as far as ratios go."""
 
 Row = Mapping[str, Any]
-Key = tuple[str, int, float]
+
+
+class Key(NamedTuple):
+    """What identifies a row; records older than a column have its default."""
+
+    contender: str
+    num_envs: int
+    replay_ratio: float
+    num_seeds: int = 1
+    matmul_precision: str = "highest"
+    env_id: str = "LineWorld-v0"
 
 
 class RecordError(ValueError):
@@ -52,13 +64,18 @@ class RecordError(ValueError):
 
 
 def key_of(row: Row) -> Key:
-    """What identifies a row: contender, env copies, replay ratio."""
-    return row["contender"], row["num_envs"], row["replay_ratio"]
+    """What identifies a row of a record."""
+    return Key(**{name: row[name] for name in Key._fields if name in row})
 
 
 def name_of(row: Row) -> str:
-    """The same in words."""
-    return f"{row['contender']}, {row['num_envs']:,} envs, replay ratio {row['replay_ratio']:.4g}"
+    """The same in words; what is usual is not named."""
+    key = key_of(row)
+    parts = [f"{key.contender}, {key.num_envs:,} envs, replay ratio {key.replay_ratio:.4g}"]
+    parts += [f"{key.num_seeds:,} members"] if key.num_seeds > 1 else []
+    parts += ["TF32"] if key.matmul_precision == "high" else []
+    parts += [key.env_id] if key.env_id != Key._field_defaults["env_id"] else []
+    return ", ".join(parts)
 
 
 def interval(rounds: Sequence[float]) -> tuple[float, float]:
@@ -147,9 +164,9 @@ def read_record(path: Path, num_threads: int) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot be read ({error})") from error
     try:
-        known = any(row["x_reference_rounds"] for row in record["rows"])
+        known = any(row.get(f"{ratio}_rounds") for row in record["rows"] for ratio in RATIOS)
         threads = record["args"]["num_threads"]
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         known, threads = False, None
     if not known:
         raise RecordError("holds no ratios by round; record it again with --out")

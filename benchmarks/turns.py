@@ -3,19 +3,24 @@
 A machine that slows down slows all of them, so ratios within a round are what can be believed. A
 loop calls `Stopwatch.lap` now and then; the parent process asks it for stretches. What comes before
 the first of them is warm-up: imports aside, everything from making the state to compiling.
+
+A contender that cannot run, breaks or is not warm in time is left out, with the reason; the others
+go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -29,10 +34,6 @@ class LeftOutError(RuntimeError):
     """A contender cannot run here; the message says why."""
 
 
-class TurnError(RuntimeError):
-    """A contender broke; the message says which."""
-
-
 class Stopwatch:
     """Times the stretches of an endless loop that the parent process asks for.
 
@@ -40,6 +41,7 @@ class Stopwatch:
 
     Attributes:
         warmup_s: seconds from the making of the stopwatch to the first call of `lap`.
+        ran: what runs, in words, where the loop says so.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Stopwatch:
         """
         self._connection, self._device, self._cores = connection, device, cores
         self._began, self.warmup_s = time.perf_counter(), 0.0
+        self.ran: str | None = None
         self._seconds = 0.0
         self._start: tuple[float, int, int] = (0.0, 0, 0)
 
@@ -85,28 +88,51 @@ class Stopwatch:
 
 @dataclass
 class Timing:
-    """What came of one contender.
+    """Measurements of one contender.
 
     Attributes:
         rounds: seconds, env steps and gradient steps of each timed stretch.
         warmup_s: see `Stopwatch`.
+        ran: see `Stopwatch`.
         own_memory: largest resident set of its process, in bytes.
         peak_memory: the same with that process's children, such as compilers.
         core_share: of the time in which its process wanted a core, once warm, how much it had one;
             None where the system does not tell.
-        left_out: why it could not run here; None: it ran.
+        left_out: why its rounds do not count; None: they do.
+        broke: whether that is a fault, and not a peer or an engine that this machine lacks.
     """
 
     rounds: list[tuple[float, float, float]] = field(default_factory=list)
     warmup_s: float = 0.0
+    ran: str | None = None
     own_memory: int = 0
     peak_memory: int = 0
     core_share: float | None = None
     left_out: str | None = None
+    broke: bool = False
 
 
-Body = Callable[[Connection], float]
-"""Runs an endless loop with a `Stopwatch`; returns its warm-up time. Pickled into a process."""
+class Told(NamedTuple):
+    """Last message of a loop that ended when it was asked to; see `Stopwatch`."""
+
+    warmup_s: float
+    ran: str | None
+
+
+class Failed(NamedTuple):
+    """Last message of a loop that ended for another reason; see `Timing`."""
+
+    reason: str
+    broke: bool
+
+
+Body = Callable[[Connection], Stopwatch]
+"""Runs an endless loop with a `Stopwatch` and returns that. Pickled into a process."""
+
+Start = Literal["first", "in turn", "last"]
+"""When a contender starts: before all others, and warms up beside them, such as one that compiles
+for a minute; in its turn, alone; or after all others are warm, because it finds in a cache what one
+of them has compiled."""
 
 
 class Contestant:
@@ -125,31 +151,33 @@ class Contestant:
         all_.append(self)
         self._ask(seconds)
 
-    def wait_until_warm(self) -> None:
-        """Wait for the stretch that is not counted; `timing.left_out` says whether it can run."""
-        reply = self._reply()
-        if isinstance(reply, str):
-            self.timing.left_out = reply
-            self._process.join()
-        else:
+    def wait_until_warm(self, until: float = math.inf) -> None:
+        """Wait for the stretch that is not counted; `timing.left_out` says whether it can run.
+
+        Args:
+            until: time.monotonic() at which it is given up.
+        """
+        if self._reply(until) is not None:
             assert self._process.pid is not None
             self._warm_at = core_times(self._process.pid)
 
     def run(self, seconds: float) -> None:
         """One timed stretch."""
         self._ask(seconds)
-        self.timing.rounds.append(self._reply())
+        if (stretch := self._reply()) is not None:
+            self.timing.rounds.append(stretch)
 
     def end(self) -> None:
-        """Let it finish."""
+        """Let it finish. Some loops find out only now that something else ran."""
         assert self._process.pid is not None
         self.look_at_memory()
         if self._warm_at and (now := core_times(self._process.pid)):
             ran, waited = (b - a for a, b in zip(self._warm_at, now, strict=True))
             self.timing.core_share = ran / (ran + waited) if ran else None
         self._ask(None)
-        self.timing.warmup_s = self._reply()
-        self._process.join()
+        if (told := self._reply()) is not None:
+            self.timing.warmup_s, self.timing.ran = told
+            self._process.join()
 
     def kill(self) -> None:
         """Stop it at once, if it still runs."""
@@ -161,16 +189,24 @@ class Contestant:
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send(seconds)
 
-    def _reply(self) -> Any:
+    def _reply(self, until: float = math.inf) -> Any:
+        """The next message; None where the contender is left out from now on."""
+        reply: Any = None
         try:
-            while not self._pipe.poll(POLL_S):
+            while reply is None and not self._pipe.poll(POLL_S):
                 for contestant in self._all:
                     contestant.look_at_memory()
-            return self._pipe.recv()
+                if time.monotonic() > until:
+                    reply = Failed("was not warm in time", False)
+            reply = reply or self._pipe.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
-            code = self._process.exitcode
-            raise TurnError(f"{self._name}: its process ended with exit code {code}") from None
+            reply = Failed(f"its process ended with exit code {self._process.exitcode}", True)
+        if not isinstance(reply, Failed):
+            return reply
+        self.timing.left_out, self.timing.broke = reply
+        self.kill()
+        return None
 
     def look_at_memory(self) -> None:
         """Update `timing`; once the process has ended nothing more is seen."""
@@ -183,13 +219,22 @@ class Contestant:
 def _take_part(body: Body, connection: Connection) -> None:
     """Body of a contender's process."""
     try:
-        connection.send(body(connection))
+        stopwatch = body(connection)
+        connection.send(Told(stopwatch.warmup_s, stopwatch.ran))
     except LeftOutError as error:
-        connection.send(str(error))
+        connection.send(Failed(str(error), False))
+    except Exception as error:
+        traceback.print_exc()
+        words = str(error).strip().splitlines() or ["no message"]
+        connection.send(Failed(f"{type(error).__name__}: {words[0]}", True))
 
 
 def take_turns(
-    bodies: Sequence[tuple[str, Body]], seconds: float, repeats: int, slow_starters: Sequence[bool]
+    bodies: Sequence[tuple[str, Body]],
+    seconds: float,
+    repeats: int,
+    starts: Sequence[Start],
+    time_limit: float = math.inf,
 ) -> list[Timing]:
     """Time every contender `repeats` times.
 
@@ -197,36 +242,37 @@ def take_turns(
         bodies: name and body of each.
         seconds: of a stretch.
         repeats: timed stretches of each.
-        slow_starters: whether one starts first and warms up beside the others, such as one that
-            compiles for a minute.
-
-    Raises:
-        TurnError: one of them broke.
+        starts: when each starts.
+        time_limit: seconds after which no further round begins, but for the first. What is not warm
+            after two thirds of them is left out.
     """
+    began = time.monotonic()
+    warm_until = began + 2 / 3 * time_limit
     started: list[Contestant] = []
+    contestants: dict[int, Contestant] = {}
     try:
-        early = {
-            i: Contestant(*bodies[i], seconds / 2, started)
-            for i, slow in enumerate(slow_starters)
-            if slow
-        }
-        contestants: list[Contestant] = []
-        for i, body in enumerate(bodies):
-            contestants.append(early.get(i) or Contestant(*body, seconds / 2, started))
-            if i not in early:
-                contestants[i].wait_until_warm()
-        for contestant in early.values():
-            contestant.wait_until_warm()
-        running = [c for c in contestants if c.timing.left_out is None]
-        for _ in range(repeats):
-            for contestant in running:
-                contestant.run(seconds)
-        for contestant in running:
-            contestant.end()
+        for start in ("first", "in turn", "last"):
+            for i in (i for i, when in enumerate(starts) if when == start):
+                contestants[i] = Contestant(*bodies[i], seconds / 2, started)
+                if start != "first":
+                    contestants[i].wait_until_warm(warm_until)
+            if start == "in turn":
+                for i in (i for i, when in enumerate(starts) if when == "first"):
+                    contestants[i].wait_until_warm(warm_until)
+        turns = [contestants[i] for i in range(len(bodies))]
+        for number in range(repeats):
+            if number and time.monotonic() > began + time_limit:
+                break
+            for contestant in turns:
+                if contestant.timing.left_out is None:
+                    contestant.run(seconds)
+        for contestant in turns:
+            if contestant.timing.left_out is None:
+                contestant.end()
     finally:
         for contestant in started:
             contestant.kill()
-    return [contestant.timing for contestant in contestants]
+    return [contestant.timing for contestant in turns]
 
 
 # ---------------------------------------------------------------------- what the system tells

@@ -4,9 +4,10 @@
 
 Environments, replay and learner are arrays on one device, and a chunk of vector steps is one call
 of one compiled function. It shares settings and the judge of what was learnt with `dqn_fast`, and
-no algorithm: dynamics, replay, gradients, Adam and schedules are written again. The command trains
-from process start to the goal of --stop-when-optimal or --stop-at-return, or to the end of the
-run, and prints one JSON line. Needs the package jax.
+no algorithm: dynamics, replay, gradients, Adam and schedules are written again. A population is the
+same chunk under `jax.vmap`. The command trains one member from process start to the goal of
+--stop-when-optimal or --stop-at-return, or to the end of the run, and prints one JSON line. Needs
+the package jax.
 
 `tuned` keeps what measured fastest on one CPU core, and avoids what is known to cost on a GPU:
 
@@ -43,6 +44,7 @@ import tyro
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from dqn_fast.device import MatmulPrecision
 from dqn_fast.envs import make_env
 from dqn_fast.evaluate import solve
 from dqn_fast.networks import QNetwork
@@ -58,6 +60,8 @@ ACT_BLOCK = 1024
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
 Precision = Literal["highest", "tensorfloat32"]
+PRECISIONS: dict[MatmulPrecision, Precision] = {"highest": "highest", "high": "tensorfloat32"}
+"""Names of `Args.matmul_precision` in JAX, whose own default on a GPU is TF32."""
 Params = list[tuple[Array, Array]]
 
 
@@ -184,6 +188,16 @@ class Carry(NamedTuple):
     envs: Envs
     replay: Replay
     statistics: Statistics
+
+
+def _member_axes(each: Any = 0, shared: Any = None) -> Carry:
+    replay = Replay(each, each, each, each, each, cursor=shared, size=shared)
+    return Carry(each, each, replay, each)
+
+
+MEMBERS = _member_axes()
+"""Axis of the members in the state of a population. All write replay at the same place: a cursor
+for each would turn one write of a slice into a scatter."""
 
 
 class Inputs(NamedTuple):
@@ -626,17 +640,17 @@ class JaxLoop:
     Attributes:
         schedule: of the run.
         algorithm: functions of arrays.
-        carry: state after the last group.
+        carry: state after the last group; of a population with members in front, [M, ...].
         group: groups done.
         capacity: groups of one call at most: long enough that its cost vanishes.
-        statistics: of the last call.
+        statistics: of the last call; of a population [M] each.
     """
 
     def __init__(self, args: Args, tuned: bool = True, precision: Precision = "highest") -> None:
         """Check the settings and make the state; nothing is compiled yet but that.
 
         Args:
-            args: a run of one member.
+            args: of the run; member i of a population has the draws of the single run of seed + i.
             tuned: see the head of this file.
             precision: of float32 products on a GPU: as torch's default, or with TF32.
 
@@ -644,27 +658,60 @@ class JaxLoop:
             UsageError: the settings make no sense, or are not possible here.
         """
         check(args)
-        need(args, args.num_seeds == 1, "num_seeds", "1")
         need(args, args.eps_repeat == 0.0, "eps_repeat", "0")
         on_cpu = jax.default_backend() == "cpu"
         self._tuned, self._precision, self._dynamic = tuned, precision, tuned and on_cpu
         self.schedule, env = Schedule.of(args), environment(args)
         self.algorithm = Algorithm(args, env, tuned and on_cpu)
-        self._key = jax.random.key(args.seed)
-        self.carry = jax.jit(self.algorithm.init)(self._key)
+        self._chunk: Callable[..., Any] = self.algorithm.chunk
+        if args.num_seeds == 1:
+            self._key = jax.random.key(args.seed)
+            self.carry = jax.jit(self.algorithm.init)(self._key)
+        else:
+            seeds = (args.seed + np.arange(args.num_seeds)).astype(np.uint32)
+            self._key = jax.vmap(jax.random.key)(seeds)
+            init = jax.vmap(self.algorithm.init, out_axes=MEMBERS)
+            self.carry = jax.jit(init)(self._key)
+            self._chunk = self._population
         self.group, self._functions = 0, dict[tuple[bool | None, int], Any]()
-        work = self.schedule.transitions + self.schedule.num_updates * args.batch_size
-        self.capacity = max(8, min(2048, 2**18 // work))
+        self.capacity = self._most_groups(on_cpu)
         self.statistics: Statistics | None = None
+
+    def _most_groups(self, on_cpu: bool) -> int:
+        """A call of a population takes 0.2 to 0.4 s on a CPU core; on a GPU, where members run
+        beside each other, 32 times the work is a call of a tenth of a second."""
+        args = self.algorithm.args
+        work = self.schedule.transitions + self.schedule.num_updates * args.batch_size
+        if args.num_seeds == 1:
+            return max(8, min(2048, 2**18 // work))
+        budget = 2**18 if on_cpu else 2**23
+        return max(1, min(2048, budget // (args.num_seeds * work)))
+
+    def _population(
+        self,
+        carry: Carry,
+        keys: Array,
+        inputs: Inputs,
+        count: Any,
+        learns: bool | None,
+    ) -> tuple[Carry, Statistics]:
+        """`Algorithm.chunk` of every member, all at the same schedule."""
+
+        def one(carry: Carry, key: Array) -> tuple[Carry, Statistics]:
+            return self.algorithm.chunk(carry, key, inputs, count, learns)
+
+        mapped = jax.vmap(one, in_axes=(MEMBERS, 0), out_axes=(MEMBERS, 0))
+        result: tuple[Carry, Statistics] = mapped(carry, keys)
+        return result
 
     @property
     def global_step(self) -> int:
-        """Transitions so far."""
+        """Transitions of one member so far."""
         return self.group * self.schedule.transitions
 
     @property
     def num_updates(self) -> int:
-        """Gradient steps so far."""
+        """Gradient steps of one member so far."""
         return max(self.group - self.schedule.fill, 0) * self.schedule.num_updates
 
     def prepare(self, learns: bool, count: int) -> Any:
@@ -673,7 +720,7 @@ class JaxLoop:
         size = self.capacity if self._dynamic else count
         if (mode, size) not in self._functions:
             inputs = self.schedule.inputs(0, 0, size)
-            chunk = self.algorithm.chunk
+            chunk = self._chunk
             if self._dynamic:
                 function = partial(chunk, learns=mode)
                 example: tuple[Any, ...] = (self.carry, self._key, inputs, np.int32(0))
@@ -704,11 +751,15 @@ class JaxLoop:
 def jax_loop(
     args: Args, stopwatch: Stopwatch, tuned: bool = True, precision: Precision = "highest"
 ) -> None:
-    """Train for ever, from the first update on; compilation and filling replay are not timed."""
+    """Train for ever, from the first update on; compilation and filling replay are not timed.
+
+    Steps and updates count those of all members.
+    """
     loop = JaxLoop(dataclasses.replace(args, total_timesteps=ENDLESS), tuned, precision)
     loop.advance(loop.schedule.fill)
     loop.advance(loop.capacity)
-    while not stopwatch.lap(loop.global_step, loop.num_updates):
+    m = args.num_seeds
+    while not stopwatch.lap(m * loop.global_step, m * loop.num_updates):
         loop.advance(loop.capacity)
         jax.device_get(loop.statistics)
 
@@ -737,7 +788,7 @@ def train_jax(
     too, by the code that judges runs here.
 
     Args:
-        args: settings; nothing is written.
+        args: settings of one member; nothing is written.
         should_stop: asked after every evaluation, with its row of `history`; once true, the run
             ends.
         tuned, precision: see `JaxLoop`.
@@ -750,6 +801,7 @@ def train_jax(
         UsageError: the settings make no sense, or are not possible here.
     """
     began = time.perf_counter()
+    need(args, args.num_seeds == 1, "num_seeds", "1")
     loop = JaxLoop(args, tuned, precision)
     schedule, algorithm = loop.schedule, loop.algorithm
     exact = solve(make_env(args.env_id, args.env_params), args.gamma, torch.device("cpu"))

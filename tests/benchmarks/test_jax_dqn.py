@@ -378,6 +378,48 @@ def test_a_whole_run_ends_with_the_updates_of_the_plan(capsys, monkeypatch):
     assert all(8 <= row["return_mean"] <= 500 for row in result["history"])
 
 
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_member_is_the_single_run_of_its_seed(tuned):
+    """Every member's network, copies, replay and statistics, with and without what suits the CPU;
+    all write replay at one place."""
+    population = JaxLoop(replace(SMALL, seed=5, num_seeds=2), tuned)
+    population.advance(30)
+    assert population.carry.replay.cursor.shape == population.carry.replay.size.shape == ()
+    for i in range(2):
+        single = JaxLoop(replace(SMALL, seed=5 + i), tuned)
+        single.advance(30)
+        assert single.num_updates == population.num_updates > 0
+        shared = population.carry.replay.cursor, population.carry.replay.size
+        for ours, theirs in zip(
+            jax.tree.leaves((population.carry, population.statistics)),
+            jax.tree.leaves((single.carry, single.statistics)),
+            strict=True,
+        ):
+            member = ours if any(ours is leaf for leaf in shared) else ours[i]
+            np.testing.assert_allclose(member, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_members_differ():
+    """In their weights from the start, and in what they have seen."""
+    population = JaxLoop(replace(SMALL, num_seeds=3))
+    population.advance(population.schedule.fill)
+    for leaf in (population.carry.learner.params[0][0], population.carry.replay.action):
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert not np.array_equal(leaf[i], leaf[j])
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "num_seeds", "capacity"),
+    [(64, 1, 2048), (64, 16, 128), (64, 256, 8), (4096, 1, 63), (4096, 100, 1)],
+)
+def test_calls_of_a_population_are_bounded(num_envs, num_seeds, capacity):
+    """More members make them shorter, down to one group; one member's are as long as ever."""
+    sizes = {"num_envs": num_envs, "train_freq": num_envs, "buffer_size": num_envs}
+    args = replace(SMALL, **sizes, batch_size=64, num_seeds=num_seeds)
+    args = replace(args, total_timesteps=100 * num_envs)
+    assert JaxLoop(args).capacity == capacity
+
+
 class Laps:
     def __init__(self):
         self.seen = []
@@ -397,6 +439,22 @@ def test_the_endless_loop_is_timed_from_its_first_update_on():
     np.testing.assert_array_equal(np.diff(updates) * SMALL.train_freq, np.diff(steps))
 
 
+def test_the_endless_loop_counts_all_members():
+    """Transitions and gradient steps of three members, at the same replay ratio."""
+    stopwatch = Laps()
+    jax_loop(replace(SMALL, hidden_sizes=(4,), num_seeds=3), stopwatch)
+    steps, updates = np.array(stopwatch.seen).T
+    loop = JaxLoop(replace(SMALL, hidden_sizes=(4,), num_seeds=3, total_timesteps=10**6))
+    np.testing.assert_array_equal(np.diff(steps), 3 * loop.capacity * loop.schedule.transitions)
+    np.testing.assert_array_equal(np.diff(updates) * SMALL.train_freq, np.diff(steps))
+
+
+def test_a_run_to_a_goal_has_one_member():
+    """The judge compares one network."""
+    with pytest.raises(UsageError, match="--num-seeds 2: must be 1"):
+        train_jax(replace(SMALL, num_seeds=2))
+
+
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
@@ -404,7 +462,6 @@ def test_the_endless_loop_is_timed_from_its_first_update_on():
         ({"env_id": "CartPole-v1", "env_params": {"length": 1.0}}, "--env-params"),
         ({"env_params": {"n_states": 300}}, "--env-params"),
         ({"env_params": {"colour": 1}}, "colour"),
-        ({"num_seeds": 2}, "--num-seeds"),
         ({"eps_repeat": 0.5}, "--eps-repeat"),
         ({"train_freq": 3}, "--train-freq"),
         ({"train_freq": 12}, "--train-freq"),
