@@ -40,6 +40,7 @@ from benchmarks.goal import Wall, run_wall
 from benchmarks.reference import QNetwork as ReferenceNetwork
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.throughput import equal_work_args, fast_args
+from dqn_fast.device import MatmulPrecision
 from dqn_fast.engine import EngineName
 from dqn_fast.run import UsageError
 from dqn_fast.train import Args, Learner, train
@@ -61,6 +62,8 @@ class Default:
     """Seeds 0 .. seeds - 1 at 64 envs; >= 1."""
     other_seeds: int = 5
     """Seeds at 1, 7 and 1024 envs; >= 0."""
+    matmul_precision: MatmulPrecision = "highest"
+    """--matmul-precision of the command: highest, float32; high, TF32 on a GPU."""
     out: Out = None
     """Write results/NAME.json as well."""
 
@@ -72,7 +75,7 @@ def run_default(args: Default) -> dict[str, Any]:
         f"{'envs':>6}{'seeds':>7}{'solved':>8}{'worst return':>14}{'worst error':>13}{'wall s':>18}"
     )
     for num_envs, seeds in [(64, args.seeds), *((n, args.other_seeds) for n in (1, 7, 1024))]:
-        runs = [default_command(num_envs, seed) for seed in range(seeds)]
+        runs = [default_command(num_envs, seed, args.matmul_precision) for seed in range(seeds)]
         if not runs:
             continue
         walls = [run["process_s"] for run in runs]
@@ -97,15 +100,18 @@ def run_default(args: Default) -> dict[str, Any]:
     return {"args": vars(args), "rows": rows}
 
 
-def default_command(num_envs: int, seed: int) -> dict[str, Any]:
+def default_command(
+    num_envs: int, seed: int, matmul_precision: MatmulPrecision = "highest"
+) -> dict[str, Any]:
     """Summary of one run with 1000 evaluation episodes, and the seconds that the process took."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         flags = ["--num-envs", str(num_envs), "--eval-episodes", "1000"]
+        flags += ["--matmul-precision", matmul_precision]
         _, process_s = train_command("LineWorld-v0", seed, run_dir, flags)
         summary = json.loads((run_dir / "summary.json").read_text())
     keep = ("seed", "policy_optimal", "eval_return_mean", "q_error_max", "wall_s", "num_updates")
-    return {"process_s": process_s} | {name: summary[name] for name in keep}
+    return {"process_s": process_s} | {name: summary[name] for name in (*keep, "engine", "device")}
 
 
 # -------------------------------------------------------------------- against the scalar loop
@@ -250,6 +256,8 @@ class Throughput:
     """A row of 64 envs with 64 gradient steps a vector step as well."""
     engine: EngineName = "auto"
     """How the functions are run."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Float32 matrix products: highest, in float32; high, in TF32 on a GPU."""
     out: Out = None
     """Write results/NAME.json as well."""
 
@@ -275,6 +283,7 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
                 checkpoint_interval=0,
                 eval_episodes=1000,
                 engine=args.engine,
+                matmul_precision=args.matmul_precision,
                 quiet=True,
                 report=False,
                 run_dir=Path(folder) / "run",
@@ -284,6 +293,8 @@ def run_throughput(args: Throughput) -> dict[str, Any]:
         row = {
             "num_envs": speed.num_envs,
             "engine": summary["engine"],
+            "device": summary["device"],
+            "matmul_precision": args.matmul_precision,
             "seeds": args.seeds,
             "global_step": summary["global_step"],
             "num_updates": summary["num_updates"],

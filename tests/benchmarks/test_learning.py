@@ -62,6 +62,40 @@ def test_the_throughput_settings_are_judged(capsys):
     assert equal["num_updates"] == 6 * 64  # vector steps 8 to 13, of 64 transitions
 
 
+def test_the_precision_of_products_is_handed_on(monkeypatch, capsys):
+    """To the runs of the throughput settings, and to the default command; each row says it."""
+    asked = []
+
+    def trained(args):
+        asked.append(args.matmul_precision)
+        return train(args)
+
+    train = learning.train
+    monkeypatch.setattr(learning, "train", trained)
+    small = Throughput(seeds=1, updates=20, num_envs=(8,), equal_work=False)
+    (row,) = run_throughput(small)["rows"]
+    assert row["matmul_precision"] == "highest"
+    small.matmul_precision = "high"
+    (row,) = run_throughput(small)["rows"]
+    assert row["matmul_precision"] == "high"
+    assert row["device"].startswith(("cpu", "cuda"))
+    assert asked == ["highest", "high"]
+
+    def train_command(_env_id, seed, run_dir: Path, flags):
+        asked.append(flags[flags.index("--matmul-precision") + 1])
+        run_dir.mkdir()
+        names = ("policy_optimal", "eval_return_mean", "q_error_max", "wall_s", "num_updates")
+        summary = {"seed": seed, "engine": "eager", "device": "cpu", **dict.fromkeys(names, 1)}
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+        return 0.0, 1.0
+
+    monkeypatch.setattr(learning, "train_command", train_command)
+    default = learning.Default(seeds=1, other_seeds=1, matmul_precision="high")
+    result = learning.run_default(default)
+    assert result["args"]["matmul_precision"] == "high"
+    assert asked[2:] == ["high"] * 4
+
+
 # --------------------------------------------------------------- the commands, from start to exit
 
 TINY = {
