@@ -8,9 +8,10 @@ median of a ratio: `interval`. A ratio has regressed where
 
 If nothing has changed, two such intervals are that far apart by chance in fewer than one of a
 hundred comparisons, whatever the noise is distributed like, and bursts of other work in one round
-of nine, or in three of fifteen, move neither end. MARGIN stands for what the rounds of one run
-cannot show, because it is drawn once for a process: where its memory lies, what shares the machine
-in that minute. What is faster than recorded by the same rule is said, and is no failure: record it.
+of nine, in two of eleven, or in three of fifteen, move neither end. MARGIN stands for what the
+rounds of one run cannot show, because it is drawn once for a process: where its memory lies, what
+shares the machine in that minute. What is faster than recorded by the same rule is said, and is no
+failure: record it.
 
 Loops suffer differently from other work on their core: ratios have been seen to shift by a factor
 of 1.7 where the contenders had half of it. So a check says where one of the two runs had less than

@@ -116,8 +116,9 @@ class ThroughputArgs:
     """Rows of 64 envs with 64 gradient steps a vector step as well."""
     seconds: float | None = None
     """Length of a timed stretch; > 0. None: 1.5; with --quick 0.2."""
-    repeats: int = 15
-    """Timed stretches of every contender, in turns; >= 1, five at least for figures to quote."""
+    repeats: int | None = None
+    """Timed stretches of every contender, in turns; >= 1, five at least for figures to quote. None:
+    15; with --quick 11."""
     time_limit: float = math.inf
     """Seconds after which no further round begins; > 0. A contender that is not warm after two
     thirds of them is left out."""
@@ -142,6 +143,8 @@ class ThroughputArgs:
             self.num_envs = (64,) if self.quick else (1, 64, 1024, 16384)
         if self.seconds is None:
             self.seconds = 0.2 if self.quick else 1.5
+        if self.repeats is None:
+            self.repeats = 11 if self.quick else 15
 
     def validate(self) -> None:
         """Raise ValueError for a flag that makes no sense."""
@@ -450,6 +453,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the table, and those that cannot run here or broke, with a reason."""
     assert args.seconds is not None
+    assert args.repeats is not None
     device = choose_device(args.device)
     left_out: list[dict[str, Any]] = [
         {**contender.row, "reason": reason, "broke": False}

@@ -482,10 +482,12 @@ def record(*rows: dict[str, Any], machine: dict[str, Any] = MACHINE) -> dict[str
 
 
 def test_an_interval_forgives_a_burst_in_few_rounds():
-    """All of five rounds, nine without the extremes, the nine in the middle of fifteen."""
+    """All of five rounds, nine without the extremes, the seven in the middle of eleven, the nine in
+    the middle of fifteen."""
     assert interval([3.0]) == (3.0, 3.0)
     assert interval([5.0, 1.0, 2.0, 4.0, 3.0]) == (1.0, 5.0)
     assert interval([9.0, 1.0, *range(2, 9)]) == (2, 8)
+    assert interval([*range(11)]) == (2, 8)
     assert interval([*range(15)]) == (3, 11)
 
 
