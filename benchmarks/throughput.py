@@ -355,6 +355,7 @@ def fast_loop(args: Args, device: torch.device, stopwatch: Stopwatch) -> None:
     Raises:
         LeftOutError: the engine is not available here, or its compiler failed.
     """
+    assert args.log_interval is not None  # `endless` sets it
     env, noise = make_env(args.env_id, args.env_params), Noise(args.seed, args.num_seeds, device)
     learner, plan = make_learner(args, env, noise), make_plan(args, env)
     metrics = Metrics(args.num_seeds, most_episodes(args), device)
