@@ -19,6 +19,9 @@ from dqn_fast.networks import QNetwork
 from dqn_fast.replay import Replay
 from dqn_fast.schedule import Plan
 
+PRECISIONS = {"highest": "float32", "high": "TF32"}
+"""What the settings of --matmul-precision are called."""
+
 PACKAGES = ("torch", "numpy", "gymnasium", "plotly", "tyro", "wandb")
 
 
@@ -135,13 +138,15 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
     """What a run is about to do, for people."""
     args, derived = config["args"], config["derived"]
     params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
-    threads = f", {derived['num_threads']} thread(s)" if derived["device"] == "cpu" else ""
+    on_cpu = derived["device"] == "cpu"
+    threads = f", {derived['num_threads']} thread(s)" if on_cpu else ""
+    precision = "" if on_cpu else f", products in {PRECISIONS[args['matmul_precision']]}"
     rounded = [f"rounded   {text}" for text in derived["rounded"]]
     unseen = ("env_id", "env_params", "seed", "num_seeds", "num_envs", "run_dir", "name", "quiet")
     changed = [f"{name} {args[name]}" for name in config["changed"] if name not in unseen]
     return [
         f"env       {config['env_id']} ({params})",
-        f"device    {derived['device']}{threads}; engine {derived['engine']} "
+        f"device    {derived['device']}{threads}{precision}; engine {derived['engine']} "
         f"({derived['engine_reason']})",
         f"run       {args['num_seeds']} x {args['num_envs']} envs (seed {args['seed']}), "
         f"{derived['end']:,} transitions in {derived['total_vector_steps']:,} vector steps",
@@ -160,8 +165,9 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
     """What a run did, for people."""
     lines = [
         f"{summary['status']}: {summary['global_step']:,} transitions and "
-        f"{summary['num_updates']:,} gradient steps in {summary['wall_s']:.1f} s; "
-        f"{summary['env_steps_per_s']:,.0f} env steps/s, {summary['updates_per_s']:,.0f} updates/s"
+        f"{summary['num_updates']:,} gradient steps in {summary['wall_s']:.1f} s",
+        f"{summary['env_steps_per_s']:,.0f} env steps/s, {summary['updates_per_s']:,.0f} updates/s "
+        f"over the {summary['loop_s']:.1f} s of the loop without evaluations and compiling",
     ]
     if summary["eval_return_mean"] is not None:
         lines.append(

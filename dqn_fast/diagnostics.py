@@ -1,8 +1,8 @@
 """What a run looked like from inside, taken at log points: the content of `diagnostics.npz`.
 
-Nothing here runs inside a chunk. Rows spread evenly over replay are looked at: their TD errors, the
-hidden units that never fire on them, the states in which the greedy action has changed. Tabular
-environments add the whole Q-table and the states visited.
+Nothing here runs inside a chunk or waits for the device. Rows spread evenly over replay are looked
+at: their TD errors, the hidden units that never fire on them, the states in which the greedy action
+has changed. Tabular environments add the whole Q-table and the states visited.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dqn_fast.networks import QNetwork
 from dqn_fast.replay import Replay
 
 QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-SAMPLE_SIZE = 256
+SAMPLE_SIZE = 128
 MOST_SNAPSHOTS = 256
 
 Snapshot = dict[str, NDArray[Any]]
@@ -44,7 +44,6 @@ class Diagnostics:
         self.env, self._exact, self._double_q = env, exact, double_q
         self._count, self._stride = 0, 1
         self._previous: QNetwork | None = None
-        self._td_error = np.zeros((0, 0), np.float32)
 
     @torch.no_grad()
     def take(
@@ -53,50 +52,57 @@ class Diagnostics:
         target_net: QNetwork,
         replay: Replay,
         gamma: Tensor,
-        global_step: int,
         new_rows: int,
-        num_syncs: int,
-    ) -> None:
-        """Take a snapshot.
+    ) -> dict[str, Tensor]:
+        """Look at networks and replay; waits for nothing.
 
         Args:
             q_net: online network.
             target_net: target network.
             replay: what is sampled; not empty.
             gamma: [M, 1].
-            global_step: of the log point.
             new_rows: transitions of one member stored since the last snapshot.
-            num_syncs: synchronisations of the target so far.
+
+        Returns:
+            Content of a snapshot, as tensors on the device, for `add`.
         """
-        rows = torch.arange(SAMPLE_SIZE, device=gamma.device) * replay.size // SAMPLE_SIZE
-        batch = replay.sample(rows)
+        if self._previous is None:
+            self._spread = torch.arange(SAMPLE_SIZE, device=gamma.device)
+        batch = replay.sample(self._spread * replay.size // SAMPLE_SIZE)
         obs, next_obs = self.env.features(batch.obs), self.env.features(batch.next_obs)
         *hidden, q_values = q_net.activations(obs)
         q_taken = q_values.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
         next_value = bootstrap_value(q_net, target_net, next_obs, self._double_q)
         target = td_target(next_value, batch.reward, batch.terminated, gamma)
         td_error = target - q_taken
-        levels = torch.tensor(QUANTILE_LEVELS, device=td_error.device)
-        if self._previous is None:
-            changes = torch.full((q_net.num_members,), torch.nan)
-        else:
-            changes = (q_values.argmax(-1) != self._previous(obs).argmax(-1)).float().mean(1)
-        snapshot = {
-            "global_step": np.array(global_step),
-            "num_syncs": np.array(num_syncs),
-            "td_error_quantiles": td_error.quantile(levels, dim=1).T.cpu().numpy(),
-            "dead_units": dead_units(hidden, q_values).cpu().numpy(),
-            "policy_changes": changes.cpu().numpy(),
-        }
-        if self._exact is not None:
-            snapshot["q_values"] = self._exact.q_values(q_net).float().numpy()
-        if isinstance(self.env, TabularEnv) and self._exact is not None:
-            snapshot["visits"] = visits(self.env, replay, new_rows, len(self._exact.q_star))
-        self._td_error = td_error.cpu().numpy()
         if self._previous is None:
             self._previous = copy.deepcopy(q_net)
-        torch._foreach_copy_(self._previous.params, q_net.params)
-        self._add(snapshot)
+            changes = td_error.new_full((q_net.num_members,), torch.nan)
+        else:
+            changes = (q_values.argmax(-1) != self._previous(obs).argmax(-1)).float().mean(1)
+            torch._foreach_copy_(self._previous.params, q_net.params)
+        snapshot = {
+            "td_error": td_error,
+            "dead_units": dead_units(hidden, q_values),
+            "policy_changes": changes,
+        }
+        if self._exact is not None:
+            snapshot["q_values"] = self._exact.q_values(q_net)
+        if isinstance(self.env, TabularEnv) and self._exact is not None:
+            snapshot["visits"] = visits(self.env, replay, new_rows, len(self._exact.q_star))
+        return snapshot
+
+    def add(self, taken: Mapping[str, Tensor], global_step: int, num_syncs: int) -> None:
+        """Keep a snapshot.
+
+        Args:
+            taken: of `take`, on the host.
+            global_step: of the log point.
+            num_syncs: synchronisations of the target so far.
+        """
+        snapshot: Snapshot = {name: tensor.numpy() for name, tensor in taken.items()}
+        counts = {"global_step": np.array(global_step), "num_syncs": np.array(num_syncs)}
+        self._add(counts | snapshot)
 
     def _add(self, snapshot: Snapshot) -> None:
         if self._count % self._stride:
@@ -114,8 +120,11 @@ class Diagnostics:
             return {}
         names = self.snapshots[0]
         stacked = {name: np.stack([s[name] for s in self.snapshots]) for name in names}
+        td_error = stacked.pop("td_error")
+        quantiles = np.quantile(td_error, QUANTILE_LEVELS, axis=-1)
+        stacked["td_error_quantiles"] = np.moveaxis(quantiles, 0, -1).astype(np.float32)
         stacked["quantile_levels"] = np.array(QUANTILE_LEVELS)
-        stacked["td_error_sample"] = self._td_error
+        stacked["td_error_sample"] = td_error[-1]
         if self._exact is not None:
             stacked["q_star"] = self._exact.q_star.numpy()
             stacked["terminal"] = self._exact.mdp.terminal.numpy()
@@ -133,16 +142,16 @@ def dead_units(hidden: list[Tensor], q_values: Tensor) -> Tensor:
     """Share of a member's hidden units that are zero on every row of a batch, [M].
 
     Args:
-        hidden: activations of the hidden layers, [M, B, width] each.
+        hidden: activations of the hidden layers, >= 0, [M, B, width] each.
         q_values: [M, B, A].
     """
     if not hidden:
-        return torch.zeros(len(q_values))
-    return torch.cat([(x == 0).all(1) for x in hidden], 1).float().mean(1)
+        return q_values.new_zeros(len(q_values))
+    return (torch.cat(hidden, -1).amax(1) == 0).float().mean(1)
 
 
-def visits(env: TabularEnv, replay: Replay, new_rows: int, num_states: int) -> NDArray[np.int64]:
-    """How often each state was acted in, over the newest rows of replay: [M, X].
+def visits(env: TabularEnv, replay: Replay, new_rows: int, num_states: int) -> Tensor:
+    """How often each state was acted in, over the newest rows of replay: int64 [M, X].
 
     What replay no longer holds is not counted: with more new rows than it has, the newest stand for
     all.
@@ -151,6 +160,8 @@ def visits(env: TabularEnv, replay: Replay, new_rows: int, num_states: int) -> N
     newest = (
         replay.cursor - 1 - torch.arange(count, device=replay.cursor.device)
     ) % replay.capacity
-    rows = replay.data.obs
-    state = env.state_index(torch.stack([obs[row] for obs, row in zip(rows, newest, strict=True)]))
-    return torch.stack([torch.bincount(s, minlength=num_states) for s in state]).cpu().numpy()
+    stored = replay.data.obs
+    member = torch.arange(len(stored), device=newest.device)[:, None]
+    state = env.state_index(stored[member, newest])
+    times = torch.zeros(len(stored), num_states, dtype=torch.int64, device=newest.device)
+    return times.scatter_add_(1, state.long(), torch.ones_like(newest))

@@ -139,8 +139,8 @@ class ExactValues:
 
     @torch.no_grad()
     def q_values(self, q_net: QNetwork) -> Tensor:
-        """The network's values in all states, [M, X, A] float64 on the CPU."""
-        return q_net(self.features.expand(q_net.num_members, -1, -1)).cpu().double()
+        """The network's values in all states, float32 [M, X, A]."""
+        return q_net(self.features.expand(q_net.num_members, -1, -1))
 
     def compare(self, q_net: QNetwork) -> dict[str, list[Any]]:
         """One value per member.
@@ -155,7 +155,7 @@ class ExactValues:
         errors: list[float] = []
         optimal: list[bool] = []
         start_values: list[float] = []
-        for q in self.q_values(q_net):
+        for q in self.q_values(q_net).cpu().double():
             policy = greedy_policy(q)
             seen = visited_states(self.mdp, policy, self._max_steps, self.REACH_PROBABILITY)
             seen &= ~self.mdp.terminal
@@ -176,9 +176,9 @@ def solve(env: TensorEnv, gamma: float, device: torch.device) -> ExactValues | N
 
 
 @torch.no_grad()
-def q_probe(q_net: QNetwork, features: Tensor) -> dict[str, list[float]]:
-    """Q-values of one start state as metrics, a value per member; features [M, 1, F]."""
-    q_values = q_net(features)[:, 0].T.tolist()
+def q_probe(q_net: QNetwork, features: Tensor) -> dict[str, Tensor]:
+    """Q-values of one start state as metrics, [M] each; features [M, 1, F]."""
+    q_values = q_net(features)[:, 0].unbind(-1)
     return {f"q/probe_{action}": values for action, values in enumerate(q_values)}
 
 

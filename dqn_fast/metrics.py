@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dqn_fast.background import HostCopy
+
 UPDATE_METRICS = ("losses/td_loss", "losses/q_value", "losses/td_target", "losses/grad_norm")
-_NEVER = torch.iinfo(torch.int64).max
 
 
 class ChunkRecord(NamedTuple):
@@ -35,18 +39,22 @@ class Reading(NamedTuple):
         values: by metric name, one float per member; NaN where nothing was measured.
         episodes: finished episodes: return, length, global_step and member, in order of time.
         num_episodes: finished episodes of each member, int64 [M], those not kept included.
+        first_bad_update: number of the run's first gradient step, counted from 1, whose loss,
+            values or gradient norm were not finite; None if all were.
     """
 
     values: dict[str, list[float]]
     episodes: dict[str, NDArray[np.generic]]
     num_episodes: NDArray[np.int64]
+    first_bad_update: int | None
 
 
 class Metrics:
-    """What chunks left behind since the last reading, in memory on one device.
+    """What chunks left behind since the last reading.
 
-    To take a chunk in is to copy it. What it means is worked out at a reading, or earlier, when
-    there is no room for the next chunk: what `capacity` transitions leave behind is kept.
+    To take a chunk in is to copy it on the device. The copies go to the host in blocks, at a
+    reading or earlier, where there is no room for the next chunk; the host works out what they
+    mean. Only `read_` and `first_bad_update` wait for the device.
 
     Attributes:
         num_members: M.
@@ -54,28 +62,25 @@ class Metrics:
     """
 
     KEPT_UPDATES = 1_024
-    """Gradient steps whose metrics are kept before they are summed; or those of one chunk."""
+    """Gradient steps of a block, or those of one chunk if it has more."""
+
+    MOST_BLOCKS = 8
+    """Blocks on their way to the host at a time."""
 
     def __init__(self, num_members: int, capacity: int, device: torch.device) -> None:
         self.num_members, self.capacity = num_members, capacity
-        self._num_steps = self._before = 0
+        self._on_cpu = device.type == "cpu"
+        self._num_steps = self._num_updates = self._before = self._first_update = 0
         self._returns = torch.empty(0, num_members, 0, device=device)
         self._lengths = self._returns.int()
-        self._sums = np.zeros((3, num_members))
-        self._num_listed = 0
-        self._episodes: list[dict[str, NDArray[np.generic]]] = []
-
-        # Sums are wide: what is logged does not depend on where chunks end. MPS has no float64.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        shape = (len(UPDATE_METRICS), num_members)
-        self._updates = torch.empty(self.KEPT_UPDATES, *shape, device=device)
-        self._num_updates = self._num_summed = self._first_update = 0
-        self._update_sums = torch.zeros(shape, dtype=wide, device=device)
-        self._first_bad_update = torch.full((), _NEVER, device=device)
+        self._updates = torch.empty(
+            self.KEPT_UPDATES, len(UPDATE_METRICS), num_members, device=device
+        )
+        self._interval = Interval(num_members, capacity)
 
     @torch.no_grad()
     def add_(self, record: ChunkRecord, before: int, first_update: int) -> None:
-        """Take in what a chunk left behind; waits for the device only where there is no room.
+        """Take in what a chunk left behind.
 
         Args:
             record: of the chunk, which follows the last one.
@@ -83,17 +88,13 @@ class Metrics:
             first_update: gradient steps taken before it.
         """
         num_steps, num_updates = len(record.episode_length), len(record.updates)
-        if self._num_steps + num_steps > len(self._lengths):
-            self._list_episodes()
-            self._make_room(record.episode_length)
-        if self._num_updates + num_updates > len(self._updates):
-            self._sum_updates()
-            if num_updates > len(self._updates):
-                self._updates = torch.empty_like(record.updates)
+        if self._num_steps + num_steps > len(
+            self._lengths
+        ) or self._num_updates + num_updates > len(self._updates):
+            self._send()
+            self._make_room(record)
         if self._num_steps == 0:
-            self._before = before
-        if self._num_updates == 0:
-            self._first_update = first_update
+            self._before, self._first_update = before, first_update
         rows = slice(self._num_steps, self._num_steps + num_steps)
         self._returns[rows].copy_(record.episode_return)
         self._lengths[rows].copy_(record.episode_length)
@@ -102,77 +103,131 @@ class Metrics:
         self._updates[rows].copy_(record.updates)
         self._num_updates = rows.stop
 
-    def _make_room(self, length: Tensor) -> None:
+    def _make_room(self, record: ChunkRecord) -> None:
         """For as many transitions as episodes are listed, or for one chunk if it has more."""
-        num_steps, *copies = length.shape
+        num_steps, *copies = record.episode_length.shape
         num_steps = max(num_steps, self.capacity // math.prod(copies))
         if num_steps > len(self._lengths):
             self._returns = self._returns.new_empty(num_steps, *copies)
             self._lengths = self._lengths.new_empty(num_steps, *copies)
+        if len(record.updates) > len(self._updates):
+            self._updates = torch.empty_like(record.updates)
 
-    def _list_episodes(self) -> None:
-        """Move what has finished to the host. Waits for the device."""
-        where = self._lengths[: self._num_steps].nonzero().unbind(1)  # in order of time
-        step, member, _ = (index.cpu().numpy() for index in where)
+    def _send(self) -> None:
+        """Let what was taken in go to the host."""
+        if self._num_steps == 0:
+            return
+        block = HostCopy(
+            (
+                self._returns[: self._num_steps],
+                self._lengths[: self._num_steps],
+                self._updates[: self._num_updates],
+            ),
+            lent=self._on_cpu,  # it is worked out at once
+        )
+        blocks = self._interval.blocks
+        blocks.append((block, self._before, self._first_update))
+        self._interval.fold(most_left=self.MOST_BLOCKS)
+        self._num_steps = self._num_updates = 0
+
+    def first_bad_update(self) -> int | None:
+        """As in a `Reading`, of all that was taken in since the last one. Waits for the device."""
+        self._send()
+        return self._interval.bad_update()
+
+    def bad_update_later(self) -> Callable[[], int | None]:
+        """`first_bad_update` as of now, to be asked when the device has come here."""
+        self._send()
+        return partial(self._interval.bad_update, self.MOST_BLOCKS)
+
+    def take_(self) -> Callable[[], Reading]:
+        """Start again at zero; the reading, to be asked for when the device has come here."""
+        self._send()
+        interval, self._interval = self._interval, Interval(self.num_members, self.capacity)
+        return interval.reading
+
+    def read_(self) -> Reading:
+        """The reading, and start again at zero. Waits for the device."""
+        return self.take_()()
+
+
+class Interval:
+    """What was measured between two readings, worked out on the host."""
+
+    def __init__(self, num_members: int, capacity: int) -> None:
+        self.blocks: deque[tuple[HostCopy, int, int]] = deque()
+        self._num_members, self._capacity = num_members, capacity
+        self._num_listed = self._num_updates = 0
+        self._sums = np.zeros((3, num_members))  # episodes, their returns, their lengths
+        self._update_sums = np.zeros((len(UPDATE_METRICS), num_members))
+        self._episodes: list[dict[str, NDArray[Any]]] = []
+        self._first_bad_update: int | None = None
+
+    def fold(self, most_left: int = 0) -> None:
+        """Take in the blocks that have arrived; wait for more where over `most_left` are left."""
+        while self.blocks and (self.blocks[0][0].ready or len(self.blocks) > most_left):
+            copy, before, first_update = self.blocks.popleft()
+            returns, lengths, updates = (tensor.numpy() for tensor in copy.get())
+            self._fold_episodes(returns, lengths, before)
+            self._fold_updates(updates, first_update)
+
+    def _fold_episodes(
+        self, returns: NDArray[np.float32], lengths: NDArray[np.int32], before: int
+    ) -> None:
+        _, num_members, num_envs = lengths.shape
+        place = np.flatnonzero(lengths)  # in order of time
+        step, copy = np.divmod(place, num_members * num_envs)
+        member = copy // num_envs
         columns: dict[str, NDArray[Any]] = {
-            "global_step": self._before + self._lengths.shape[2] * (step + 1),
-            "episode_return": self._returns[where].cpu().numpy(),
-            "episode_length": self._lengths[where].cpu().numpy(),
+            "global_step": before + num_envs * (step + 1),
+            "episode_return": returns.ravel()[place],
+            "episode_length": lengths.ravel()[place],
             "member": member.astype(np.int32),
         }
         for total, weights in zip(
             self._sums, (None, columns["episode_return"], columns["episode_length"]), strict=True
         ):
-            total += np.bincount(member, weights, self.num_members)
-        columns = _take(columns, slice(self.capacity - self._num_listed))
+            total += np.bincount(member, weights, num_members)
+        columns = _take(columns, slice(max(self._capacity - self._num_listed, 0)))
         self._num_listed += len(columns["member"])
         self._episodes.append(columns)
-        self._num_steps = 0
 
-    def _sum_updates(self) -> None:
-        """Take the gradient steps that are kept into the sums, on the device."""
-        if self._num_updates == 0:
-            return
-        updates = self._updates[: self._num_updates]
-        self._update_sums += updates.sum(0, dtype=self._update_sums.dtype)
-        bad = ~updates.isfinite().flatten(1).all(1)
-        number = torch.arange(1, len(updates) + 1, device=updates.device) + self._first_update
-        first_bad = torch.where(bad, number, _NEVER).amin()
-        torch.minimum(self._first_bad_update, first_bad, out=self._first_bad_update)
-        self._num_summed += len(updates)
-        self._num_updates = 0
+    def _fold_updates(self, updates: NDArray[np.float32], first_update: int) -> None:
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            total = updates.sum(0, dtype=np.float64)  # wide: where blocks end is no matter
+            self._update_sums += total
+        self._num_updates += len(updates)
+        if self._first_bad_update is None and not np.isfinite(total).all():
+            bad = ~np.isfinite(updates).all((1, 2))
+            self._first_bad_update = first_update + 1 + int(bad.argmax())
 
-    def first_bad_update(self) -> int | None:
-        """Number of the first gradient step, counted from 1, whose loss, values or gradient norm
-        were not finite; None if all were. Waits for the device."""
-        self._sum_updates()
-        number = int(self._first_bad_update)
-        return None if number == _NEVER else number
+    def bad_update(self, most_left: int = 0) -> int | None:
+        """Number of the first bad gradient step so far; `most_left` as in `fold`."""
+        self.fold(most_left)
+        return self._first_bad_update
 
-    def read_(self) -> Reading:
-        """Copy everything to the host and start again at zero. Waits for the device."""
-        self._list_episodes()
-        self._sum_updates()
+    def reading(self) -> Reading:
+        """What was measured. Waits for blocks that have not arrived."""
+        self.fold()
         count, total_return, total_length = self._sums
         with np.errstate(invalid="ignore"):
             values = {
                 "charts/episodic_return": (total_return / count).astype(np.float32).tolist(),
                 "charts/episodic_length": (total_length / count).tolist(),
             }
-        if self._num_summed:
-            means = (self._update_sums / self._num_summed).float().cpu().tolist()
+        if self._num_updates:
+            means = (self._update_sums / self._num_updates).astype(np.float32).tolist()
             values |= dict(zip(UPDATE_METRICS, means, strict=True))
+        if not self._episodes:
+            empty = np.zeros((0, self._num_members, 1), np.float32)
+            self._fold_episodes(empty, empty.astype(np.int32), 0)
         names = self._episodes[0]
-        reading = Reading(
+        return Reading(
             values=values,
             episodes={name: np.concatenate([e[name] for e in self._episodes]) for name in names},
             num_episodes=count.astype(np.int64),
+            first_bad_update=self._first_bad_update,
         )
-        self._sums = np.zeros_like(self._sums)
-        self._num_listed, self._episodes = 0, []
-        self._update_sums.zero_()
-        self._num_summed = 0
-        return reading
 
 
 class EpisodeLog:

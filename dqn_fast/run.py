@@ -9,7 +9,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from dqn_fast.background import FileWriter, HostCopy
 from dqn_fast.checkpoint import (
     BestAgent,
     agent_content,
@@ -30,13 +33,19 @@ from dqn_fast.describe import closing, header, summarise
 from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.envs import EnvError
 from dqn_fast.evaluate import Evaluation
-from dqn_fast.metrics import EpisodeLog, Metrics
+from dqn_fast.metrics import EpisodeLog, Metrics, Reading
 from dqn_fast.networks import QNetwork
 from dqn_fast.replay import Replay
 from dqn_fast.report import run_figures, write_report
 from dqn_fast.schedule import Chunk, Plan
 from dqn_fast.tracker import TrackerConfig, make_tracker
 from dqn_fast.video import RUN_FILM, film_run
+
+Row = tuple[int, dict[str, Any]]
+"""global_step of a log point, and its metrics: a value per member or one for all."""
+
+COPIED_BYTES = 2**28
+"""Size up to which a checkpoint is copied and written beside the loop."""
 
 
 class UsageError(ValueError):
@@ -94,6 +103,10 @@ class RunRecord:
     However the run ends, what was measured until then is in the files. A file that cannot be
     written costs one warning and never the run.
 
+    The loop waits for none of this: what a log point or a checkpoint needs is copied to the host
+    behind the device's work, becomes a row or a file in `settle` once it is there, in order, and
+    files are written by a thread.
+
     Attributes:
         run_dir: directory of the run.
         config: content of `config.json`.
@@ -101,7 +114,7 @@ class RunRecord:
         num_evaluations: evaluations so far.
         engine: what runs the chunks, as it is to stand in the summary.
         compile_s: seconds that the loop waited for a compiler; speeds leave them out.
-        eval_s: seconds spent on evaluations.
+        eval_s: seconds spent on evaluations; speeds leave them out too.
         summary: content of `summary.json`, complete once the run has ended.
     """
 
@@ -136,7 +149,12 @@ class RunRecord:
         self._num_members: int = self._args["num_seeds"]
         self._plan, self._metrics, self._diagnostics = plan, metrics, diagnostics
         self._q_net = q_net
+        self._on_cpu = q_net.params[0].device.type == "cpu"
         self._tracker = make_tracker(tracker_config(run_dir, config))
+        self._files = FileWriter(self._not_written)
+        self._pending: deque[tuple[HostCopy, Callable[[Any], Row | None]]] = deque()
+        self._must_wait, self._refuses_bad = False, True
+        self._bad_update: int | None = None
         self._episodes = EpisodeLog(self._num_members)
         self._best = BestAgent(self._num_members)
         self._evaluation: dict[str, list[Any]] = {}
@@ -160,13 +178,19 @@ class RunRecord:
     ) -> None:
         if error is not None:
             self.status = f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"
+            self._refuses_bad = False
             with contextlib.suppress(Exception):  # the device itself may be what failed
-                self.log(self.read())
+                self._measure({})
+                list(self.settle(wait=True))
+            self._files.wait()
             with contextlib.suppress(Exception):
                 self._save_agent()
+        self._loop_ended = time.perf_counter()
+        self._write_arrays()
+        self._files.wait()
+        self._files.close()
         self.summary = self._summarise()
         self._write("summary.json", lambda path: write_json(path, self.summary))
-        self._write_arrays()
         if (best := self.run_dir / "best.pt").exists():
             self._tracker.log_artifact(best, f"{self.run_dir.name}-best", "model")
         if self._args["track"]:
@@ -207,16 +231,40 @@ class RunRecord:
             self.engine += f", {engine} from {self._global_step:,} on"
         self._running, self._reason, self.compile_s = engine, reason, compile_s
 
+    def settle(self, wait: bool = False) -> Iterator[Row]:
+        """Finish what has arrived from the device; to be called before the next chunk.
+
+        Args:
+            wait: whether to wait for all that is under way.
+
+        Yields:
+            global_step and metrics of each log point.
+
+        Raises:
+            EnvError, TrainingError: as `check_finite`.
+        """
+        self._files.settle()
+        wait |= self._must_wait
+        self._must_wait = False
+        while self._pending and (wait or self._pending[0][0].ready):
+            copy, finish = self._pending.popleft()
+            row = finish(copy.get())
+            if row is not None:
+                yield row
+
     def check_finite(self, replay: Replay) -> None:
-        """Reads one number from the device, and replay only if that number tells of trouble.
+        """Wait for the device, and read replay only if its answer tells of trouble.
 
         Raises:
             EnvError: a gradient step went wrong and replay holds a reward or an observation that is
                 not finite.
             TrainingError: a gradient step went wrong over good data.
         """
-        number = self._metrics.first_bad_update()
-        if number is None:
+        self._refuse(self._metrics.first_bad_update(), replay)
+
+    def _refuse(self, bad_update: int | None, replay: Replay) -> None:
+        self._bad_update = self._bad_update or bad_update
+        if self._bad_update is None or not self._refuses_bad:
             return
         if (bad := replay.first_not_finite()) is not None:
             name, member, newer = bad
@@ -228,32 +276,66 @@ class RunRecord:
                 f"{self._global_step // num_envs - newer // num_envs:,}; it must be finite"
             )
         raise TrainingError(
-            f"loss or gradient not finite in gradient step {number:,}, "
-            f"at global_step {self._plan.step_of_update(number):,}"
+            f"loss or gradient not finite in gradient step {self._bad_update:,}, "
+            f"at global_step {self._plan.step_of_update(self._bad_update):,}"
         )
 
-    def read(self) -> dict[str, Any]:
-        """Metrics since the last reading, a value per member, and the speed; keeps episodes."""
-        reading = self._metrics.read_()
-        self._episodes.add(reading)
-        now = (time.perf_counter(), self._global_step, self._num_updates)
-        seconds, steps, updates = (new - old for new, old in zip(now, self._last_log, strict=True))
-        self._last_log = now
-        return reading.values | {
-            "charts/episodes": self._episodes.num_finished.tolist(),
-            "perf/env_steps_per_s": steps * self._num_members / seconds,
-            "perf/updates_per_s": updates * self._num_members / seconds,
-        }
-
-    def diagnose(
-        self, q_net: QNetwork, target_net: QNetwork, replay: Replay, gamma: Tensor
+    def log_point(
+        self,
+        row: Mapping[str, Any],
+        probe: Mapping[str, Tensor],
+        q_net: QNetwork,
+        target_net: QNetwork,
+        replay: Replay,
+        gamma: Tensor,
     ) -> None:
-        """Take a snapshot for the report; see `Diagnostics.take`."""
+        """Measure what there is to measure here; `settle` makes a row of it.
+
+        Args:
+            row: metrics that are known already.
+            probe: metrics on the device, [M] each.
+            q_net, target_net, replay, gamma: for `Diagnostics.take`.
+        """
         new_rows = self._global_step - self._last_diagnosis
         self._last_diagnosis = self._global_step
-        self._diagnostics.take(
-            q_net, target_net, replay, gamma, self._global_step, new_rows, self._num_syncs
-        )
+        snapshot = self._diagnostics.take(q_net, target_net, replay, gamma, new_rows)
+        self._measure(row, probe, snapshot, replay)
+
+    def _measure(
+        self,
+        row: Mapping[str, Any],
+        probe: Mapping[str, Tensor] | None = None,
+        snapshot: Mapping[str, Tensor] | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        reading_of = self._metrics.take_()
+        step, num_updates, num_syncs = self._global_step, self._num_updates, self._num_syncs
+
+        def finish(arrived: dict[str, Any]) -> Row:
+            reading: Reading = reading_of()
+            self._episodes.add(reading)
+            if replay is not None:
+                self._refuse(reading.first_bad_update, replay)
+            if snapshot is not None:
+                self._diagnostics.add(arrived["snapshot"], step, num_syncs)
+            now = (time.perf_counter(), step, num_updates)
+            spent, steps, updates = (a - b for a, b in zip(now, self._last_log, strict=True))
+            self._last_log = now
+            return self._logged(
+                step,
+                reading.values
+                | {
+                    "charts/episodes": self._episodes.num_finished.tolist(),
+                    "perf/env_steps_per_s": steps * self._num_members / spent,
+                    "perf/updates_per_s": updates * self._num_members / spent,
+                }
+                | {name: tensor.tolist() for name, tensor in arrived["probe"].items()}
+                | dict(row),
+            )
+
+        # New tensors, and nobody else's: on the host they need no copy.
+        parts = {"probe": dict(probe or {}), "snapshot": dict(snapshot or {})}
+        self._pending.append((HostCopy(parts, lent=self._on_cpu), finish))
 
     def evaluated(self, result: Evaluation, exact: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Take in an evaluation of the network as it is; a best one is saved as `best.pt`.
@@ -275,7 +357,8 @@ class RunRecord:
             best = agent_content(
                 self.config, self._best.weights, self._best.global_step, self._best.return_mean
             )
-            self._write("best.pt", lambda path: save_checkpoint(path, best))
+            content = HostCopy(best).get()
+            self._write_soon("best.pt", partial(save_checkpoint, content=content))
         metrics: dict[str, Any] = {
             "eval/return_mean": self._evaluation["eval_return_mean"],
             "eval/return_std": self._evaluation["eval_return_std"],
@@ -289,12 +372,21 @@ class RunRecord:
         return metrics
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Hand metrics to the loggers, at the current global_step."""
-        if self._args["log_interval"] or any(name.startswith("eval/") for name in row):
-            self._tracker.log(self._global_step, row)
+        """Metrics of this global_step that are known already; `settle` gives the row."""
+        step = self._global_step
+        self._pending.append((HostCopy({}), lambda _: self._logged(step, dict(row))))
 
-    def save(self, learner_state: Mapping[str, Any]) -> None:
-        """Write `checkpoint.pt` and the episodes up to here."""
+    def _logged(self, step: int, metrics: dict[str, Any]) -> Row:
+        if self._args["log_interval"] or any(name.startswith("eval/") for name in metrics):
+            self._tracker.log(step, metrics)
+        return step, metrics
+
+    def save(self, learner_state: Mapping[str, Any], replay: Replay) -> None:
+        """Write `checkpoint.pt` and the episodes up to here.
+
+        What is saved is copied first and written beside the loop, unless it is large: then the loop
+        waits, because a second copy of a large replay may not fit.
+        """
         content = self._last_agent()
         content["resume"] = {
             "learner": learner_state,
@@ -302,8 +394,19 @@ class RunRecord:
             "num_updates": self._num_updates,
             "num_evaluations": self.num_evaluations,
         }
-        self._write("checkpoint.pt", lambda path: save_checkpoint(path, content))
-        self._write_arrays()
+        tensors = [t for t in tree_leaves(content) if isinstance(t, Tensor)]
+        large = sum(t.numel() * t.element_size() for t in tensors) > COPIED_BYTES
+
+        def finish(arrived: dict[str, Any]) -> None:
+            self._refuse(bad_update(), replay)
+            if self._bad_update is None:
+                write = partial(save_checkpoint, content=arrived)
+                (self._write if large else self._write_soon)("checkpoint.pt", write)
+                self._write_arrays()
+
+        bad_update = self._metrics.bad_update_later()
+        self._pending.append((HostCopy(content, lent=large), finish))
+        self._must_wait |= large
 
     def _save_agent(self) -> None:
         """Write `checkpoint.pt` of a run that broke off: the network where it is finite, nothing to
@@ -320,15 +423,21 @@ class RunRecord:
             self._evaluation.get("eval_return_mean", not_known),
         )
 
+    def _write_soon(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file beside the loop, from data that nobody changes any more."""
+        self._files.submit(name, partial(write, self.run_dir / name))
+
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         try:
             write(self.run_dir / name)
         except OSError as error:
-            if name not in self._warned:
-                self._warned.add(name)
-                self._tracker.message(
-                    f"warning: {name} could not be written ({error.strerror}); training goes on"
-                )
+            self._not_written(name, error)
+
+    def _not_written(self, name: str, error: Exception) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            why = error.strerror if isinstance(error, OSError) else repr(error)
+            self._tracker.message(f"warning: {name} could not be written ({why}); training goes on")
 
     def _best_effort(self, what: str, make: Callable[[], object]) -> None:
         """A picture of a run is never worth the run: whatever goes wrong here is one warning."""
@@ -352,11 +461,12 @@ class RunRecord:
             ("episodes.npz", episodes),
             ("diagnostics.npz", self._diagnostics.arrays()),
         ):
-            self._write(name, partial(_write_npz, arrays))
+            self._write_soon(name, partial(_write_npz, arrays))
 
     def _summarise(self) -> dict[str, Any]:
         now = time.perf_counter()
-        seconds = max(now - self._loop_began - self.compile_s, 1e-9)
+        spent = self._loop_ended - self._loop_began
+        seconds = max(spent - self.compile_s - self.eval_s, 1e-9)
         unknown = [None] * self._num_members
         shared = {
             "status": self.status,
@@ -371,6 +481,7 @@ class RunRecord:
             "startup_s": self._loop_began - self._began,
             "compile_s": self.compile_s,
             "eval_s": self.eval_s,
+            "loop_s": seconds,
             "env_steps_per_s": self._global_step * self._num_members / seconds,
             "updates_per_s": self._num_updates * self._num_members / seconds,
             "eval_episodes": self._args["eval_episodes"],

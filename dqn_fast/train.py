@@ -175,10 +175,11 @@ class Args:
     """Name of the experiment, part of the run directory's name."""
     run_dir: Path | None = None
     """Directory to write, new or empty. None: runs/<env>__<name>__s<seed>__<UTC time>."""
-    log_interval: int = 1_024
-    """Transitions between log points; >= 0."""
-    eval_interval: int = 4_096
-    """Transitions between greedy evaluations; >= 0. The end of the run is always evaluated."""
+    log_interval: int | None = None
+    """Transitions between log points; >= 0. None: a 50th of the run, at most 2,048 vector steps."""
+    eval_interval: int | None = None
+    """Transitions between greedy evaluations; >= 0. None: a 16th of the run, at most 8,192 vector
+    steps. The end of the run is always evaluated."""
     eval_episodes: int = 100
     """Episodes of each member per evaluation; >= 1."""
     stop_at_return: float | None = None
@@ -186,8 +187,9 @@ class Args:
     stop_when_optimal: bool = False
     """End the run at the first evaluation in which every member's policy is optimal and its values
     are within 0.05 of the exact ones; for environments that can be solved exactly."""
-    checkpoint_interval: int = 16_384
-    """Transitions between checkpoints; >= 0. The end of the run is always saved."""
+    checkpoint_interval: int | None = None
+    """Transitions between checkpoints; >= 0. None: a quarter of the run, at most 131,072 vector
+    steps. The end of the run is always saved."""
     report: bool = True
     """Write report.html at the end of the run, and agent.gif where the agent can be filmed (needs
     the extra: pip install -e ".[video]")."""
@@ -215,6 +217,27 @@ class Args:
         return cls(**{**table, "env_id": env_id, **settings})
 
 
+INTERVALS = {
+    "log_interval": (50, 2_048),
+    "eval_interval": (16, 8_192),
+    "checkpoint_interval": (4, 131_072),
+}
+"""How many of each a run has where its interval is not set, and the most vector steps between two.
+In proportion to the run, because a log point costs 1 to 2 ms and a checkpoint 10: so they stay
+below 5 % of the loop, or 0.1 s where the run is short."""
+
+
+def intervals(args: Args) -> dict[str, int]:
+    """Transitions between log points, evaluations and checkpoints; they follow from the settings
+    alone, so two runs have the same."""
+    chosen: dict[str, int] = {}
+    for name, (number, most_steps) in INTERVALS.items():
+        steps = min(args.total_timesteps // (number * args.num_envs), most_steps)
+        asked = getattr(args, name)
+        chosen[name] = max(steps, 1) * args.num_envs if asked is None else asked
+    return chosen
+
+
 def check(args: Args) -> None:
     """Raise UsageError for the first setting that makes no sense."""
 
@@ -229,8 +252,8 @@ def check(args: Args) -> None:
         need(getattr(args, name) >= 1, name, "at least 1")
     for name in ("seed", "learning_starts", "gradient_steps", "num_threads"):
         need(getattr(args, name) >= 0, name, "at least 0")
-    for name in ("target_update_interval", "log_interval", "eval_interval", "checkpoint_interval"):
-        need(getattr(args, name) >= 0, name, "at least 0 (0: off)")
+    for name in ("target_update_interval", *INTERVALS):
+        need((getattr(args, name) or 0) >= 0, name, "at least 0 (0: off)")
     for name in ("gamma", "eps_start", "eps_end", "eps_fraction"):
         need(0.0 <= getattr(args, name) <= 1.0, name, "in [0, 1]")
     need(0.0 <= args.eps_repeat < 1.0, "eps_repeat", "in [0, 1)")
@@ -253,7 +276,7 @@ def check(args: Args) -> None:
         "a finite number",
     )
     need(
-        args.eval_interval > 0 or (args.stop_at_return is None and not args.stop_when_optimal),
+        args.eval_interval != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
         "eval_interval",
         "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
     )
@@ -922,6 +945,8 @@ def train(
     # The numbers of a sweep may be NumPy's, which no file of the run could hold.
     args = dataclasses.replace(args, **{**plain(vars(args)), "run_dir": args.run_dir})
     check(args)
+    settled: dict[str, Any] = {**intervals(args)}
+    args = dataclasses.replace(args, **settled)
     if env is not None and args.env_params:
         pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
         raise UsageError(f"--env-params {pairs}: must be empty with an environment of one's own")
@@ -954,9 +979,10 @@ def train(
         run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
         runner = Runner(args, learner, plan, noise)
         stack.callback(runner.close)
+        usual = Args.for_env(env_id, num_envs=args.num_envs, total_timesteps=args.total_timesteps)
         config = describe(
             vars(args),
-            vars(Args.for_env(env_id)),
+            vars(Args.for_env(env_id)) | intervals(usual),
             env_id,
             env,
             plan,
@@ -977,15 +1003,14 @@ def train(
                 metrics.add_(record, chunk.before, chunk.first_update)
                 run.advance(chunk)
 
-                # Side jobs, in one order: evaluate, log, save. The only reads from the device.
+                # Side jobs, in one order: evaluate, log, save. Only an evaluation waits for the
+                # device; `settle` makes rows and files of what has come from it.
                 log, evaluation, save = (chunk.crosses(interval) for interval in plan.intervals)
                 stopped = should_stop()
                 done = chunk.after == plan.end and not stopped
-                if not (log or evaluation or save or stopped or done):
-                    continue
-                run.check_finite(learner.replay)
                 row: dict[str, Any] = {}
                 if evaluation or done:
+                    run.check_finite(learner.replay)
                     eval_began = time.perf_counter()
                     result = evaluate(
                         env.for_evaluation(),
@@ -999,16 +1024,24 @@ def train(
                     row = run.evaluated(result, known)
                     run.eval_s += time.perf_counter() - eval_began
                 solved = reached_goal(args, row)
-                if log or stopped or done or solved:
-                    row = run.read() | q_probe(learner.q_net, probe) | row
+                ends = stopped or done or solved
+                if log or ends:
                     row["charts/epsilon"] = float(epsilon(args, chunk.after))
-                    run.diagnose(learner.q_net, learner.target_net, learner.replay, learner.gamma)
-                if row:
+                    run.log_point(
+                        row,
+                        q_probe(learner.q_net, probe),
+                        learner.q_net,
+                        learner.target_net,
+                        learner.replay,
+                        learner.gamma,
+                    )
+                elif row:
                     run.log(row)
+                if save or ends:
+                    run.save(learner.state_dict(), learner.replay)
+                for global_step, metrics_now in run.settle(wait=ends or on_log is not None):
                     if on_log is not None:
-                        on_log(chunk.after, learner, row)
-                if save or stopped or done or solved:
-                    run.save(learner.state_dict())
+                        on_log(global_step, learner, metrics_now)
                 if stopped or solved:
                     run.status = "stopped" if stopped else "solved"
                     break
@@ -1017,8 +1050,6 @@ def train(
 
 def make_plan(args: Args, env: TensorEnv) -> Plan:
     """Which vector steps learn, when the target is synchronised, and where chunks end."""
-    # An interval longer than the run fires once, at its end.
-    intervals = (args.log_interval, args.eval_interval, args.checkpoint_interval)
     # Beside a step in the background one learns without that step's transitions.
     lag = args.num_envs if env.background else 0
     plan = Plan(
@@ -1029,7 +1060,8 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
         gradient_steps=args.gradient_steps,
         target_update_interval=args.target_update_interval,
         max_chunk_steps=1 if env.on_host else args.chunk_steps,
-        intervals=tuple(min(interval, args.total_timesteps) for interval in intervals),
+        # One longer than the run fires once, at its end.
+        intervals=tuple(min(i, args.total_timesteps) for i in intervals(args).values()),
     )
     # Enough numbers at once to hide the cost of a call, few enough to stay in the cache.
     updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
@@ -1066,7 +1098,8 @@ def reached_goal(args: Args, row: dict[str, Any]) -> bool:
 def most_episodes(args: Args) -> int:
     """Episodes that may be listed between two log points: each ends in a transition of its own, and
     a log point is late by up to num_envs - 1 of a member's."""
-    interval = min(args.log_interval or args.total_timesteps, args.total_timesteps)
+    log_interval = intervals(args)["log_interval"] or args.total_timesteps
+    interval = min(log_interval, args.total_timesteps)
     return min((interval + args.num_envs - 1) * args.num_seeds, 2**20)
 
 

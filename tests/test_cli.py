@@ -137,7 +137,8 @@ def test_defaults_follow_the_environment(flag, monkeypatch, capsys):
     for name, value in table.items():
         assert getattr(args, name) == value
         if not isinstance(value, bool):
-            assert f"(default: {value})" in text.split(f"--{name.replace('_', '-')} ")[1][:400]
+            about = text.split(f"│ --{name.replace('_', '-')} ")[1].split("│ --")[0]
+            assert f"(default: {value})" in about
 
 
 def test_settings_beside_an_environment_are_settings():

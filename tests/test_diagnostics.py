@@ -101,9 +101,10 @@ def test_long_runs_are_thinned_and_lose_no_visit():
     diagnostics = Diagnostics(env, solve(env, 0.99, torch.device("cpu")))
     total = 3 * MOST_SNAPSHOTS + 5
     for i in range(1, total + 1):
-        diagnostics.take(
-            learner.q_net, learner.target_net, learner.replay, learner.gamma, 64 * i, 64, i
+        taken = diagnostics.take(
+            learner.q_net, learner.target_net, learner.replay, learner.gamma, 64
         )
+        diagnostics.add(taken, 64 * i, i)
     arrays = diagnostics.arrays()
     steps_taken = arrays["global_step"]
     assert MOST_SNAPSHOTS / 2 < len(steps_taken) <= MOST_SNAPSHOTS + 1

@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
-    {"bellman", "device", "noise", "schedule"},
+    {"background", "bellman", "device", "noise", "schedule"},
     {"envs", "networks", "replay", "engine"},
     {"agent", "metrics", "tracker"},
     {"checkpoint"},
     {"evaluate", "diagnostics", "report", "video"},
-    {"describe"},
+    {"describe", "memory"},
     {"run"},
     {"train"},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -13,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dqn_fast.agent import Adam
-from dqn_fast.checkpoint import load_agent, load_checkpoint
+from dqn_fast.background import HostCopy
+from dqn_fast.checkpoint import load_agent, load_checkpoint, save_checkpoint
 from dqn_fast.envs import TENSOR_ENVS, LineWorld, TensorEnv, make_env
 from dqn_fast.noise import Noise
-from dqn_fast.run import TrainingError, UsageError
+from dqn_fast.run import RunRecord, TrainingError, UsageError
 from dqn_fast.train import (
     Args,
     Learner,
@@ -27,6 +30,7 @@ from dqn_fast.train import (
     chunk_,
     draw_inputs,
     epsilon,
+    intervals,
     make_learner,
     make_plan,
     planned,
@@ -480,7 +484,92 @@ def test_config_says_what_ran(tmp_path):
     text = " ".join(config["derived"]["rounded"])
     assert "total_timesteps 4,000 -> 4,020" in text
     assert "learning_starts 500 -> 540" in text
-    assert "log_interval" in text
+    assert "eval_interval 2,000 -> at the first multiple of 60" in text
+    assert "log_interval" not in text  # not asked for: a multiple of num_envs
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (1_280, 4_096, 16_384)),
+        ({"total_timesteps": 2**21}, (41_920, 2**17, 2**19)),
+        ({"total_timesteps": 10**9}, (2_048 * 64, 8_192 * 64, 131_072 * 64)),
+        ({"num_envs": 1, "total_timesteps": 12_000}, (240, 750, 3_000)),
+        ({"num_envs": 1_024}, (1_024, 4_096, 16_384)),
+        ({"num_envs": 60_000, "buffer_size": 60_000}, (60_000,) * 3),
+        ({"log_interval": 0, "eval_interval": 7}, (0, 7, 16_384)),
+    ],
+)
+def test_intervals_that_are_not_set_follow_from_the_run(settings, expected):
+    """A 50th, a 16th and a quarter of the run, in whole vector steps, and bounded; what is set
+    stays."""
+    assert tuple(intervals(Args(**settings)).values()) == expected
+
+
+class Late:
+    """A `HostCopy` of a device that is behind: for a while it says that it is not there."""
+
+    def __init__(self, tree: Any, lent: bool = False) -> None:
+        self._copy, self._asked = HostCopy(tree), 0
+
+    @property
+    def ready(self) -> bool:
+        self._asked += 1
+        return self._asked > 7
+
+    def get(self) -> Any:
+        return self._copy.get()
+
+
+def test_a_device_that_is_behind_changes_nothing(tmp_path, monkeypatch):
+    """Rows, episodes, snapshots and checkpoint are those of a device that answers at once."""
+    args = replace(SHORT, num_seeds=2, chunk_steps=4, log_interval=320, checkpoint_interval=1_000)
+    train(replace(args, run_dir=tmp_path / "at once"))
+    for module in ("metrics", "run"):
+        monkeypatch.setattr(f"dqn_fast.{module}.HostCopy", Late)
+    late: list[int] = []
+    settle = RunRecord.settle
+
+    def settling(self: RunRecord, wait: bool = False) -> Any:
+        rows = list(settle(self, wait))
+        late.append(len(self._pending))
+        return rows
+
+    monkeypatch.setattr(RunRecord, "settle", settling)
+    train(replace(args, run_dir=tmp_path / "late"))
+    assert max(late) > 1
+    assert late[-1] == 0
+    assert without_times(tmp_path / "late") == without_times(tmp_path / "at once")
+    for name in ("episodes.npz", "diagnostics.npz"):
+        ours, theirs = (np.load(tmp_path / run / name) for run in ("late", "at once"))
+        assert all(np.array_equal(ours[key], theirs[key], equal_nan=True) for key in theirs)
+    ours, theirs = (
+        load_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("late", "at once")
+    )
+    for a, b in zip(tree_leaves(ours["resume"]), tree_leaves(theirs["resume"]), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("copied_bytes", [2**28, 1_000])
+def test_a_checkpoint_is_of_its_own_moment(copied_bytes, tmp_path, monkeypatch):
+    """Copied or written from where it lies: later vector steps do not get into it."""
+    monkeypatch.setattr("dqn_fast.run.COPIED_BYTES", copied_bytes)
+    saved: list[Any] = []
+
+    def save(path: Path, content: Any) -> None:
+        time.sleep(0.05)  # the loop goes on meanwhile, where it does not wait
+        save_checkpoint(path, content)
+        saved.append(load_checkpoint(path))
+
+    monkeypatch.setattr("dqn_fast.run.save_checkpoint", save)
+    train(replace(SHORT, checkpoint_interval=1_500, eval_interval=0, run_dir=tmp_path / "run"))
+    checkpoints = [content["resume"]["learner"] for content in saved if "resume" in content]
+    sizes = [learner["replay"]["size"].item() for learner in checkpoints]
+    assert sizes[0] == 1_536
+    assert sizes[-1] == 4_032
+    stored = checkpoints[0]["replay"]["obs"][0, :1_536]
+    assert torch.equal(stored, checkpoints[-1]["replay"]["obs"][0, :1_536])
+    assert not checkpoints[0]["replay"]["obs"][0, 1_536:].any()
 
 
 def test_run_directories_do_not_collide(tmp_path, monkeypatch):
@@ -563,8 +652,13 @@ def test_a_run_that_breaks_off_keeps_its_agent(error, tmp_path):
         load_agent(tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    """The message names gradient step and global_step; the last good checkpoint stands."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run(late, tmp_path, monkeypatch):
+    """The message names gradient step and global_step; the last good checkpoint stands, also where
+    the device tells of it late."""
+    if late:
+        for module in ("metrics", "run"):
+            monkeypatch.setattr(f"dqn_fast.{module}.HostCopy", Late)
     args = replace(
         SHORT, learning_rate=1e30, max_grad_norm=math.inf, loss="squared", checkpoint_interval=256,
         log_interval=512, run_dir=tmp_path / "run",

@@ -31,7 +31,7 @@ from dqn_fast.noise import Noise
 from dqn_fast.run import UsageError
 from dqn_fast.schedule import crossed, linear_schedule
 from dqn_fast.tracker import JsonlTracker
-from dqn_fast.train import Args, make_plan
+from dqn_fast.train import Args, intervals, make_plan
 
 
 def sb3_settings(args: Args) -> dict[str, Any]:
@@ -153,6 +153,7 @@ class Recorder(BaseCallback):
         super().__init__()
         assert args.run_dir is not None
         self._args, self._env = args, make_env(args.env_id)
+        self._eval_interval = intervals(args)["eval_interval"]
         features = self._env.features(
             self._env.observe(self._env.reset(torch.zeros(1, self._env.reset_noise_dim)))
         )
@@ -178,7 +179,7 @@ class Recorder(BaseCallback):
         self._tracker.finish(self.summary)
 
     def _evaluate(self) -> None:
-        if not crossed(self._evaluated_at, self.num_timesteps, self._args.eval_interval):
+        if not crossed(self._evaluated_at, self.num_timesteps, self._eval_interval):
             return
         copy_policy_(self._q_net, self.model)
         epoch, self._num_evaluations = self._num_evaluations, self._num_evaluations + 1

@@ -218,10 +218,12 @@ def run_sb3(settings: dict[str, Any]) -> ToGoal:
 
     from benchmarks.peers.sb3 import sb3_settings
     from dqn_fast.schedule import crossed
+    from dqn_fast.train import intervals
 
     torch.set_num_threads(1)
     case = sb3_cartpole if settings["env_id"] == "CartPole-v1" else sb3_line_world
     args, make, judge = case(settings)
+    interval = intervals(args)["eval_interval"]
     told = ToGoal(judge_s=time.time() - imported)
     judged = Judged(judge, told)
 
@@ -230,7 +232,7 @@ def run_sb3(settings: dict[str, Any]) -> ToGoal:
         judged_at = 0
 
         def _on_rollout_start(self) -> None:
-            if crossed(self.judged_at, self.num_timesteps, args.eval_interval):
+            if crossed(self.judged_at, self.num_timesteps, interval):
                 self.judged_at = self.num_timesteps
                 if judged(self.model.q_net):
                     told.global_step, told.num_updates = self.num_timesteps, self.model._n_updates

@@ -88,8 +88,6 @@ class Acrobot(TensorEnv):
         "eps_fraction": 0.1,
         "eps_end": 0.02,
         "eval_interval": 10_000,
-        "log_interval": 5_000,
-        "checkpoint_interval": 50_000,
     }
 
     def __post_init__(self) -> None:

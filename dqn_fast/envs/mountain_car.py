@@ -72,9 +72,7 @@ class MountainCar(TensorEnv):
         "eps_repeat": 0.95,
         "eps_end": 0.01,
         "eps_fraction": 0.2,
-        "log_interval": 10_000,
         "eval_interval": 20_000,
-        "checkpoint_interval": 100_000,
     }
 
     def __post_init__(self) -> None:

@@ -49,10 +49,8 @@ EXPERIMENTS: dict[str, Mapping[str, Any]] = {
         "tau": 0.02,
         "eps_end": 0.3,
         "hidden_sizes": (64, 64),
-        "log_interval": 80_000,
         "eval_interval": 1_000_000,
         "eval_episodes": 1_000,
-        "checkpoint_interval": 2_000_000,
     },
     "FrozenLake-v1": {
         "num_envs": 128,
@@ -65,10 +63,8 @@ EXPERIMENTS: dict[str, Mapping[str, Any]] = {
         "tau": 0.05,
         "eps_end": 0.2,
         "hidden_sizes": (64, 64),
-        "log_interval": 5_000,
         "eval_interval": 100_000,
         "eval_episodes": 1_000,
-        "checkpoint_interval": 250_000,
     },
     "CliffWalking-v1": {
         "total_timesteps": 131_072,
@@ -96,9 +92,7 @@ EXPERIMENTS: dict[str, Mapping[str, Any]] = {
         "max_grad_norm": 100.0,
         "hidden_sizes": (64, 64),
         "loss": "squared",
-        "log_interval": 15_000,
         "eval_interval": 150_000,
-        "checkpoint_interval": 750_000,
     },
 }
 """Settings of `train` that work, by id; see `TensorEnv.experiment`."""
