@@ -45,7 +45,7 @@ from benchmarks.floors import (
 )
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast.agent import UpdateSchedule, update_
-from dqn_fast.device import choose_device, run_conditions
+from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
 from dqn_fast.envs import EnvError, TensorEnv, make_env
 from dqn_fast.noise import Noise
 from dqn_fast.replay import Transition
@@ -95,6 +95,8 @@ class ComponentsArgs:
     """Device: auto (cuda, then cpu), cpu, cuda."""
     num_threads: int = 1
     """CPU threads of torch; >= 1."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Of float32 products on a GPU: highest (float32) or high (TF32)."""
     cores: tuple[int, ...] = (0,)
     """Cores to pin to; none: not pinned."""
     out: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -374,7 +376,11 @@ def main() -> int:
     args = tyro.cli(ComponentsArgs)
     try:
         pin(args.cores)
-        with run_conditions(max(args.num_threads, 1)):
+        try:
+            device = choose_device(args.device)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        with run_conditions(max(args.num_threads, 1), device, args.matmul_precision):
             result = measure(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

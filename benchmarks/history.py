@@ -79,6 +79,7 @@ def entries(record: dict[str, Any], change: str) -> list[dict[str, Any]]:
                 "replay_ratio": row["replay_ratio"],
             }
             for row in record["rows"]
+            if row["x_reference"] is not None  # the reference loop plays LineWorld only
         ]
     except (KeyError, TypeError) as error:
         raise HistoryError(f"is no result of benchmarks.throughput (no {error})") from error
@@ -90,7 +91,10 @@ def row_name(row: dict[str, Any]) -> str:
         return "reference"
     equal_work = row["num_envs"] > 1 and row["replay_ratio"] * row["num_envs"] > 64
     envs = f"{row['num_envs']:,} env{'s' * (row['num_envs'] > 1)}"
-    return f"{row['contender']}, {envs}{', equal work' * equal_work}"
+    if (num_seeds := row.get("num_seeds", 1)) > 1:
+        envs = f"{num_seeds:,} x {envs}"
+    tf32 = row.get("matmul_precision", "highest") == "high"
+    return f"{row['contender']}, {envs}{', equal work' * equal_work}{', TF32' * tf32}"
 
 
 def chart(history: Sequence[dict[str, Any]]) -> go.Figure:

@@ -349,7 +349,7 @@ def main() -> int:
         name: str(getattr(args, name)) if getattr(args, name) else None for name in ("html", "png")
     }
     memory = measure_memory(args.device)
-    with run_conditions(args.num_threads):
+    with run_conditions(args.num_threads, device):
         rows = measure_time(axes, args, seconds)
     result = {"args": shown, "device": str(device), "time": rows, "memory": memory}
     show(result)

@@ -489,6 +489,7 @@ class RunRecord:
             "optimal_start_value": self.config["derived"]["optimal_start_value"],
             "episodes_dropped": self._episodes.num_dropped,
             "engine": self.engine,
+            "engine_reason": self._reason,
             "device": self.config["derived"]["device"],
         }
         members: dict[str, list[Any]] = {

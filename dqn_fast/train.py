@@ -45,6 +45,7 @@ from dqn_fast.diagnostics import Diagnostics
 from dqn_fast.engine import (
     RECORDED_STEPS,
     Captured,
+    Choice,
     Compiler,
     CudaGraphs,
     EngineName,
@@ -801,10 +802,25 @@ class Runner:
             never ran, once compiled functions run, or something cannot be had.
     """
 
-    def __init__(self, args: Args, learner: Learner, plan: Plan, noise: Noise) -> None:
-        """Choose the engine and begin to compile where that is called for."""
+    def __init__(
+        self,
+        args: Args,
+        learner: Learner,
+        plan: Plan,
+        noise: Noise,
+        choice: Choice | None = None,
+    ) -> None:
+        """Begin to compile where that is called for.
+
+        Args:
+            args: settings.
+            learner: whose chunks are run.
+            plan: of the run.
+            noise: of the learner's members.
+            choice: which engine; None: what `choose_engine` says.
+        """
         device, on_host = learner.gamma.device, learner.env.on_host
-        choice = choose_engine(args.engine, device, plan.total_updates, on_host)
+        choice = choice or choose_engine(args.engine, device, plan.total_updates, on_host)
         self.engine: str = "eager" if choice.switch else choice.engine
         self.reason, self.compile_s = choice.reason, 0.0
         self.on_change: Callable[[str, str, float, bool], None] = lambda *_: None

@@ -96,15 +96,14 @@ class Loop:
             raise UsageError(str(error)) from error
         plan = train.make_plan(args, self._env)
         choice = choose_engine(args.engine, self.device, plan.total_updates, self._env.on_host)
-        if choice.switch is not None:  # what the run ends up with
-            args = dataclasses.replace(args, engine=choice.engine)
+        choice = dataclasses.replace(choice, switch=None)  # what the run ends up with
         self._args, self._noise = args, Noise(args.seed, args.num_seeds, self.device)
         self._plan = dataclasses.replace(plan, total_timesteps=10**12)
         self._learner = train.make_learner(args, self._env, self._noise)
         self._metrics = Metrics(args.num_seeds, train.most_episodes(args), self.device)
-        self._runner = train.Runner(args, self._learner, self._plan, self._noise)
+        self._runner = train.Runner(args, self._learner, self._plan, self._noise, choice)
         last = self._warm_up()
-        self.engine = str(self._runner.engine)
+        self.engine, self.engine_reason = str(self._runner.engine), self._runner.reason
 
         first = last.after // args.num_envs
         chunks = self._plan.chunks(first, last.first_update + last.num_updates)
@@ -272,6 +271,20 @@ def analysed(events: Any, loop: Loop) -> tuple[dict[str, Part], list[Operation]]
     return parts, operations
 
 
+def kernels_of(events: Any, loop: Loop) -> tuple[float, float]:
+    """Kernels and copies on a GPU for each vector step, without the draw of noise, and the
+    microseconds that they take; those of captured graphs, which the host does not see, included."""
+    begin = min(event.time_range.start for event in events if event.name == STEPS)
+    lengths = [
+        event.time_range.elapsed_us()
+        for event in events
+        if str(event.device_type).endswith("CUDA")
+        and not event.is_user_annotation
+        and event.time_range.start >= begin
+    ]
+    return len(lengths) / loop.num_steps, sum(lengths) / loop.num_steps
+
+
 def measure(args: ProfileArgs) -> dict[str, Any]:
     """Parts, operations and totals; writes the trace if one is asked for.
 
@@ -301,9 +314,14 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
     middle = sorted(range(args.repeats), key=lambda i: totals[i])[args.repeats // 2]
     if args.trace is not None:
         rounds[middle][1].export_chrome_trace(str(args.trace))
+    kernels, busy_us = kernels_of(rounds[middle][1].events(), loop)
     result = {
         "device": str(loop.device),
         "engine": loop.engine,
+        "engine_reason": loop.engine_reason,
+        "matmul_precision": args.training.matmul_precision,
+        "kernels": kernels,
+        "busy_us": busy_us,
         "profile_steps": loop.num_steps,
         "updates_per_step": loop.num_updates / loop.num_steps,
         "drawn_steps": loop.drawn,
@@ -339,6 +357,8 @@ def show(args: train.Args, result: dict[str, Any]) -> None:
         f"engine {result['engine']}, {args.num_threads} thread(s); median of "
         f"{result['repeats']} rounds of {result['profile_steps']} vector steps, in the profiler"
     )
+    if device:
+        print(f"GPU: {result['kernels']:.1f} kernels and {result['busy_us']:.1f} us busy a step")
     head = f"{'us':>10}{'(min .. max)':>22}" + (f"{'device us':>12}" if device else "")
     print(f"{'part of a vector step':<24}{head}{'share':>8}{'operations':>12}")
     for row in result["parts"]:
@@ -366,7 +386,12 @@ def main() -> int:
     args = tyro.cli(ProfileArgs, default=ProfileArgs(usual))
     try:
         pin(args.cores)
-        with run_conditions(max(args.training.num_threads, 0)):
+        training = args.training
+        try:
+            device = choose_device(training.device)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        with run_conditions(max(training.num_threads, 0), device, training.matmul_precision):
             result = measure(args)
     except (UsageError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -137,7 +137,7 @@ def test_defaults_follow_the_environment(flag, monkeypatch, capsys):
     for name, value in table.items():
         assert getattr(args, name) == value
         if not isinstance(value, bool):
-            about = text.split(f"│ --{name.replace('_', '-')} ")[1].split("│ --")[0]
+            about = text.split(f"--{name.replace('_', '-')} ")[1].split("│ --")[0]
             assert f"(default: {value})" in about
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -291,6 +292,55 @@ def test_a_chunk_reads_nothing_on_the_host():
     assert len(record.updates) > 0
     with pytest.raises(AssertionError, match="host read"), NoHostReads():
         record.updates.sum().item()
+
+
+def test_between_evaluations_nothing_is_read_on_the_host(tmp_path, monkeypatch):
+    """Chunks, log points and checkpoints, up to the evaluation at the end, ask for no value."""
+    for module in ("metrics", "run"):
+        monkeypatch.setattr(f"dqn_fast.{module}.HostCopy", Late)
+    with ExitStack() as forbidden:
+        advance, check_finite = RunRecord.advance, RunRecord.check_finite
+
+        def begin(self: RunRecord, chunk: Any) -> None:
+            if not chunk.before:
+                forbidden.enter_context(NoHostReads())
+            advance(self, chunk)
+
+        def end(self: RunRecord, replay: Any) -> None:
+            forbidden.close()
+            check_finite(self, replay)
+
+        monkeypatch.setattr(RunRecord, "advance", begin)
+        monkeypatch.setattr(RunRecord, "check_finite", end)
+        args = replace(SHORT, eval_interval=0, log_interval=256, checkpoint_interval=1_000)
+        train(replace(args, run_dir=tmp_path / "run"))
+    assert len(rows(tmp_path / "run")) == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_between_evaluations_nothing_waits_for_the_gpu(engine, tmp_path, monkeypatch):
+    """The same by CUDA's own sync-debug mode, from the first log point on: by then all is warm."""
+    before = torch.cuda.get_sync_debug_mode()
+    advance, check_finite = RunRecord.advance, RunRecord.check_finite
+
+    def begin(self: RunRecord, chunk: Any) -> None:
+        if chunk.before >= 2_048:
+            torch.cuda.set_sync_debug_mode("error")
+        advance(self, chunk)
+
+    def end(self: RunRecord, replay: Any) -> None:
+        torch.cuda.set_sync_debug_mode(before)
+        check_finite(self, replay)
+
+    monkeypatch.setattr(RunRecord, "advance", begin)
+    monkeypatch.setattr(RunRecord, "check_finite", end)
+    args = replace(SHORT, eval_interval=0, log_interval=256, checkpoint_interval=1_000)
+    try:
+        train(replace(args, device="cuda", engine=engine, run_dir=tmp_path / "run"))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert len(rows(tmp_path / "run")) == 16
 
 
 @pytest.mark.parametrize("num_envs", [1, 1_024, 2_500, 20_000])

@@ -106,6 +106,17 @@ def test_rows_of_equal_work_are_told_apart():
     assert row_name(one) == "jax, 1 env"
     assert row_name({**one, "num_envs": 64}) == "jax, 64 envs, equal work"
     assert row_name({**one, "num_envs": 1024, "replay_ratio": 0.0625}) == "jax, 1,024 envs"
+    members = {**one, "num_seeds": 132, "matmul_precision": "high"}
+    assert row_name(members) == "jax, 132 x 1 env, TF32"
+        row_name({**one, "num_seeds": 132, "matmul_precision": "high"}) == "jax, 132 x 1 env, TF32"
+    )
+
+
+def test_rows_without_a_reference_are_no_history():
+    """CartPole has none, and the chart is relative to it."""
+    more = {**RECORD["rows"][0], "env_id": "CartPole-v1", "x_reference": None}
+    record = {**RECORD, "rows": [*RECORD["rows"], more]}
+    assert entries(record, "a") == entries(RECORD, "a")
 
 
 def test_bad_input_is_one_clear_line(results, monkeypatch, capsys):

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dqn_fast import train
 from dqn_fast.train import Args
 from scripts import profile_step
-from scripts.profile_step import DRAW, METRICS, PARTS, REST, STEPS, Loop, ProfileArgs, measure
+from scripts.profile_step import (
+    DRAW,
+    METRICS,
+    PARTS,
+    REST,
+    STEPS,
+    Loop,
+    ProfileArgs,
+    kernels_of,
+    measure,
+)
 
 EAGER = Args(engine="eager", device="cpu", train_freq=64, chunk_steps=4)
 
@@ -22,6 +35,35 @@ def profiled(tmp_path_factory):
     result = measure(ProfileArgs(EAGER, profile_steps=4, repeats=3, trace=path))
     assert before == [getattr(train, name) for name in (*PARTS.values(), "chunk_")]
     return result, json.loads(path.read_text())
+
+
+def test_kernels_are_those_of_the_vector_steps():
+    """On the GPU, from the first vector step on: not the draw's, no ranges, nothing of the host."""
+
+    def event(name: str, device: str, start: float, end: float, note: bool = False) -> Any:
+        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        kind = f"DeviceType.{device}"
+        return SimpleNamespace(
+            name=name, device_type=kind, time_range=span, is_user_annotation=note
+        )
+
+    events = [
+        event(DRAW, "CPU", 0, 10),
+        event("philox", "CUDA", 5, 9),
+        event(STEPS, "CPU", 20, 90, True),
+        event(STEPS, "CUDA", 21, 85, True),
+        event("aten::mul", "CPU", 22, 30),
+        event("add", "CUDA", 25, 29),
+        event("copy", "CUDA", 30, 36),
+    ]
+    assert kernels_of(events, SimpleNamespace(num_steps=4)) == (0.5, 2.5)
+
+
+def test_the_engine_is_the_one_that_the_asked_run_would_have():
+    """However many vector steps the profile's own loop could take."""
+    loop = Loop(replace(EAGER, engine="auto", total_timesteps=2**16), 4)
+    assert (loop.engine, loop.engine_reason.split(" gradient")[0]) == ("eager", "1,017")
+    loop.close()
 
 
 def test_parts_sum_to_the_whole(profiled):
