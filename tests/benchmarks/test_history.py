@@ -108,8 +108,6 @@ def test_rows_of_equal_work_are_told_apart():
     assert row_name({**one, "num_envs": 1024, "replay_ratio": 0.0625}) == "jax, 1,024 envs"
     members = {**one, "num_seeds": 132, "matmul_precision": "high"}
     assert row_name(members) == "jax, 132 x 1 env, TF32"
-        row_name({**one, "num_seeds": 132, "matmul_precision": "high"}) == "jax, 132 x 1 env, TF32"
-    )
 
 
 def test_rows_without_a_reference_are_no_history():
