@@ -1,42 +1,59 @@
-"""What logging costs the loop, as a share of its time.
+"""What log points and checkpoints cost the training command, with every logger.
 
     python -m benchmarks.logging_cost
 
-Whole runs with and without a logger differ by less than the machine drifts between them, so the
-logging calls themselves are timed, inside a run of the training loop: reading the metrics, taking
-the snapshot for the report, and handing the row to the loggers. What loggers do in threads of their
-own is the CPU time of all threads but the main one; it costs the loop at most as much.
+Runs of 64 envs with one gradient step a vector step, at the intervals that a run of that length has
+by default, each in a process of its own, in turns with the same run without log points and
+checkpoints: `ratio` is between their rates, which leave out evaluations and compiling. Machines
+drift by more than what is looked for, so the calls themselves are timed too: `in the loop` is their
+share of the loop. What loggers do in threads of their own is the CPU time of all threads but the
+main one; it costs the loop at most as much.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks.common import finish, pin
+from benchmarks.common import among_cores, at_least_one, finish, pin
+from dqn_fast.engine import EngineName
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "metrics.jsonl, snapshots": {},
-    "the same and wandb, offline": {"track": True, "wandb_mode": "offline"},
-    "the same and TensorBoard": {"tensorboard": True},
+Loggers = Literal["files", "wandb", "tensorboard"]
+
+LOGGERS: dict[str, dict[str, Any]] = {
+    "files": {},
+    "wandb": {"track": True, "wandb_mode": "offline"},
+    "tensorboard": {"tensorboard": True},
 }
+"""Settings of the training command; metrics.jsonl, snapshots and checkpoints are always written."""
+
+NONE: dict[str, Any] = {"log_interval": 0, "checkpoint_interval": 0}
 
 
 @dataclass
 class LoggingArgs:
-    """Share of the loop's time that goes into logging, at the default log interval."""
+    """Share of the loop's time that goes into log points and checkpoints."""
 
-    total_timesteps: int = 65_536
-    """Length of a run in transitions."""
+    env_ids: tuple[str, ...] = ("LineWorld-v0", "CartPole-v1")
+    """Environments of tensors."""
+    engines: tuple[EngineName, ...] = ("eager", "compile")
+    """Engines."""
+    loggers: tuple[Loggers, ...] = ("files", "wandb", "tensorboard")
+    """files: what every run writes; the others beside them, on the first environment only."""
+    vector_steps: tuple[int, ...] = (4_096, 32_768)
+    """Length of a run with each of the engines; >= 256 each."""
     repeats: int = 5
     """Rounds; >= 1."""
     cores: tuple[int, ...] = (0,)
@@ -44,77 +61,129 @@ class LoggingArgs:
     out: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Write results/NAME.json as well."""
 
+    def validate(self) -> None:
+        """Raise ValueError for a flag that makes no sense."""
+        at_least_one(self, "repeats")
+        among_cores(self.cores)
+        steps = self.vector_steps
+        if len(steps) != len(self.engines) or min(steps, default=0) < 256:
+            raise ValueError(
+                f"--vector-steps {' '.join(map(str, steps))}: must be one number for each of "
+                f"--engines {' '.join(self.engines)}, at least 256 each"
+            )
 
-def measure(changes: dict[str, Any], total_timesteps: int, cores: tuple[int, ...]) -> list[float]:
-    """Seconds of a run's loop, of its logging calls, and CPU seconds of its other threads."""
+
+@dataclass(frozen=True)
+class Case:
+    """What a row is about."""
+
+    env_id: str
+    engine: EngineName
+    loggers: str
+    vector_steps: int
+
+
+def cases(args: LoggingArgs) -> list[Case]:
+    """The rows."""
+    return [
+        Case(env_id, engine, loggers, steps)
+        for env_id in args.env_ids
+        for engine, steps in zip(args.engines, args.vector_steps, strict=True)
+        for loggers in args.loggers
+        if loggers == "files" or env_id == args.env_ids[0]
+    ]
+
+
+def measure(case: Case, changes: dict[str, Any], cores: tuple[int, ...]) -> dict[str, float]:
+    """Body of a run's process: its rate, and what its calls for log points and checkpoints took."""
+    from benchmarks.throughput import fast_args
     from dqn_fast.run import RunRecord
-    from dqn_fast.train import Args, train
+    from dqn_fast.train import train
 
     pin(cores)
-    logging_s = 0.0
+    spent = 0.0
 
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            nonlocal logging_s
+    def timed(method: Callable[..., Any], collect: Callable[[Any], Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
             start = time.perf_counter()
-            result = method(*args)
-            logging_s += time.perf_counter() - start
+            result = collect(method(*args, **kwargs))
+            spent += time.perf_counter() - start
             return result
 
         return call
 
-    for name in ("read", "diagnose", "log"):
-        setattr(RunRecord, name, timed(getattr(RunRecord, name)))
-    first: list[float] = []
-    last: list[float] = []
-
-    def clocks(*_: object) -> None:
-        figures = [time.perf_counter(), logging_s, time.process_time() - time.thread_time()]
-        last[:] = figures
-        first.extend(figures if not first else [])
-
+    settings = dataclasses.replace(
+        fast_args(64, "cpu"),
+        env_id=case.env_id,
+        total_timesteps=64 * case.vector_steps,
+        engine=case.engine,
+        eval_interval=0,
+        report=False,
+        quiet=True,
+        **changes,
+    )
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HOME"] = folder  # wandb's caches
-        args = Args(
-            total_timesteps=total_timesteps,
-            eval_interval=0,
-            checkpoint_interval=0,
-            report=False,
-            quiet=True,
-            run_dir=Path(folder) / "run",
-            **changes,
-        )
-        train(args, on_log=clocks)
-    return [b - a for a, b in zip(first, last, strict=True)]
+        for name in ("log_point", "save"):
+            setattr(RunRecord, name, timed(getattr(RunRecord, name), lambda result: result))
+        RunRecord.settle = timed(RunRecord.settle, list)  # type: ignore[method-assign]
+        before = time.process_time() - time.thread_time()
+        summary = train(dataclasses.replace(settings, run_dir=Path(folder) / "run")).summary
+        threads = time.process_time() - time.thread_time() - before
+    if summary["engine"] != case.engine:
+        raise RuntimeError(f"ran {summary['engine']}: {summary['engine_reason']}")
+    return {
+        "updates_per_s": summary["updates_per_s"],
+        "spent_s": spent,
+        "share": spent / summary["loop_s"],
+        "other_threads": threads / summary["loop_s"],
+    }
 
 
-def main() -> None:
-    """Print a table and one JSON line last."""
+def main() -> int:
+    """Print a table and one JSON line last; returns the exit status."""
     args = tyro.cli(LoggingArgs)
-    samples: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
-    context = multiprocessing.get_context("spawn")
-    for _ in range(args.repeats):
-        for name, changes in SETTINGS.items():
-            with context.Pool(1) as pool:  # a fresh process: loggers import much
-                figures = pool.apply(measure, (changes, args.total_timesteps, args.cores))
-            samples[name].append(figures)
+    try:
+        args.validate()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rows: list[dict[str, Any]] = []
-    print(f"{'loggers':<29}{'in the loop':>12}{'(min .. max)':>16}{'other threads':>15}")
-    for name, sample in samples.items():
-        shares = [logging_s / loop_s for loop_s, logging_s, _ in sample]
-        threads = statistics.median(cpu_s / loop_s for loop_s, _, cpu_s in sample)
+    context = multiprocessing.get_context("spawn")
+
+    def run(case: Case, changes: dict[str, Any]) -> dict[str, float]:
+        with ProcessPoolExecutor(1, context) as pool:  # a fresh process: loggers import much
+            return pool.submit(measure, case, changes, args.cores).result()
+
+    print(
+        f"{'environment':<14}{'engine':<9}{'loggers':<13}{'updates/s':>10}{'without':>9}"
+        f"{'ratio':>7}{'(min .. max)':>16}{'in the loop':>13}{'s a run':>9}{'threads':>9}"
+    )
+    for case in cases(args):
+        rounds = [(run(case, LOGGERS[case.loggers]), run(case, NONE)) for _ in range(args.repeats)]
+        ratios = [ours["updates_per_s"] / bare["updates_per_s"] for ours, bare in rounds]
+        middle = {
+            name: statistics.median(ours[name] for ours, _ in rounds) for name in rounds[0][0]
+        }
         row = {
-            "loggers": name,
-            "share": statistics.median(shares),
-            "share_min": min(shares),
-            "share_max": max(shares),
-            "other_threads": threads,
+            **dataclasses.asdict(case),
+            **middle,
+            "without": statistics.median(bare["updates_per_s"] for _, bare in rounds),
+            "ratio": statistics.median(ratios),
+            "ratio_rounds": ratios,
         }
         rows.append(row)
-        spread = f"{min(shares):.1%} .. {max(shares):.1%}"
-        print(f"{name:<29}{row['share']:>12.1%}{spread:>16}{threads:>15.1%}")
+        spread = f"{min(ratios):.3f} .. {max(ratios):.3f}"
+        print(
+            f"{case.env_id:<14}{case.engine:<9}{case.loggers:<13}{row['updates_per_s']:>10,.0f}"
+            f"{row['without']:>9,.0f}{row['ratio']:>7.3f}{spread:>16}{row['share']:>13.1%}"
+            f"{row['spent_s']:>9.3f}{row['other_threads']:>9.1%}",
+            flush=True,
+        )
     finish("logging_cost", {"args": vars(args), "rows": rows}, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
