@@ -20,16 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dqn_fast.diagnostics import SAMPLE_SIZE
+from dqn_fast.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
 from dqn_fast.envs import TabularEnv, TensorEnv
 from dqn_fast.metrics import UPDATE_METRICS, Metrics
 
 PROGRAM = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """What a run takes beside its tensors, by type of device. CPU: measured 28 MB, and 66 MB with the
 report. CUDA: an estimate, for kernels, which are loaded when first called, and cuBLAS."""
-
-CHECKPOINT_COPY = 256 * 2**20
-"""A checkpoint up to this size is copied to the host and written beside the training."""
 
 HOST_COPY, WORKER = 4 * 2**10, 4 * 2**20
 """What a copy of an environment outside torch takes at least, in this process and in one of its
@@ -41,8 +38,10 @@ GAPS = 256 * 2**20
 """Freed memory that a CPU's allocator keeps at most. glibc puts blocks below 32 MiB into a heap, in
 which later ones leave gaps: measured up to 300 MB, and nothing with larger blocks."""
 
-# Equal to what they stand for in modules that import this one, or keep theirs to themselves; a test
+# Equal to what they stand for in modules of later layers, or that keep theirs to themselves; a test
 # compares them.
+COPIED_BYTES = 2**28
+"""Size up to which a checkpoint is copied and written beside the loop, see `run.RunRecord.save`."""
 ACT_BLOCK, MOST_BLOCKS = 1_024, 16
 """Env copies whose Q-values a CPU computes at a time, see `train.q_of_copies`."""
 NUMBERS_AT_ONCE = 2**19
@@ -158,7 +157,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "environments": ("num_envs", "num_seeds"),
     "noise": ("num_envs", "batch_size", "num_seeds"),
     "metrics": ("num_seeds", "num_envs"),
-    "checkpoint": (),
+    "files": ("num_seeds", "hidden_sizes"),
+    "diagnostics": ("num_seeds",),
     "program": (),
     "gaps": (),
     "drawing noise": ("num_envs", "batch_size", "num_seeds"),
@@ -279,13 +279,30 @@ class _Run:
         between; measured 60 for LineWorld, 85 for CartPole and 139 for Acrobot."""
         return 3 * (self.layout.state_bytes + self.layout.obs_bytes) // 2 + 40
 
+    @property
+    def files(self) -> int:
+        """Copies on the host that are written beside the loop: a checkpoint and the one before it,
+        unless they are large, and the best agent."""
+        return 2 * min(self.state, COPIED_BYTES) + 4 * self.num_parameters
+
+    @property
+    def diagnostics(self) -> int:
+        """Snapshots on the host, and all of them once more where they are written."""
+        interval = self.sizes.log_interval or self.sizes.total_timesteps
+        count = min(self.sizes.total_timesteps // interval, MOST_SNAPSHOTS) + 2
+        tables = self.layout.num_states * (4 * self.layout.num_actions + 8)
+        return 2 * count * self.sizes.num_seeds * (4 * SAMPLE_SIZE + 8 + tables)
+
     def needs(self, state_copies: int) -> Needs:
         kept, passing = self._kept(), self._passing() | {"compiling": state_copies * self.state}
         if self.on_cuda:  # recorded in CUDA graphs, whose memory is their own
             kept |= {name: passing.pop(name) for name in ("vector step", "gradient step")}
-        else:  # a checkpoint is copied to the host
-            kept |= {"checkpoint": min(self.state, CHECKPOINT_COPY)}
-            kept |= {"gaps": min(max(passing.values()), GAPS)}
+        else:
+            kept |= {
+                "files": self.files,
+                "diagnostics": self.diagnostics,
+                "gaps": min(max(passing.values()), GAPS),
+            }
         return Needs(kept, passing)
 
     def _kept(self) -> dict[str, int]:
@@ -356,7 +373,7 @@ def memory_needs(
     Args:
         args: settings, `train.Args`.
         env: the environment.
-        device: of the run.
+        device: of the run. What a run on CUDA holds on the host beside is not counted.
         state_copies: copies of everything carried that the engine makes for a moment; the compiler
             makes some.
     """
