@@ -14,24 +14,60 @@ MatmulPrecision = Literal["highest", "high"]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `name` stands for; "auto" takes CUDA where there is one, else the CPU.
+    """The device that `name` stands for.
+
+    Args:
+        name: "auto" for CUDA where there is a card, else the CPU; a device in torch's words, "cpu",
+            "cuda" for the current card, "cuda:1", "mps"; or a card's name or a part of it, "H100",
+            "rtx 4090", whatever its case and spaces: of several equal cards the first.
+
+    Returns:
+        The device; of CUDA with its number.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or cards of several models have names like this; the
+            message names them.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = ["cpu"]
-        have += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        have += ["mps"] if torch.backends.mps.is_available() else []
-        raise ValueError(
-            f"--device {name}: not to be had here; there is auto, {', '.join(have)}"
-        ) from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        return _card_called(name, error)
+    if device.type == "meta":  # torch's stand-in that computes nothing
+        raise _no_device(name)
+    if device.type == "cuda" and ":" not in name:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _card_called(name: str, error: Exception) -> torch.device:
+    """The first CUDA card whose name holds `name`; `error` says why that is no device."""
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    asked, plain = _letters(name), [_letters(card) for card in cards]
+    if asked == "" or (asked.isdigit() and len(asked) < 3):  # 1 is in every "H100"
+        raise _no_device(name) from error
+    found = [i for i, card in enumerate(plain) if card == asked]
+    found = found or [i for i, card in enumerate(plain) if asked in card]
+    if not found:
+        raise _no_device(name) from error
+    if len({cards[i] for i in found}) > 1:
+        which = ", ".join(f"cuda:{i} ({cards[i]})" for i in found)
+        raise ValueError(f"--device {name}: must name one model; it may be {which}") from error
+    return torch.device("cuda", found[0])
+
+
+def _letters(name: str) -> str:
+    """Letters and digits of a name in lower case: what people agree on."""
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+def _no_device(name: str) -> ValueError:
+    cards = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+    have = ["auto", "cpu", *(f"cuda:{i} ({card})" for i, card in enumerate(cards))]
+    have += ["mps"] if torch.backends.mps.is_available() else []
+    return ValueError(f"--device {name}: not to be had here; there is {', '.join(have)}")
 
 
 @contextmanager
