@@ -236,7 +236,7 @@ class Compiler:
             self._start()
         except Exception as error:
             self.close()
-            raise EngineUnavailableError(f"not compilable: {_first_line(error)}") from error
+            raise EngineUnavailableError(f"not compilable: {first_line(error)}") from error
 
     def _start(self) -> None:
         self._graphs: list[torch.fx.GraphModule] = []
@@ -290,7 +290,7 @@ class Compiler:
             try:
                 self._try(unit, run, graph, more)
             except Exception as error:
-                what = f"{unit.name} does not run: {_first_line(error)}"
+                what = f"{unit.name} does not run: {first_line(error)}"
                 raise EngineUnavailableError(what) from error
         return [_with(run, more) for run, more in zip(runs, self._constants, strict=True)]
 
@@ -308,7 +308,7 @@ class Compiler:
                 errors.append(error)
                 package.unlink(missing_ok=True)  # or every run to come would find it damaged
         if errors:
-            what = f"not loadable: {_first_line(errors[0])}"
+            what = f"not loadable: {first_line(errors[0])}"
             raise EngineUnavailableError(what) from errors[0]
         return runs
 
@@ -487,7 +487,8 @@ def _called_with_list(function: Callable[..., Any]) -> Run:
     return run
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -649,7 +650,7 @@ class Captured:
             arguments = refill(inputs, iter(static))
             replay = self._recorder.record(lambda: self._function(key, *arguments))
         except Exception as error:
-            raise EngineUnavailableError(f"capture failed: {_first_line(error)}") from error
+            raise EngineUnavailableError(f"capture failed: {first_line(error)}") from error
         return _Recording(replay, static)
 
 

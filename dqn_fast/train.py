@@ -53,6 +53,7 @@ from dqn_fast.engine import (
     Run,
     Unit,
     choose_engine,
+    first_line,
     leaves,
 )
 from dqn_fast.envs import (
@@ -830,7 +831,11 @@ class Runner:
         self._compiled: CompiledChunk | None = None
         self.captured: Captured | None = None
         if choice.engine == "graph":
-            self.captured = Captured(self._chunk, CudaGraphs(device))
+            try:
+                self.captured = Captured(self._chunk, CudaGraphs(device))
+            except RuntimeError as error:
+                self.engine = "compile" if choice.compiled else "eager"
+                self.reason = f"no CUDA graphs: {first_line(error)}"
         if choice.compiled:
             try:
                 self._compiled = CompiledChunk(args, learner, plan, noise)

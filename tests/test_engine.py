@@ -29,6 +29,7 @@ from dqn_fast.engine import (
     EngineUnavailableError,
     Unit,
     choose_engine,
+    inductor_options,
     leaves,
     refill,
 )
@@ -693,6 +694,9 @@ FAILURES: dict[str, tuple[str, Any, str]] = {
         "dqn_fast.engine._load", lambda _: lambda tensors: None,
         "noise does not run: its numbers are not those of the plain function",
     ),
+    "graphs": (
+        "tests.test_engine.Rerun.__init__", refuse, "no CUDA graphs: this fails on purpose",
+    ),
     "capturing": (
         "tests.test_engine.Rerun.record", refuse, "capture failed: this fails on purpose",
     ),
@@ -726,7 +730,7 @@ def test_whatever_fails_costs_a_line(
         own = types.SimpleNamespace(**vars(subprocess))
         monkeypatch.setattr(engine, "subprocess", own)
     monkeypatch.setattr(target, value)
-    name = "graph" if point == "capturing" else "compile"
+    name = "graph" if point in ("graphs", "capturing") else "compile"
     summary = train(replace(FAILING, engine=name, run_dir=tmp_path / "run")).summary
     out = capsys.readouterr()
     assert out.err == ""
@@ -739,7 +743,17 @@ def test_whatever_fails_costs_a_line(
 def assert_same_run(ours: Path, theirs: Path, *but: str) -> None:
     """The same files with the same content, but for times and the values named."""
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-    times = ("wall_s", "perf/", "startup_s", "compile_s", "eval_s", "loop_s", "_per_s", *but)
+    times = (
+        "wall_s",
+        "perf/",
+        "startup_s",
+        "compile_s",
+        "eval_s",
+        "loop_s",
+        "_per_s",
+        "reason",
+        *but,
+    )
 
     def content(folder: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -792,6 +806,16 @@ def test_damaged_packages_are_made_again(tmp_path, monkeypatch):
     with pytest.raises(EngineUnavailableError, match="not loadable"):
         compiled()
     assert compiled().tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("version", "needed"),
+    [("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False), ("3.0.0a0", False)],
+)
+def test_options_are_those_that_a_version_needs(version, needed):
+    """Of our own compilations only; torch's settings stay as they are."""
+    assert bool(inductor_options(version)) == needed
+    assert all(hasattr(torch._inductor.config, name) for name in inductor_options(version))
 
 
 # -------------------------------------------------------------------------------------- others
