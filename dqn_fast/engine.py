@@ -115,6 +115,14 @@ def choose_engine(
     return Choice("compile", True, f"{steps}, the first {AUTO_SWITCH:,} eager", AUTO_SWITCH)
 
 
+def without_compiler(choice: Choice, why: str) -> Choice:
+    """The next best choice where compiled functions cannot be had: plain ones, in a graph if that
+    was chosen."""
+    if choice.engine == "graph":
+        return Choice("graph", False, f"plain kernels, {why}")
+    return Choice("eager", False, why)
+
+
 def why_not_compiled(device: torch.device) -> str | None:
     """What the compiler lacks for `device`; None where it can be used."""
     if device.type == "cpu":

@@ -479,6 +479,13 @@ def _free_in_group(group: Path, files: _GroupFiles) -> Iterator[int]:
 # ------------------------------------------------------------------------------------- the check
 
 
+def fits(args: object, env: TensorEnv, device: torch.device, state_copies: int = 0) -> bool:
+    """Whether a run fits into what is free on its device, as far as that is known; arguments as
+    `memory_needs`."""
+    free = free_memory(device)
+    return free is None or memory_needs(args, env, device, state_copies).total <= free
+
+
 def check_memory(args: object, env: TensorEnv, device: torch.device, state_copies: int = 0) -> None:
     """Refuse a run that does not fit into what is free on its device.
 

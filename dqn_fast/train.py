@@ -55,6 +55,7 @@ from dqn_fast.engine import (
     choose_engine,
     first_line,
     leaves,
+    without_compiler,
 )
 from dqn_fast.envs import (
     EnvCheckError,
@@ -69,6 +70,7 @@ from dqn_fast.envs import (
 )
 from dqn_fast.envs.params import plain
 from dqn_fast.evaluate import evaluate, q_probe, solve
+from dqn_fast.memory import check_memory, fits
 from dqn_fast.metrics import UPDATE_METRICS, ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
@@ -992,13 +994,18 @@ def train(
                     f"--stop-when-optimal: {env_id} has no exact solution here; "
                     "use --stop-at-return"
                 )
+            check_memory(args, env, device)
             plan = make_plan(args, env)
+            choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
+            if choice.compiled and not fits(args, env, device, state_copies=1):
+                why = "no memory to try compiled functions on a copy of the replay"
+                choice = without_compiler(choice, why)
             noise = Noise(args.seed, args.num_seeds, device)
             learner = make_learner(args, env, noise)
         except (ValueError, EnvCheckError) as error:
             raise UsageError(str(error)) from error
         run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
-        runner = Runner(args, learner, plan, noise)
+        runner = Runner(args, learner, plan, noise, choice)
         stack.callback(runner.close)
         usual = Args.for_env(env_id, num_envs=args.num_envs, total_timesteps=args.total_timesteps)
         config = describe(

@@ -424,6 +424,18 @@ def test_several_that_are_too_large_are_named_together(monkeypatch):
     )
 
 
+def test_without_room_for_a_copy_nothing_is_compiled(tmp_path, monkeypatch):
+    """Compiled functions are tried on a copy of what is carried: a run that fits only without it
+    runs plainly, and says so."""
+    args = replace(SMALL, engine="compile", buffer_size=10**6, report=False, quiet=True)
+    env = make_env(args.env_id)
+    resolved = replace(args, **train.intervals(args))
+    set_free(monkeypatch, memory_needs(resolved, env, CPU).total)
+    summary = train.train(replace(args, run_dir=tmp_path / "run")).summary
+    assert summary["engine"] == "eager"
+    assert summary["engine_reason"].startswith("no memory to try compiled functions")
+
+
 def test_a_device_that_holds_no_run_is_named(monkeypatch):
     """No setting is called too large where the smallest would be."""
     set_free(monkeypatch, 10**7)
