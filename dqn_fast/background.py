@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 
 class HostCopy:
@@ -18,20 +20,21 @@ class HostCopy:
     asked of the device before. Elsewhere they are made at once.
     """
 
-    def __init__(self, tree: Any, lent: bool = False) -> None:
+    def __init__(self, tree: Any, device: torch.device, lent: bool = False) -> None:
         """Begin to copy.
 
         Args:
-            tree: tensors in nested dicts, lists and tuples; other values stay as they are.
+            tree: tensors in nested dicts, lists and tuples; other values stay as they are, and
+                tensors of one memory stay one.
+            device: whose work the copy comes behind.
             lent: whether to copy nothing: `get` gives the tensors themselves.
         """
-        self._tree = tree if lent else tree_map(_copied, tree)
+        copies: dict[Any, Tensor] = {}
+        self._tree = tree if lent else tree_map(partial(_copied, copies), tree)
         self._event: torch.cuda.Event | None = None
-        if not lent:
-            cuda = (t.device for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_cuda)
-            if (device := next(cuda, None)) is not None:
-                self._event = torch.cuda.Event()
-                self._event.record(torch.cuda.current_stream(device))
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
 
     @property
     def ready(self) -> bool:
@@ -45,13 +48,36 @@ class HostCopy:
         return self._tree
 
 
-def _copied(value: Any) -> Any:
+class Moment:
+    """A moment in a device's work: when it has done what it was asked for before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._time = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds between two moments; waits for this one."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
+def _copied(copies: dict[Any, Tensor], value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if value.device.type != "cuda":
-        return value.detach().to("cpu", copy=True)
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return host.copy_(value.detach(), non_blocking=True)
+    value = value.detach()
+    place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+    if place not in copies:
+        if value.device.type == "cuda":
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            copies[place] = host.copy_(value, non_blocking=True)
+        else:
+            copies[place] = value.to("cpu", copy=True)
+    return copies[place]
 
 
 class FileWriter:

@@ -110,6 +110,7 @@ def software() -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # its metadata leave out what it was built for
     return versions | {"platform": platform.platform(), "git_commit": _git_commit()}
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Literal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 
 MatmulPrecision = Literal["highest", "high"]
+T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,12 +30,18 @@ def choose_device(name: str) -> torch.device:
         ValueError: no such device here, or cards of several models have names like this; the
             message names them.
     """
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = None
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
+        number = device.index or 0 if device is not None and device.type == "cuda" else None
+        if number is not None and number < torch.cuda.device_count():  # full, or another's
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"--device {asked}: cannot be used, {why}") from error
         return _card_called(name, error)
     if device.type == "meta":  # torch's stand-in that computes nothing
         raise _no_device(name)
@@ -94,27 +102,51 @@ def run_conditions(
         yield
 
 
-@contextmanager
-def precision_of_products(matmul_precision: MatmulPrecision) -> Iterator[None]:
+class ProcessSetting(Generic[T]):
+    """A setting of the whole process, lent to several users who may come and go in any order.
+
+    The last to come decides. When all have gone the setting is what it was before the first.
+    """
+
+    def __init__(self, read: Callable[[], T], write: Callable[[T], object]) -> None:
+        self._read, self._write, self._lock = read, write, threading.Lock()
+        self._before: list[list[T]] = []  # for each user, in the order in which they came
+
+    @contextmanager
+    def lent(self, value: T | None) -> Iterator[None]:
+        """Set it for a while; None leaves it alone."""
+        with self._lock:
+            mine = [self._read()]
+            self._before.append(mine)
+            self._write(mine[0] if value is None else value)
+        try:
+            yield
+        finally:
+            with self._lock:
+                place = next(i for i, other in enumerate(self._before) if other is mine)
+                del self._before[place]
+                if place < len(self._before):  # somebody came later, and is still there
+                    self._before[place][0] = mine[0]
+                else:
+                    self._write(mine[0])
+
+
+_precision = ProcessSetting[str](
+    torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+)
+_threads = ProcessSetting[int](torch.get_num_threads, torch.set_num_threads)
+
+
+def precision_of_products(matmul_precision: MatmulPrecision) -> AbstractContextManager[None]:
     """Multiply float32 matrices in float32 ("highest"), or where a GPU has it in TF32 ("high"):
-    10 instead of 23 bits of each factor's mantissa, sums in float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul_precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    10 instead of 23 bits of each factor's mantissa, sums in float32. It holds for the process: of
+    two runs at the same time the later one decides what is not captured yet."""
+    return _precision.lent(matmul_precision)
 
 
-@contextmanager
-def cpu_threads(number: int) -> Iterator[None]:
+def cpu_threads(number: int) -> AbstractContextManager[None]:
     """Let torch use so many CPU threads; 0 leaves its own choice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return _threads.lent(number or None)
 
 
 @contextmanager

@@ -100,7 +100,8 @@ class Diagnostics:
             global_step: of the log point.
             num_syncs: synchronisations of the target so far.
         """
-        snapshot: Snapshot = {name: tensor.numpy() for name, tensor in taken.items()}
+        # Copies: pinned memory that is kept could not be used again.
+        snapshot: Snapshot = {name: t.numpy().copy() for name, t in taken.items()}
         counts = {"global_step": np.array(global_step), "num_syncs": np.array(num_syncs)}
         self._add(counts | snapshot)
 

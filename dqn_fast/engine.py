@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -284,6 +285,14 @@ class Compiler:
             EngineUnavailableError: the compiler failed, or what it made cannot be loaded or run;
                 nothing that is carried was written.
         """
+        try:
+            return self._finish()
+        except EngineUnavailableError:
+            raise
+        except Exception as error:
+            raise EngineUnavailableError(f"not usable: {first_line(error)}") from error
+
+    def _finish(self) -> list[Run]:
         if self._process is not None:
             _, log = self._process.communicate()
             code, self._process = self._process.returncode, None
@@ -314,7 +323,8 @@ class Compiler:
                 runs.append(_load(package))
             except Exception as error:
                 errors.append(error)
-                package.unlink(missing_ok=True)  # or every run to come would find it damaged
+                with contextlib.suppress(OSError):  # or every run to come would find it damaged
+                    package.unlink()
         if errors:
             what = f"not loadable: {first_line(errors[0])}"
             raise EngineUnavailableError(what) from errors[0]
@@ -332,12 +342,13 @@ class Compiler:
         ours = [tensor.detach().clone() for tensor in self._example(unit)]
         results = ours[len(ours) - len(leaves(unit.results)) :]
         torch._foreach_zero_(results)  # they may hold the right numbers already
-        theirs = [tensor.clone() for tensor in ours] if unit.exact else []
+        # An exact function writes its results and nothing else.
+        theirs = [*ours[: len(ours) - len(results)], *(tensor.clone() for tensor in results)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Inductor's own, about precision and deprecated names
             run([*ours, *constants])
-        if ours[0].device.type == "cuda":
-            torch.cuda.synchronize(ours[0].device)  # errors of kernels come late
+        if ours[0].device.type == "cuda":  # errors of kernels come late
+            torch.cuda.current_stream(ours[0].device).synchronize()
         if unit.exact:
             with torch.no_grad():
                 graph(*theirs, *constants)
@@ -560,6 +571,9 @@ class Recorder(Protocol):
         """Record a call, which computes nothing; returns what runs it and gives its outputs."""
 
 
+_capturing = threading.Lock()
+
+
 class CudaGraphs:
     """Records calls as CUDA graphs on one stream, in one memory pool, because they run in turn.
 
@@ -584,9 +598,13 @@ class CudaGraphs:
     def record(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """Capture a call, which computes nothing; every replay writes the same outputs."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads ask of the GPU meanwhile is no error here.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        # One at a time, because torch waits for the whole device first, which breaks a capture in
+        # another thread; thread_local, because whatever else other threads ask for does not.
+        with (
+            _capturing,
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             outputs = call()
 

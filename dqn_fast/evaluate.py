@@ -195,7 +195,7 @@ class EvaluateArgs:
     agent: AgentFile = "best"
     """Weights to play: best (of the best evaluation during training) or last."""
     device: str = "auto"
-    """Where to compute: auto (cuda, then cpu), cpu, cuda, cuda:1, mps."""
+    """Where to compute: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or part of a card's name."""
     video: Path | None = None
     """Film to write of the best member's first episodes, .gif or .mp4; needs the extra:
     pip install -e ".[video]"."""

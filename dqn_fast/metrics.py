@@ -64,12 +64,12 @@ class Metrics:
     KEPT_UPDATES = 1_024
     """Gradient steps of a block, or those of one chunk if it has more."""
 
-    MOST_BLOCKS = 8
+    MOST_IN_FLIGHT = 8
     """Blocks on their way to the host at a time."""
 
     def __init__(self, num_members: int, capacity: int, device: torch.device) -> None:
         self.num_members, self.capacity = num_members, capacity
-        self._on_cpu = device.type == "cpu"
+        self._device = device
         self._num_steps = self._num_updates = self._before = self._first_update = 0
         self._returns = torch.empty(0, num_members, 0, device=device)
         self._lengths = self._returns.int()
@@ -123,11 +123,12 @@ class Metrics:
                 self._lengths[: self._num_steps],
                 self._updates[: self._num_updates],
             ),
-            lent=self._on_cpu,  # it is worked out at once
+            self._device,
+            lent=self._device.type == "cpu",  # it is worked out at once
         )
         blocks = self._interval.blocks
         blocks.append((block, self._before, self._first_update))
-        self._interval.fold(most_left=self.MOST_BLOCKS)
+        self._interval.fold(most_left=self.MOST_IN_FLIGHT)
         self._num_steps = self._num_updates = 0
 
     def first_bad_update(self) -> int | None:
@@ -138,7 +139,7 @@ class Metrics:
     def bad_update_later(self) -> Callable[[], int | None]:
         """`first_bad_update` as of now, to be asked when the device has come here."""
         self._send()
-        return partial(self._interval.bad_update, self.MOST_BLOCKS)
+        return partial(self._interval.bad_update, self.MOST_IN_FLIGHT)
 
     def take_(self) -> Callable[[], Reading]:
         """Start again at zero; the reading, to be asked for when the device has come here."""

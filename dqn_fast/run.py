@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dqn_fast.background import FileWriter, HostCopy
+from dqn_fast.background import FileWriter, HostCopy, Moment
 from dqn_fast.checkpoint import (
     BestAgent,
     agent_content,
@@ -113,8 +113,8 @@ class RunRecord:
         status: "done" unless something else ended the run.
         num_evaluations: evaluations so far.
         engine: what runs the chunks, as it is to stand in the summary.
-        compile_s: seconds that the loop waited for a compiler; speeds leave them out.
-        eval_s: seconds spent on evaluations; speeds leave them out too.
+        compile_s: seconds that the loop waited for a compiler.
+        eval_s: seconds spent on evaluations. Speeds in the summary leave both out.
         summary: content of `summary.json`, complete once the run has ended.
     """
 
@@ -149,12 +149,13 @@ class RunRecord:
         self._num_members: int = self._args["num_seeds"]
         self._plan, self._metrics, self._diagnostics = plan, metrics, diagnostics
         self._q_net = q_net
-        self._on_cpu = q_net.params[0].device.type == "cpu"
+        self._device = q_net.params[0].device
         self._tracker = make_tracker(tracker_config(run_dir, config))
         self._files = FileWriter(self._not_written)
         self._pending: deque[tuple[HostCopy, Callable[[Any], Row | None]]] = deque()
         self._must_wait, self._refuses_bad = False, True
         self._bad_update: int | None = None
+        self._num_saving = self._measured_at = 0
         self._episodes = EpisodeLog(self._num_members)
         self._best = BestAgent(self._num_members)
         self._evaluation: dict[str, list[Any]] = {}
@@ -165,7 +166,7 @@ class RunRecord:
             self._tracker.message(line)
         self._tracker.progress(0)
         self._began, self._loop_began = began, time.perf_counter()
-        self._last_log = (self._loop_began, 0, 0)
+        self._last_log = (Moment(self._device), 0, 0)
 
     def __enter__(self) -> RunRecord:
         return self
@@ -180,8 +181,11 @@ class RunRecord:
             self.status = f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"
             self._refuses_bad = False
             with contextlib.suppress(Exception):  # the device itself may be what failed
-                self._measure({})
-                list(self.settle(wait=True))
+                if self._measured_at < self._global_step:
+                    self._measure({})
+            while self._pending:
+                with contextlib.suppress(Exception):
+                    list(self.settle(wait=True))
             self._files.wait()
             with contextlib.suppress(Exception):
                 self._save_agent()
@@ -253,13 +257,15 @@ class RunRecord:
                 yield row
 
     def check_finite(self, replay: Replay) -> None:
-        """Wait for the device, and read replay only if its answer tells of trouble.
+        """Wait for the device and settle what is under way; read replay only if there is trouble.
 
         Raises:
             EnvError: a gradient step went wrong and replay holds a reward or an observation that is
                 not finite.
             TrainingError: a gradient step went wrong over good data.
         """
+        for _ in self.settle(wait=True):
+            pass
         self._refuse(self._metrics.first_bad_update(), replay)
 
     def _refuse(self, bad_update: int | None, replay: Replay) -> None:
@@ -310,32 +316,36 @@ class RunRecord:
     ) -> None:
         reading_of = self._metrics.take_()
         step, num_updates, num_syncs = self._global_step, self._num_updates, self._num_syncs
+        moment, self._measured_at = Moment(self._device), step
 
         def finish(arrived: dict[str, Any]) -> Row:
             reading: Reading = reading_of()
             self._episodes.add(reading)
-            if replay is not None:
-                self._refuse(reading.first_bad_update, replay)
             if snapshot is not None:
                 self._diagnostics.add(arrived["snapshot"], step, num_syncs)
-            now = (time.perf_counter(), step, num_updates)
-            spent, steps, updates = (a - b for a, b in zip(now, self._last_log, strict=True))
-            self._last_log = now
-            return self._logged(
+            before, first_step, first_update = self._last_log
+            self._last_log = moment, step, num_updates
+            rate = self._num_members / max(moment.since(before), 1e-9)
+            logged = self._logged(
                 step,
                 reading.values
                 | {
                     "charts/episodes": self._episodes.num_finished.tolist(),
-                    "perf/env_steps_per_s": steps * self._num_members / spent,
-                    "perf/updates_per_s": updates * self._num_members / spent,
+                    "perf/env_steps_per_s": (step - first_step) * rate,
+                    "perf/updates_per_s": (num_updates - first_update) * rate,
                 }
                 | {name: tensor.tolist() for name, tensor in arrived["probe"].items()}
                 | dict(row),
             )
+            if replay is not None:
+                self._refuse(reading.first_bad_update, replay)
+            return logged
 
         # New tensors, and nobody else's: on the host they need no copy.
         parts = {"probe": dict(probe or {}), "snapshot": dict(snapshot or {})}
-        self._pending.append((HostCopy(parts, lent=self._on_cpu), finish))
+        self._pending.append(
+            (HostCopy(parts, self._device, lent=self._device.type == "cpu"), finish)
+        )
 
     def evaluated(self, result: Evaluation, exact: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Take in an evaluation of the network as it is; a best one is saved as `best.pt`.
@@ -357,7 +367,7 @@ class RunRecord:
             best = agent_content(
                 self.config, self._best.weights, self._best.global_step, self._best.return_mean
             )
-            content = HostCopy(best).get()
+            content = HostCopy(best, self._device).get()
             self._write_soon("best.pt", partial(save_checkpoint, content=content))
         metrics: dict[str, Any] = {
             "eval/return_mean": self._evaluation["eval_return_mean"],
@@ -374,7 +384,7 @@ class RunRecord:
     def log(self, row: Mapping[str, Any]) -> None:
         """Metrics of this global_step that are known already; `settle` gives the row."""
         step = self._global_step
-        self._pending.append((HostCopy({}), lambda _: self._logged(step, dict(row))))
+        self._pending.append((HostCopy({}, self._device), lambda _: self._logged(step, dict(row))))
 
     def _logged(self, step: int, metrics: dict[str, Any]) -> Row:
         if self._args["log_interval"] or any(name.startswith("eval/") for name in metrics):
@@ -398,15 +408,19 @@ class RunRecord:
         large = sum(t.numel() * t.element_size() for t in tensors) > COPIED_BYTES
 
         def finish(arrived: dict[str, Any]) -> None:
+            self._num_saving -= 1
             self._refuse(bad_update(), replay)
             if self._bad_update is None:
-                write = partial(save_checkpoint, content=arrived)
-                (self._write if large else self._write_soon)("checkpoint.pt", write)
+                self._write_soon("checkpoint.pt", partial(save_checkpoint, content=arrived))
                 self._write_arrays()
+                if large:
+                    self._files.wait()
 
         bad_update = self._metrics.bad_update_later()
-        self._pending.append((HostCopy(content, lent=large), finish))
-        self._must_wait |= large
+        self._pending.append((HostCopy(content, self._device, lent=large), finish))
+        # One copy at a time: a host that runs ahead of its GPU would pile them up.
+        self._must_wait |= large or self._num_saving > 0
+        self._num_saving += 1
 
     def _save_agent(self) -> None:
         """Write `checkpoint.pt` of a run that broke off: the network where it is finite, nothing to

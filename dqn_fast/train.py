@@ -161,7 +161,8 @@ class Args:
 
     # Execution
     device: str = "auto"
-    """Where everything lives: auto (cuda, then cpu), cpu, cuda, cuda:1, mps."""
+    """Where everything lives: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or a part of a card's
+    name, such as h100."""
     engine: EngineName = "auto"
     """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (30 to
     40 s, kept for the next run); graph, captured in CUDA graphs. auto weighs the gradient steps to
@@ -786,6 +787,7 @@ class CompiledChunk:
         return [row for (row,) in rows[: len(updates)]]
 
 
+NO_GRAPHS = "no CUDA graphs"
 _STEP = ("step", "step-update")
 """Name of a compiled vector step, with or without the gradient step after it."""
 
@@ -837,7 +839,7 @@ class Runner:
                 self.captured = Captured(self._chunk, CudaGraphs(device))
             except RuntimeError as error:
                 self.engine = "compile" if choice.compiled else "eager"
-                self.reason = f"no CUDA graphs: {first_line(error)}"
+                self.reason = f"{NO_GRAPHS}: {first_line(error)}"
         if choice.compiled:
             try:
                 self._compiled = CompiledChunk(args, learner, plan, noise)
@@ -871,7 +873,7 @@ class Runner:
     def _change_over(self, compiled: CompiledChunk) -> None:
         """Wait for the compiler and go on with what it made."""
         began = time.perf_counter()
-        self._compiled, announced = None, self.engine
+        announced = self.engine
         try:
             compiled.finish()
             self._chunk_, self._draw_noise = compiled, compiled.draw_noise
@@ -879,6 +881,9 @@ class Runner:
                 self.engine = "compile"
         except EngineUnavailableError as error:
             self._without_compiler(error)
+        finally:  # a compiler that an interrupt leaves behind would go on
+            compiled.close()
+            self._compiled = None
         self.compile_s = time.perf_counter() - began
         never_ran = announced == "compile" and self.engine == "eager"
         self.on_change(self.engine, self.reason, self.compile_s, never_ran)
@@ -887,7 +892,8 @@ class Runner:
         if self.engine == "graph":
             self.reason = f"plain kernels, {error}"
         else:
-            self.engine, self.reason = "eager", str(error)
+            before = f"{self.reason}; " if self.reason.startswith(NO_GRAPHS) else ""
+            self.engine, self.reason = "eager", f"{before}{error}"
 
     def _without_graphs(self, captured: Captured, error: EngineUnavailableError) -> None:
         self.captured = None
@@ -997,7 +1003,9 @@ def train(
             check_memory(args, env, device)
             plan = make_plan(args, env)
             choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
-            if choice.compiled and not fits(args, env, device, state_copies=1):
+            # On a CPU the compiler is handed a copy, too, and loads it.
+            state_copies = 3 if device.type == "cpu" else 1
+            if choice.compiled and not fits(args, env, device, state_copies):
                 why = "no memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
             noise = Noise(args.seed, args.num_seeds, device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from dqn_fast.background import FileWriter, HostCopy
+from dqn_fast.background import FileWriter, HostCopy, Moment
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -18,7 +19,7 @@ def test_a_copy_is_of_its_moment(device):
     """What is written later does not reach it; its structure and other values stay."""
     x = torch.arange(6, device=device).view(2, 3)
     param = torch.ones(2, device=device, requires_grad=True)
-    copy = HostCopy({"x": [x, "text", 3], "none": None, "pair": (param, x.T)})
+    copy = HostCopy({"x": [x, "text", 3], "none": None, "pair": (param, x.T), "again": x}, x.device)
     x.zero_()
     arrived = copy.get()
     assert copy.ready
@@ -27,6 +28,7 @@ def test_a_copy_is_of_its_moment(device):
     assert arrived["none"] is None
     assert arrived["pair"][0].tolist() == [1.0, 1.0]
     assert not arrived["pair"][0].requires_grad
+    assert arrived["again"] is arrived["x"][0]  # one memory is copied once
     assert arrived["pair"][1].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert all(t.device.type == "cpu" for t in (arrived["x"][0], *arrived["pair"]))
 
@@ -34,9 +36,21 @@ def test_a_copy_is_of_its_moment(device):
 def test_what_is_lent_is_not_copied():
     """The tensors themselves, at once."""
     x = torch.zeros(3)
-    copy = HostCopy([x], lent=True)
+    copy = HostCopy([x], x.device, lent=True)
     assert copy.ready
     assert copy.get()[0] is x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_time_between_two_moments(device):
+    """Seconds, of the device's own work."""
+    x = torch.ones(1_024, 1_024, device=device)
+    before, began = Moment(x.device), time.perf_counter()
+    for _ in range(5):
+        x = x @ x / 1_024
+    after = Moment(x.device)
+    assert HostCopy([x], x.device).get()[0].mean() == pytest.approx(1.0)
+    assert 0.0 < after.since(before) < time.perf_counter() - began + 0.1
 
 
 @pytest.mark.gpu
@@ -44,11 +58,11 @@ def test_a_copy_waits_for_nothing(no_synchronisation):
     """To begin one and to ask for it, while the GPU is at work."""
     x = torch.ones(2_048, 2_048, device="cuda")
     torch.empty(4, pin_memory=True)
-    HostCopy([x]).get()  # pinned memory is there from now on
+    HostCopy([x], x.device).get()  # pinned memory is there from now on
     with no_synchronisation():
         for _ in range(50):
             x = x @ x / 2_048
-        copy = HostCopy([x])
+        copy = HostCopy([x], x.device)
         assert not copy.ready
     assert copy.get()[0].mean() == pytest.approx(1.0)
 

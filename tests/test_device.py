@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dqn_fast.device import choose_device, cpu_threads, run_conditions
+from dqn_fast.device import ProcessSetting, choose_device, cpu_threads, run_conditions
 
 ZEROS = torch.zeros
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
@@ -92,6 +92,20 @@ def test_what_is_not_there_is_one_line_with_what_is(cards, name):
     )
 
 
+def test_a_card_that_cannot_be_used_says_why(cards, monkeypatch):
+    """It is there, but full or another's: the driver's own first line, and the flag as typed."""
+    cards(H100)
+
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nand more lines")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    for name in ("auto", "cuda", "cuda:0"):
+        with pytest.raises(ValueError) as error:
+            choose_device(name)
+        assert str(error.value) == f"--device {name}: cannot be used, CUDA error: out of memory"
+
+
 @pytest.mark.gpu
 def test_the_first_card_by_its_own_name():
     """A real card is found by what its driver calls it."""
@@ -118,3 +132,17 @@ def test_precision_of_products_is_of_cards_only_and_given_back():
     with run_conditions(1, "cpu", "high"):
         assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_users_of_a_setting_may_go_in_any_order():
+    """The last to come decides while it is there; when all have gone it is as before."""
+    value = ["before"]
+    setting = ProcessSetting[str](lambda: value[0], lambda new: value.__setitem__(0, new))
+    for order in ("abc", "acb", "bac", "bca", "cab", "cba"):
+        users = {name: setting.lent(None if name == "b" else name) for name in "abc"}
+        for user in users.values():
+            user.__enter__()
+        assert value == ["c"]
+        for name in order:
+            users[name].__exit__(None, None, None)
+        assert value == ["before"]

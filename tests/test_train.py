@@ -559,8 +559,8 @@ def test_intervals_that_are_not_set_follow_from_the_run(settings, expected):
 class Late:
     """A `HostCopy` of a device that is behind: for a while it says that it is not there."""
 
-    def __init__(self, tree: Any, lent: bool = False) -> None:
-        self._copy, self._asked = HostCopy(tree), 0
+    def __init__(self, tree: Any, device: torch.device, lent: bool = False) -> None:
+        self._copy, self._asked = HostCopy(tree, device), 0
 
     @property
     def ready(self) -> bool:
@@ -719,7 +719,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(late, tmp_path, monkeypatch):
     assert summary["status"].startswith("failed: loss or gradient not finite")
     content = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert all(tensor.isfinite().all() for tensor in content["q_net"].values())
-    assert len(rows(tmp_path / "run")) >= 1
+    last = rows(tmp_path / "run")[-1]
+    assert last["losses/grad_norm"] is None  # the row that tells of it is there, once
+    assert [row["global_step"] for row in rows(tmp_path / "run")].count(last["global_step"]) == 1
 
 
 def test_held_actions_end_with_the_episode(tmp_path):
