@@ -122,7 +122,8 @@ class Diagnostics:
         names = self.snapshots[0]
         stacked = {name: np.stack([s[name] for s in self.snapshots]) for name in names}
         td_error = stacked.pop("td_error")
-        quantiles = np.quantile(td_error, QUANTILE_LEVELS, axis=-1)
+        with np.errstate(invalid="ignore"):  # of a run that broke: infinity minus infinity
+            quantiles = np.quantile(td_error, QUANTILE_LEVELS, axis=-1)
         stacked["td_error_quantiles"] = np.moveaxis(quantiles, 0, -1).astype(np.float32)
         stacked["quantile_levels"] = np.array(QUANTILE_LEVELS)
         stacked["td_error_sample"] = td_error[-1]
