@@ -180,7 +180,6 @@ class Compiler:
 
     Attributes:
         state: the carried tensors; read and written in place by what is compiled.
-        waited: seconds that the caller was kept waiting so far.
     """
 
     def __init__(self, state: Sequence[Tensor], carrier: Callable[[Sequence[Tensor]], Any]) -> None:
@@ -342,24 +341,17 @@ class Compiler:
         ours = [tensor.detach().clone() for tensor in self._example(unit)]
         results = ours[len(ours) - len(leaves(unit.results)) :]
         torch._foreach_zero_(results)  # they may hold the right numbers already
-        # An exact function writes its results and nothing else.
-        theirs = [*ours[: len(ours) - len(results)], *(tensor.clone() for tensor in results)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Inductor's own, about precision and deprecated names
             run([*ours, *constants])
         if ours[0].device.type == "cuda":  # errors of kernels come late
             torch.cuda.current_stream(ours[0].device).synchronize()
-        if unit.exact:
+        if unit.exact:  # it writes its results and nothing else
+            made = [tensor.clone() for tensor in results]
             with torch.no_grad():
-                graph(*theirs, *constants)
-            plain = theirs[len(ours) - len(results) :]
-            if not all(torch.equal(a, b) for a, b in zip(results, plain, strict=True)):
+                graph(*ours, *constants)
+            if not all(torch.equal(a, b) for a, b in zip(made, results, strict=True)):
                 raise RuntimeError("its numbers are not those of the plain function")
-
-    @property
-    def busy(self) -> bool:
-        """Whether the compiler still works."""
-        return self._process is not None and self._process.poll() is None
 
     def close(self) -> None:
         """Stop the compiler, if it runs, and remove what it was given."""
