@@ -26,6 +26,8 @@ from tests.report.recorded_runs import change_json, write_run
 EVIL = "<script>window.evil=1</script><b>&amp;\"'"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
+# Address of the page, once all of it has run.
+LOADED = 'return document.readyState === "complete" ? location.href : ""'
 in_browser = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="chromium and chromium-driver are not installed"
 )
@@ -264,6 +266,12 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get_log("browser")  # what the page before said
         self.driver.get(path.as_uri())
+        # On a busy machine `get` may return while the page before still stands.
+        for _ in range(300):
+            if self.run(LOADED) == path.as_uri():
+                return
+            time.sleep(0.1)
+        raise TimeoutError(f"{path} did not load")
 
     def run(self, script: str) -> Any:
         return self.driver.execute_script(script)
@@ -429,8 +437,9 @@ def test_browser_shows_evil_names_as_text(tmp_path: Path, page: Page) -> None:
 def test_browser_prints(tmp_path: Path, page: Page) -> None:
     """On paper the figures are as wide as the page, and it takes several pages."""
     page.open(write_report([write_run(tmp_path / "run")], tmp_path / "report.html"), 1280)
-    page.run('window.dispatchEvent(new Event("beforeprint"))')
+    # One script: a browser lays the paper out as soon as the event has been handled.
     widths = page.run(
+        'window.dispatchEvent(new Event("beforeprint"));'
         'return [...document.querySelectorAll(".main-svg")].map((svg) => svg.clientWidth)'
     )
     assert max(widths) <= 660
