@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from dqn_fast.checkpoint import finite
-from dqn_fast.describe import software
-from dqn_fast.run import UsageError
+from dqn_fast.record.checkpoint import finite
+from dqn_fast.record.describe import software
+from dqn_fast.record.run import UsageError
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,9 +27,9 @@ import tyro
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, pin
+from dqn_fast.record.run import UsageError
 from dqn_fast.report.recorded import read_run
 from dqn_fast.report.statistics import bootstrap_mean_interval
-from dqn_fast.run import UsageError
 from dqn_fast.train import Args, train
 
 if TYPE_CHECKING:

@@ -48,9 +48,9 @@ from dqn_fast.agent import UpdateSchedule, update_
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
 from dqn_fast.envs import EnvError, TensorEnv, make_env
 from dqn_fast.noise import Noise
+from dqn_fast.plan import Chunk
+from dqn_fast.record.run import UsageError
 from dqn_fast.replay import Transition
-from dqn_fast.run import UsageError
-from dqn_fast.schedule import Chunk
 from dqn_fast.train import (
     Args,
     Learner,

@@ -37,8 +37,8 @@ import numpy as np
 from benchmarks.classic import CARTPOLE_RETURN, Cores, Out, run_module, spread
 from benchmarks.common import among_cores, pin
 from benchmarks.peers.to_goal import ToGoal
-from dqn_fast.engine import EngineName
-from dqn_fast.run import UsageError
+from dqn_fast.engines import EngineName
+from dqn_fast.record.run import UsageError
 
 EnvName = Literal["LineWorld-v0", "CartPole-v1"]
 Side = Literal["dqn_fast", "warm", "reference", "sb3", "jax"]

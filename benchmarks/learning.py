@@ -41,8 +41,8 @@ from benchmarks.reference import QNetwork as ReferenceNetwork
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.throughput import equal_work_args, fast_args
 from dqn_fast.device import MatmulPrecision
-from dqn_fast.engine import EngineName
-from dqn_fast.run import UsageError
+from dqn_fast.engines import EngineName
+from dqn_fast.record.run import UsageError
 from dqn_fast.train import Args, Learner, train
 
 CHECK_INTERVAL = 100

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from benchmarks.common import among_cores, at_least_one, finish, pin
-from dqn_fast.engine import EngineName
+from dqn_fast.engines import EngineName
 
 Loggers = Literal["files", "wandb", "tensorboard"]
 
@@ -97,7 +97,7 @@ def cases(args: LoggingArgs) -> list[Case]:
 def measure(case: Case, changes: dict[str, Any], cores: tuple[int, ...]) -> dict[str, float]:
     """Body of a run's process: its rate, and what its calls for log points and checkpoints took."""
     from benchmarks.throughput import fast_args
-    from dqn_fast.run import RunRecord
+    from dqn_fast.record.run import RunRecord
     from dqn_fast.train import train
 
     pin(cores)

@@ -31,8 +31,8 @@ from benchmarks.comparison import write_png
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast.device import choose_device, run_conditions
 from dqn_fast.envs import make_env
-from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
+from dqn_fast.record.metrics import Metrics
 from dqn_fast.replay import Replay, Transition
 from dqn_fast.train import Args, Runner, check, make_learner, make_plan, planned
 

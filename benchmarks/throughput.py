@@ -66,10 +66,10 @@ from benchmarks.gate import (
 from benchmarks.reference import ReferenceConfig, train_reference
 from benchmarks.turns import Body, LeftOutError, Start, Stopwatch, take_turns
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
-from dqn_fast.engine import EngineName
+from dqn_fast.engines import EngineName
 from dqn_fast.envs import make_env
-from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
+from dqn_fast.record.metrics import Metrics
 from dqn_fast.train import Args, Runner, make_learner, make_plan, most_episodes, planned, train
 
 ENDLESS = 2**40

@@ -11,26 +11,17 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import tyro
 from torch import Tensor
 
-from dqn_fast.bellman import (
-    expected_return,
-    greedy_policy,
-    is_optimal_policy,
-    policy_evaluation,
-    reachable_states,
-    value_iteration,
-    visited_states,
-)
-from dqn_fast.checkpoint import AgentFile, load_agent
-from dqn_fast.envs import EnvError, TabularEnv, TensorEnv
-from dqn_fast.networks import QNetwork
+from dqn_fast.agent import AgentFile, load_agent
+from dqn_fast.dqn import QFunction
+from dqn_fast.envs import EnvError, TensorEnv
+from dqn_fast.film import EVALUATION_EPOCH, ready, record
 from dqn_fast.noise import Noise, Stream
-from dqn_fast.video import EVALUATION_EPOCH, ready, record
 
 _STEPS_PER_CHECK = 32
 
@@ -54,7 +45,7 @@ class Evaluation(NamedTuple):
 @torch.no_grad()
 def evaluate(
     env: TensorEnv,
-    q_net: QNetwork,
+    q_net: QFunction,
     num_episodes: int,
     noise: Noise,
     epoch: int = 0,
@@ -64,7 +55,7 @@ def evaluate(
 
     Args:
         env: environment.
-        q_net: network of M members.
+        q_net: Q-values of M members.
         num_episodes: episodes of each member, >= 1, played side by side.
         noise: of the same M members.
         epoch: number of this evaluation; another one plays other episodes.
@@ -110,73 +101,8 @@ def evaluate(
     )
 
 
-class ExactValues:
-    """What can be known exactly of a tabular environment, and how far a network is from it.
-
-    Values have no time limit, as the network's have none. A policy counts as optimal only with
-    values to match: one has been seen right by luck long before its values were.
-
-    Attributes:
-        mdp: the environment as a table of X states.
-        q_star: optimal action values at the training discount, [X, A] float64.
-        optimal_return: undiscounted return, within the time limit, of the policy that is optimal
-            at the training discount.
-        optimal_start_value: V* of the start distribution, at the training discount.
-        features: what the network reads in each state, [X, F] float32.
-    """
-
-    VALUE_TOLERANCE = 0.05
-    REACH_PROBABILITY = 1e-3
-
-    def __init__(self, env: TabularEnv, gamma: float, device: torch.device) -> None:
-        self.mdp = env.mdp()
-        self.q_star, v_star, *_ = value_iteration(self.mdp, gamma)
-        self.optimal_start_value = float(self.mdp.start @ v_star)
-        self.optimal_return = expected_return(self.mdp, greedy_policy(self.q_star), env.max_steps)
-        self.features = env.features(env.observe(env.states())).to(device)
-        self._gamma, self._max_steps = gamma, env.max_steps
-        self._matters = reachable_states(self.mdp) & ~self.mdp.terminal
-
-    @torch.no_grad()
-    def q_values(self, q_net: QNetwork) -> Tensor:
-        """The network's values in all states, float32 [M, X, A]."""
-        return q_net(self.features.expand(q_net.num_members, -1, -1))
-
-    def compare(self, q_net: QNetwork) -> dict[str, list[Any]]:
-        """One value per member.
-
-        Returns:
-            "q_error_max": the largest |Q - Q*| over the actions of every non-terminal state that
-            the greedy policy reaches with probability above 1e-3 per episode; "policy_optimal":
-            whether the greedy policy is optimal in every non-terminal state that any policy
-            reaches and q_error_max is below 0.05; "start_value": what the greedy policy is worth
-            from the start distribution, at the training discount and without time limit.
-        """
-        errors: list[float] = []
-        optimal: list[bool] = []
-        start_values: list[float] = []
-        for q in self.q_values(q_net).cpu().double():
-            policy = greedy_policy(q)
-            seen = visited_states(self.mdp, policy, self._max_steps, self.REACH_PROBABILITY)
-            seen &= ~self.mdp.terminal
-            errors.append((q - self.q_star).abs()[seen].max().item())
-            right = is_optimal_policy(self.q_star, policy, where=self._matters)
-            optimal.append(right and errors[-1] < self.VALUE_TOLERANCE)
-            v = policy_evaluation(self.mdp, policy, self._gamma)
-            start_values.append(float(self.mdp.start @ v))
-        return {"q_error_max": errors, "policy_optimal": optimal, "start_value": start_values}
-
-
-def solve(env: TensorEnv, gamma: float, device: torch.device) -> ExactValues | None:
-    """The solution of a tabular environment; None for another, and where it is not worth the wait:
-    more than 1 024 states take seconds, and a discount next to 1 takes minutes."""
-    if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or gamma > 0.9999:
-        return None
-    return ExactValues(env, gamma, device)
-
-
 @torch.no_grad()
-def q_probe(q_net: QNetwork, features: Tensor) -> dict[str, Tensor]:
+def q_probe(q_net: QFunction, features: Tensor) -> dict[str, Tensor]:
     """Q-values of one start state as metrics, [M] each; features [M, 1, F]."""
     q_values = q_net(features)[:, 0].unbind(-1)
     return {f"q/probe_{action}": values for action, values in enumerate(q_values)}
@@ -220,7 +146,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    device = next(agent.q_net.parameters()).device
+    device = agent.q_net.device
     noise = Noise(args.seed, agent.q_net.num_members, device)
     env = agent.env.for_evaluation()
     try:

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dqn_fast.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
+from dqn_fast.algorithm import UPDATE_METRICS
 from dqn_fast.envs import TabularEnv, TensorEnv
-from dqn_fast.metrics import UPDATE_METRICS, Metrics
+from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
+from dqn_fast.record.metrics import Metrics
 
 PROGRAM = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """What a run takes beside its tensors, by type of device. CPU: measured 28 MB, and 66 MB with the

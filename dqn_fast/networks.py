@@ -1,78 +1,98 @@
-"""Q-networks of M independent members, stacked along a leading axis."""
+"""Q-networks of M independent members: pure functions of their parameters."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dqn_fast.noise import Noise, Stream
 
+Params = list[Tensor]
+"""Weight and bias of each layer in turn; float32 [M, ...]."""
 
-class QNetwork(nn.Module):
-    """Multi-layer perceptron with ReLU between its layers, one per member.
+
+@dataclass(frozen=True)
+class QNetwork:
+    """Multi-layer perceptron with ReLU between its layers; describes one, and holds no parameters.
 
     Weights are stored [M, fan_in, fan_out] and biases [M, 1, fan_out], so one batched product
     serves all members and M = 1 goes through the same lines.
 
     Attributes:
         sizes: (num_features, *hidden_sizes, num_actions).
-        num_members: M.
-        layers: weight and bias of each layer.
-        params: all of them, in a fixed order.
+        num_outputs: K, numbers for each action; see `dqn_fast.heads`.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], num_members: int = 1, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__()
-        self.sizes, self.num_members = tuple(sizes), num_members
-        # Plain lists beside the registered names: walking a module costs 30 us, four times a step.
-        self.layers: list[tuple[nn.Parameter, nn.Parameter]] = []
-        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            weight = torch.zeros(num_members, fan_in, fan_out, device=device)
-            if (
-                fan_out < fan_in
-            ):  # long rows in memory, which products are several times faster with
-                weight = weight.mT.contiguous().mT
-            weight = nn.Parameter(weight)
-            bias = nn.Parameter(torch.zeros(num_members, 1, fan_out, device=device))
-            self.register_parameter(f"weight_{i}", weight)
-            self.register_parameter(f"bias_{i}", bias)
-            self.layers.append((weight, bias))
-        self.params: list[Tensor] = [param for layer in self.layers for param in layer]
+    sizes: tuple[int, ...]
+    num_outputs: int = 1
 
-    @torch.no_grad()
-    def init_(self, noise: Noise) -> QNetwork:
-        """Draw weights and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear does.
-
-        Member i's weights depend on its seed alone.
-        """
-        for i, (weight, bias) in enumerate(self.layers):
-            _, fan_in, fan_out = weight.shape
-            u = noise.uniform(Stream.WEIGHTS, i, 1, (fan_in + 1, fan_out))[0]
-            u = (2.0 * u - 1.0) / math.sqrt(fan_in)
-            weight.copy_(u[:, :-1])
-            bias.copy_(u[:, -1:])
-        return self
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Q-values [M, B, A] of features [M, B, F], float32."""
-        return self.activations(features)[-1]
-
-    def activations(self, features: Tensor) -> list[Tensor]:
-        """Output of every layer, [M, B, width]; the last is the Q-values."""
-        x, outputs = features, []
-        for weight, bias in self.layers[:-1]:
-            x = torch.relu(torch.baddbmm(bias, x, weight))
-            outputs.append(x)
-        weight, bias = self.layers[-1]
-        return [*outputs, torch.baddbmm(bias, x, weight)]
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers in front of each layer and behind the last one."""
+        *hidden, num_actions = self.sizes
+        return (*hidden, num_actions * self.num_outputs)
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters of one member."""
-        return sum(param[0].numel() for param in self.params)
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(self.widths))
+
+    @torch.no_grad()
+    def init(self, noise: Noise) -> Params:
+        """Fresh parameters from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear draws them.
+
+        Member i's parameters depend on its seed alone.
+        """
+        params = []
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(self.widths)):
+            u = noise.uniform(Stream.WEIGHTS, i, 1, (fan_in + 1, fan_out))[0]
+            u = (2.0 * u - 1.0) / math.sqrt(fan_in)
+            weight, bias = u[:, :-1].contiguous(), u[:, -1:].contiguous()
+            if fan_out < fan_in:  # products are several times faster with long rows in memory
+                weight = weight.mT.contiguous().mT
+            params += [weight, bias]
+        return [param.requires_grad_() for param in params]
+
+    def __call__(self, params: Params, features: Tensor) -> Tensor:
+        """Outputs [M, B, A, K] of features [M, B, F], float32."""
+        return self.activations(params, features)[-1]
+
+    def activations(self, params: Params, features: Tensor) -> list[Tensor]:
+        """Output of every hidden layer, [M, B, width] each, and the outputs [M, B, A, K]."""
+        x, outputs = features, []
+        for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+            x = torch.relu(torch.baddbmm(bias, x, weight))
+            outputs.append(x)
+        x = torch.baddbmm(params[-1], x, params[-2])
+        return [*outputs, x.view(*x.shape[:-1], self.sizes[-1], self.num_outputs)]
+
+    def named(self, params: Params) -> dict[str, Tensor]:
+        """The parameters by name, as a checkpoint holds them."""
+        return {name: param.detach() for name, param in zip(self._names, params, strict=True)}
+
+    def from_named(self, named: Mapping[str, Tensor]) -> Params:
+        """Parameters of `named`, in memory of their own.
+
+        Raises:
+            ValueError: they are not those of this network.
+        """
+        shapes = list(itertools.pairwise(self.widths))
+        params = []
+        for i, name in enumerate(self._names):
+            fan_in, fan_out = shapes[i // 2]
+            shape = (1 if i % 2 else fan_in, fan_out)
+            param = named.get(name)
+            if param is None or param.shape[1:] != shape:
+                raise ValueError(f"{name}: must be [M, {shape[0]}, {shape[1]}]")
+            params.append(param.clone(memory_format=torch.preserve_format).requires_grad_())
+        return params
+
+    @property
+    def _names(self) -> list[str]:
+        layers = range(len(self.sizes) - 1)
+        return [f"{kind}_{i}" for i in layers for kind in ("weight", "bias")]

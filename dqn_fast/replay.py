@@ -1,8 +1,13 @@
-"""Replay memory: a ring buffer per member that never leaves the device."""
+"""Replay memory: a ring buffer per member that never leaves the device.
+
+How transitions are stored and chosen is known here and nowhere else: a sampled batch carries the
+discount of its bootstrap, and its weights where rows are not equally likely.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,7 +15,7 @@ from torch import Tensor
 
 
 class Transition(NamedTuple):
-    """Transitions of M members; the second axis is N (collected), C (stored) or B (sampled).
+    """Transitions of M members; the second axis is N (collected) or C (stored).
 
     Attributes:
         obs: [M, N, ...], in the environment's storage dtype.
@@ -27,74 +32,126 @@ class Transition(NamedTuple):
     terminated: Tensor
 
 
-class Replay:
-    """The newest C transitions of each member.
+@dataclass(slots=True)
+class Batch:
+    """Sampled transitions, [M, B, ...] each.
+
+    Attributes:
+        obs: in the environment's storage dtype.
+        action: int64.
+        reward: float32; the discounted sum over the steps from `obs` to `next_obs`.
+        next_obs: the true successor.
+        discount: float32; gamma^k for k steps, 0 behind a terminal state.
+        weight: float32, of each row in the loss; None where all count alike.
+        index: rows in storage, int64, for their priorities; None where there are none.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    discount: Tensor
+    weight: Tensor | None = None
+    index: Tensor | None = None
+
+
+class ReplayState(NamedTuple):
+    """The newest C transitions of each member; written in place only.
 
     Cursor and size live on the device, so that adding and sampling read nothing on the host.
 
     Attributes:
-        capacity: C.
         rows: storage, member after member, [M * C, ...]; actions as uint8 or int16.
         cursor: each member's row that is written next, int64 [M, 1].
         size: each member's rows that hold a transition, int64 [M, 1].
     """
 
-    def __init__(self, capacity: int, example: Transition, num_actions: int) -> None:
-        """Allocate storage.
+    rows: Transition
+    cursor: Tensor
+    size: Tensor
+
+
+class Replay:
+    """Ring buffers over a `ReplayState`: init, add, sample.
+
+    Attributes:
+        capacity: C.
+        num_members: M.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_members: int,
+        num_envs: int,
+        example_obs: Tensor,
+        num_actions: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Allocate nothing yet but the numbers of rows.
 
         Args:
-            capacity: C, at least the N of what is added.
-            example: a batch [M, N, ...] that shows shapes, dtypes and device; not stored.
+            capacity: C, at least `num_envs`.
+            num_members: M.
+            num_envs: N, transitions of each member that are added at once.
+            example_obs: an observation [1, ...] in its storage dtype.
             num_actions: decides how wide an action is stored.
+            device: of the storage.
 
         Raises:
             ValueError: `capacity` is below N, so that one step would overwrite itself.
         """
-        num_members, num_rows = example.reward.shape
-        if capacity < num_rows:
-            raise ValueError(f"capacity {capacity}: must be at least {num_rows}, one vector step")
-        device = example.reward.device
-        action_dtype = torch.uint8 if num_actions <= 2**8 else torch.int16
-        self.capacity = capacity
-        self.rows = Transition(
-            *(
-                torch.zeros((num_members * capacity, *t.shape[2:]), dtype=t.dtype, device=device)
-                for t in example._replace(action=example.action.to(action_dtype))
-            )
-        )
-        self.cursor = torch.zeros((num_members, 1), dtype=torch.int64, device=device)
-        self.size = torch.zeros((num_members, 1), dtype=torch.int64, device=device)
-        # Where member m's rows start when the first two axes are one: [M, 1].
+        if capacity < num_envs:
+            raise ValueError(f"capacity {capacity}: must be at least {num_envs}, one vector step")
+        self.capacity, self.num_members = capacity, num_members
+        obs = (tuple(example_obs.shape[1:]), example_obs.dtype)
+        action = torch.uint8 if num_actions <= 2**8 else torch.int16
+        # Shape and dtype of a row of each field of `Transition`.
+        self._layout: list[tuple[tuple[int, ...], torch.dtype]] = [
+            obs, ((), action), ((), torch.float32), obs, ((), torch.bool)
+        ]  # fmt: skip
+        self._device = torch.device(device)
+        # Loaded from memory, because compiled for a GPU an `arange` has 32 bits.
         self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
-        self._new_rows = torch.arange(num_rows, device=device)
+        self._new_rows = torch.arange(num_envs, device=device)
 
-    @property
-    def data(self) -> Transition:
-        """The storage by member, [M, C, ...]."""
-        return Transition(*(t.unflatten(0, (-1, self.capacity)) for t in self.rows))
+    def init(self) -> ReplayState:
+        """Empty storage.
+
+        Raises:
+            MemoryError: the memory of the device does not hold it.
+        """
+        num_rows = self.num_members * self.capacity
+        try:
+            rows = (
+                torch.zeros((num_rows, *shape), dtype=dtype, device=self._device)
+                for shape, dtype in self._layout
+            )
+            storage = Transition(*rows)
+        except (RuntimeError, TypeError) as error:  # of allocators; TypeError: beyond int64
+            raise MemoryError(f"{num_rows} rows") from error
+        count = torch.zeros((self.num_members, 1), dtype=torch.int64, device=self._device)
+        return ReplayState(storage, count, count.clone())
 
     @property
     def bytes_per_transition(self) -> int:
-        return sum(t.element_size() * math.prod(t.shape[1:]) for t in self.rows)
+        return sum(dtype.itemsize * math.prod(shape) for shape, dtype in self._layout)
 
     @property
     def num_bytes(self) -> int:
         """Memory of all members' rows."""
-        return sum(t.element_size() * t.numel() for t in self.rows)
+        return self.bytes_per_transition * self.num_members * self.capacity
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order; the last two never change."""
-        return [*self.rows, self.cursor, self.size, self._offsets, self._new_rows]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        return {**self.data._asdict(), "cursor": self.cursor, "size": self.size}
+    def by_member(self, state: ReplayState) -> Transition:
+        """The storage by member, [M, C, ...]."""
+        return Transition(*(t.unflatten(0, (-1, self.capacity)) for t in state.rows))
 
     @torch.no_grad()
-    def add_(self, batch: Transition, valid: Tensor | None = None) -> None:
+    def add_(self, state: ReplayState, batch: Transition, valid: Tensor | None = None) -> None:
         """Write N transitions of every member over the oldest rows.
 
         Args:
+            state: written.
             batch: transitions [M, N, ...].
             valid: which of them to keep, bool [M, N]; None: all.
         """
@@ -104,17 +161,45 @@ class Replay:
             kept = valid.cumsum(1)
             count = kept[:, -1:]
             place = torch.where(valid, kept - 1, count + (~valid).cumsum(1) - 1)
-        rows = ((self.cursor + place) % self.capacity + self._offsets).flatten()
-        for stored, new in zip(self.rows, batch, strict=True):
+        rows = ((state.cursor + place) % self.capacity + self._offsets).flatten()
+        for stored, new in zip(state.rows, batch, strict=True):
             new = new.flatten(0, 1).to(stored.dtype)
             if valid is not None:  # beyond the cursor lie the oldest rows: written as they are
                 keep = valid.view(-1, *[1] * (new.ndim - 1))
                 new = torch.where(keep, new, stored.index_select(0, rows))
             stored.index_copy_(0, rows, new)
-        self.cursor.add_(count).remainder_(self.capacity)
-        self.size.add_(count).clamp_(max=self.capacity)
+        state.cursor.add_(count).remainder_(self.capacity)
+        state.size.add_(count).clamp_(max=self.capacity)
 
-    def first_not_finite(self) -> tuple[str, int, int] | None:
+    def sample(
+        self, state: ReplayState, noise: Tensor, gamma: Tensor, beta: Tensor | None = None
+    ) -> Batch:
+        """Draw rows uniformly, with replacement, among those that hold a transition.
+
+        Args:
+            state: read.
+            noise: int64 [M, B], uniform in [0, 2**63).
+            gamma: discount per env step, [M, 1], in [0, 1].
+            beta: strength of the importance weights, [M, 1]; uniform rows need none.
+        """
+        # An empty replay gives its first rows, zeros: a compiled division by 0 ends the process.
+        rows = (noise % state.size.clamp(min=1) + self._offsets).flatten()
+        obs, action, reward, next_obs, terminated = (
+            stored.index_select(0, rows).view(*noise.shape, *stored.shape[1:])
+            for stored in state.rows
+        )
+        discount = torch.where(terminated, 0.0, gamma)
+        return Batch(obs, action.long(), reward, next_obs, discount)
+
+    def update_priority_(self, state: ReplayState, index: Tensor, priority: Tensor) -> None:
+        """Note how surprising the sampled rows were, [M, B] each; uniform rows have no `index`."""
+
+    def newest(self, state: ReplayState, count: int) -> Tensor:
+        """Each member's newest `count` rows, the newest first, int64 [M, count] in 0 .. C - 1."""
+        back = torch.arange(count, device=state.cursor.device)
+        return (state.cursor - 1 - back).remainder(self.capacity)
+
+    def first_not_finite(self, state: ReplayState) -> tuple[str, int, int] | None:
         """The oldest row of the first member that holds NaN or infinity; waits for the device.
 
         Returns:
@@ -122,30 +207,11 @@ class Replay:
             numbers are finite.
         """
         for name in ("reward", "next_obs", "obs"):  # a bad obs was a next_obs first
-            stored = getattr(self.data, name)
+            stored = getattr(self.by_member(state), name)
             bad = (~stored.isfinite()).flatten(2).any(2) if stored.ndim > 2 else ~stored.isfinite()
-            newer = (self.cursor - 1 - torch.arange(self.capacity, device=bad.device)).remainder(
-                self.capacity
-            )
-            age = torch.where(bad & (newer < self.size), newer, -1).amax(1).tolist()
+            newer = self.newest(state, self.capacity)  # than each row: the map is its own inverse
+            age = torch.where(bad & (newer < state.size), newer, -1).amax(1).tolist()
             for member, rows in enumerate(age):
                 if rows >= 0:
                     return name, member, rows
         return None
-
-    def sample(self, noise: Tensor) -> Transition:
-        """Draw rows uniformly, with replacement, among those that hold a transition.
-
-        Args:
-            noise: int64 [M, B], uniform in [0, 2**63).
-
-        Returns:
-            Transitions [M, B, ...], actions as int64.
-        """
-        # An empty replay gives its first rows, zeros: a compiled division by 0 ends the process.
-        rows = (noise % self.size.clamp(min=1) + self._offsets).flatten()
-        obs, action, reward, next_obs, terminated = (
-            stored.index_select(0, rows).view(*noise.shape, *stored.shape[1:])
-            for stored in self.rows
-        )
-        return Transition(obs, action.long(), reward, next_obs, terminated)

@@ -2,27 +2,24 @@
 
     python -m dqn_fast.train --num-envs 64
 
-Read it top to bottom: the settings; what is carried from step to step; one vector step in four
-functions (act, step the environments, store, learn); a chunk of vector steps; the loop. What a
-researcher edits to change the experiment stands here, everything else in the files it names.
+Read it top to bottom: the settings; `setup`, which makes everything that a run trains with; the
+loop, which runs chunks of vector steps, evaluates, logs and saves. What happens in one vector step
+stands in dqn.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import gc
-import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -30,59 +27,44 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.agent import (
-    ADAM_BETAS,
-    Adam,
-    LossName,
-    UpdateSchedule,
-    epsilon_greedy,
-    held_epsilon_greedy,
-    update_,
-)
-from dqn_fast.describe import describe
+from dqn_fast.algorithm import ChunkRecord, StepInputs, UpdateInputs
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions, upload
-from dqn_fast.diagnostics import Diagnostics
-from dqn_fast.engine import (
+from dqn_fast.dqn import DQN, Hyper, QFunction, State
+from dqn_fast.engines import (
     RECORDED_STEPS,
-    Captured,
-    Choice,
-    Compiler,
-    CudaGraphs,
     EngineName,
-    EngineUnavailableError,
-    Run,
-    Unit,
+    Runner,
     choose_engine,
-    first_line,
-    leaves,
     without_compiler,
 )
 from dqn_fast.envs import (
     EnvCheckError,
     EnvError,
-    Outcome,
     TensorEnv,
     VectorizationMode,
-    VectorState,
     check_env,
     experiment,
     make_env,
 )
 from dqn_fast.envs.params import plain
-from dqn_fast.evaluate import evaluate, q_probe, solve
+from dqn_fast.evaluate import evaluate, q_probe
+from dqn_fast.exact import ExactValues, solve
+from dqn_fast.heads import LossName, ScalarHead
 from dqn_fast.memory import check_memory, fits
-from dqn_fast.metrics import UPDATE_METRICS, ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork
-from dqn_fast.noise import Noise, Stream
-from dqn_fast.replay import Replay, Transition
-from dqn_fast.run import (
+from dqn_fast.noise import Noise
+from dqn_fast.plan import Chunk, Plan, Schedules
+from dqn_fast.record.describe import describe
+from dqn_fast.record.diagnostics import Diagnostics
+from dqn_fast.record.metrics import Metrics
+from dqn_fast.record.run import (
     Interruption,
     RunRecord,
     TrainingError,
     UsageError,
     create_run_dir,
 )
-from dqn_fast.schedule import Chunk, Plan, linear_schedule
+from dqn_fast.replay import Replay
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -288,709 +270,116 @@ def check(args: Args) -> None:
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
 
 
-# ------------------------------------------------- what is carried, and what comes in as data
+# -------------------------------------------------------------------------------------- set-up
 
 
 @dataclass
-class Learner:
-    """All that is carried from vector step to vector step; M members, E = M * N env copies.
-
-    Every tensor in it keeps its address and is written in place, in `vector_step_` and the
-    functions that it calls.
+class Training:
+    """Everything that one run trains with; `setup` makes it, `chunks` runs it.
 
     Attributes:
-        copies: (M, N).
-        gamma: [M, 1] float32.
-        max_grad_norm: [M, 1] float32.
-        held: random action that each copy is carrying out, int64 [M, N], -1 where there is none;
-            None: they last one step.
-        eps_repeat: [] float32.
-    """
-
-    env: TensorEnv
-    copies: tuple[int, int]
-    q_net: QNetwork
-    target_net: QNetwork
-    adam: Adam
-    vector: VectorState
-    replay: Replay
-    gamma: Tensor
-    max_grad_norm: Tensor
-    held: Tensor | None
-    eps_repeat: Tensor
-    loss: LossName
-    double_q: bool
-
-    def by_member(self, tensor: Tensor) -> Tensor:
-        """[E, ...] as [M, N, ...]."""
-        return tensor.view(*self.copies, *tensor.shape[1:])
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that a vector step reads or writes beside its inputs."""
-        return leaves(
-            [
-                self.q_net.params,
-                self.target_net.params,
-                self.adam,
-                self.vector,
-                self.replay.tensors(),
-                self.gamma,
-                self.max_grad_norm,
-                self.held,
-                self.eps_repeat,
-            ]
-        )
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Learner:
-        """The same learner over other tensors, in the order of `tensors`."""
-        replaced = {id(old): new for old, new in zip(self.tensors(), tensors, strict=True)}
-        return copy.deepcopy(self, {id(self.env): self.env, **replaced})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as tensors in dicts and lists."""
-        return {
-            "q_net": self.q_net.state_dict(),
-            "target_net": self.target_net.state_dict(),
-            "adam": {"mean": self.adam.mean, "square": self.adam.square},
-            "vector": self.vector.leaves(),
-            "replay": self.replay.state_dict(),
-            "held": self.held,
-        }
-
-
-class StepInputs(NamedTuple):
-    """Noise and schedule of the vector steps of a chunk, K in front.
-
-    Attributes:
-        explore: uniform, float32 [K, M, N, 2]: coin and random action.
-        env_step: uniform, float32 [K, E, step_noise_dim].
-        env_reset: uniform, float32 [K, E, reset_noise_dim].
-        epsilon: float32 [K].
-    """
-
-    explore: Tensor
-    env_step: Tensor
-    env_reset: Tensor
-    epsilon: Tensor
-
-
-class UpdateInputs(NamedTuple):
-    """Noise and schedules of the gradient steps of a chunk, U in front.
-
-    Attributes:
-        rows: which replay rows, int64 [U, M, B] in [0, 2**63).
-        step_size, root_scale, sync: float32 [U]; see `UpdateSchedule`.
-    """
-
-    rows: Tensor
-    step_size: Tensor
-    root_scale: Tensor
-    sync: Tensor
-
-
-def make_learner(args: Args, env: TensorEnv, noise: Noise) -> Learner:
-    """Fresh networks, env copies and an empty replay on the device of `noise`."""
-    device, copies = noise.device, (args.num_seeds, args.num_envs)
-    reset_noise = noise.uniform(Stream.ENV_RESET, 0, 1, (args.num_envs, env.reset_noise_dim))[0]
-    # Memory of its own for each tensor: all are written in place, and a reset may give one twice.
-    vector = env.vector_reset(reset_noise.flatten(0, 1)).clone()
-    num_features = env.features(vector.obs[:1]).shape[-1]
-    sizes = (num_features, *args.hidden_sizes, env.num_actions)
-    q_net = QNetwork(sizes, args.num_seeds, device).init_(noise)
-    target_net = QNetwork(sizes, args.num_seeds, device)
-    target_net.load_state_dict(q_net.state_dict())
-    target_net.requires_grad_(False)
-    obs = vector.obs.unflatten(0, copies)
-    scalar = torch.zeros(copies, device=device)
-    example = Transition(obs, scalar.long(), scalar, obs, scalar.bool())
-    try:
-        replay = Replay(args.buffer_size, example, env.num_actions)
-    except (RuntimeError, TypeError) as error:  # what allocators raise; TypeError: beyond int64
-        raise UsageError(
-            f"--buffer-size {args.buffer_size}: must be smaller, the memory of {device} does not "
-            "hold so many transitions"
-        ) from error
-    return Learner(
-        env=env,
-        copies=copies,
-        q_net=q_net,
-        target_net=target_net,
-        adam=Adam.zeros(q_net.params),
-        vector=vector,
-        replay=replay,
-        gamma=torch.full((args.num_seeds, 1), args.gamma, device=device),
-        max_grad_norm=torch.full((args.num_seeds, 1), args.max_grad_norm, device=device),
-        held=torch.full(copies, -1, device=device) if args.eps_repeat else None,
-        eps_repeat=torch.tensor(args.eps_repeat, device=device),
-        loss=args.loss,
-        double_q=args.double_q,
-    )
-
-
-def epsilon(args: Args, step: NDArray[np.int64] | int) -> NDArray[np.float64]:
-    """Probability of a random action at global_step `step`."""
-    duration = int(args.eps_fraction * args.total_timesteps)
-    return linear_schedule(step, args.eps_start, args.eps_end, duration)
-
-
-def draw_noise(
-    args: Args,
-    env: TensorEnv,
-    noise: Noise,
-    num_steps: int,
-    num_updates: int,
-    first_step: int | Tensor,
-    first_update: int | Tensor,
-) -> tuple[Tensor, ...]:
-    """Everything random in vector steps first_step .. and gradient steps first_update ..:
-    explore, env_step and env_reset of `StepInputs`, rows of `UpdateInputs`."""
-    n = args.num_envs
-    uniform = partial(noise.uniform, count=num_steps)
-    return (
-        uniform(Stream.EXPLORATION, first_step, shape=(n, 2)),
-        uniform(Stream.ENV_STEP, first_step, shape=(n, env.step_noise_dim)).flatten(1, 2),
-        uniform(Stream.ENV_RESET, first_step + 1, shape=(n, env.reset_noise_dim)).flatten(1, 2),
-        noise.integers(Stream.REPLAY, first_update, num_updates, (args.batch_size,)),
-    )
-
-
-DrawNoise = Callable[..., tuple[Tensor, ...]]
-"""`draw_noise` or what stands for it."""
-
-
-def planned(
-    args: Args, env: TensorEnv, noise: Noise, plan: Plan, draw_noise: DrawNoise = draw_noise
-) -> Iterator[tuple[Chunk, StepInputs, UpdateInputs]]:
-    """The run's chunks, each with everything random and everything scheduled in it."""
-    drawn = None
-    for window, chunk in plan.chunks():
-        if window is not drawn:
-            drawn, (steps, updates) = window, draw_inputs(args, env, noise, window, draw_noise)
-        k, u = chunk.within(window)
-        yield chunk, StepInputs(*(t[k] for t in steps)), UpdateInputs(*(t[u] for t in updates))
-
-
-def draw_inputs(
-    args: Args, env: TensorEnv, noise: Noise, chunk: Chunk, draw_noise: DrawNoise = draw_noise
-) -> tuple[StepInputs, UpdateInputs]:
-    """Noise and schedules of `chunk`, as tensors on the device."""
-    count, first = chunk.num_steps, (chunk.before // args.num_envs, chunk.first_update)
-    explore, env_step, env_reset, rows = draw_noise(
-        args, env, noise, count, chunk.num_updates, *first
-    )
-
-    end = args.learning_rate if args.learning_rate_end is None else args.learning_rate_end
-    rate = linear_schedule(chunk.stamps, args.learning_rate, end, args.total_timesteps)
-    t = chunk.first_update + np.arange(1, chunk.num_updates + 1)
-    step_size = rate / (1.0 - ADAM_BETAS[0] ** t)
-    root_scale = 1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)
-    sync = np.where(chunk.syncs, args.tau, 0.0)
-
-    packed = np.concatenate([epsilon(args, chunk.steps), step_size, root_scale, sync]).astype(
-        np.float32
-    )
-    u = chunk.num_updates
-    schedules = upload(torch.from_numpy(packed), noise.device).split([count, u, u, u])
-    steps = StepInputs(explore, env_step, env_reset, schedules[0])
-    return steps, UpdateInputs(rows, *schedules[1:])
-
-
-# ------------------------------------------------------------- one vector step, four functions
-
-
-ACT_BLOCK, MOST_BLOCKS = 1_024, 16
-"""Copies whose values a CPU computes at a time, so that what lies between two layers stays in its
-cache: 11 ms instead of 33 for 16,384 copies. More blocks would make what is compiled too long."""
-
-
-def q_of_copies(learner: Learner) -> Tensor:
-    """Q-values of what the env copies show, float32 [M, N, A]."""
-    obs = learner.by_member(learner.vector.obs)
-    size = learner.copies[1]
-    if obs.device.type == "cpu":
-        size = max(min(size, ACT_BLOCK), -(-size // MOST_BLOCKS))
-    values = [learner.q_net(learner.env.features(block)) for block in obs.split(size, 1)]
-    return values[0] if len(values) == 1 else torch.cat(values, 1)
-
-
-@torch.no_grad()
-def act_(learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
-    """Epsilon-greedy actions of all copies, int64 [E]; noise [M, N, 2], epsilon []."""
-    q_values = q_of_copies(learner)
-    if learner.held is None:
-        return epsilon_greedy(q_values, noise, epsilon).flatten()
-    # An episode that has just begun goes on with nothing.
-    held = torch.where(learner.by_member(learner.vector.elapsed) > 0, learner.held, -1)
-    action, held = held_epsilon_greedy(q_values, noise, epsilon, held, learner.eps_repeat)
-    learner.held.copy_(held)
-    return action.flatten()
-
-
-@torch.no_grad()
-def step_envs(
-    learner: Learner, action: Tensor, step_noise: Tensor, reset_noise: Tensor
-) -> tuple[VectorState, Outcome]:
-    """One step of all copies; see `TensorEnv.vector_step`."""
-    try:
-        return learner.env.vector_step(learner.vector, action, step_noise, reset_noise)
-    except EnvError:
-        raise
-    except Exception as error:
-        raise EnvError(f"{type(learner.env).__name__}: {type(error).__name__}: {error}") from error
-
-
-def store_(learner: Learner, action: Tensor, outcome: Outcome) -> None:
-    """Write the transitions that start at `learner.vector` into replay."""
-    batch = Transition(
-        learner.vector.obs, action, outcome.reward, outcome.next_obs, outcome.terminated
-    )
-    valid = None if outcome.valid is None else learner.by_member(outcome.valid)
-    learner.replay.add_(Transition(*map(learner.by_member, batch)), valid)
-
-
-def learn_(learner: Learner, inputs: list[UpdateInputs]) -> list[Tensor]:
-    """Take gradient steps; UPDATE_METRICS of each, float32 [4, M]."""
-    env, metrics = learner.env, []
-    for rows, *schedule in inputs:
-        batch = learner.replay.sample(rows)
-        batch = batch._replace(obs=env.features(batch.obs), next_obs=env.features(batch.next_obs))
-        metrics.append(
-            update_(
-                learner.q_net,
-                learner.target_net,
-                learner.adam,
-                batch,
-                learner.gamma,
-                learner.max_grad_norm,
-                learner.loss,
-                learner.double_q,
-                UpdateSchedule(*schedule),
-            )
-        )
-    return metrics
-
-
-class StepRecord(NamedTuple):
-    """What one vector step leaves behind for the log.
-
-    Attributes:
-        episode_return: return of each copy's episode up to and with this step, float32 [E].
-        episode_length: its length where it is over, 0 elsewhere, int32 [E].
-        updates: UPDATE_METRICS of each gradient step, float32 [4, M].
-    """
-
-    episode_return: Tensor
-    episode_length: Tensor
-    updates: list[Tensor]
-
-
-def vector_step_(
-    learner: Learner,
-    noise: StepInputs,
-    updates: list[UpdateInputs],
-    act_: Callable[..., Tensor] = act_,
-    learn_: Callable[..., list[Tensor]] = learn_,
-) -> StepRecord:
-    """Act, step the environments, store, learn, and carry the state over."""
-    metrics = []
-    action = act_(learner, noise.explore, noise.epsilon)
-    if learner.env.background:  # learn while they step, from what was stored before
-        learner.env.send(action)
-        metrics = learn_(learner, updates)
-    vector, outcome = step_envs(learner, action, noise.env_step, noise.env_reset)
-    store_(learner, action, outcome)
-    if not learner.env.background:
-        metrics = learn_(learner, updates)
-    learner.vector.copy_(vector)
-    length = torch.where(outcome.done, outcome.episode_length, 0)
-    return StepRecord(outcome.episode_return, length, metrics)
-
-
-def chunk_(
-    learner: Learner,
-    steps: StepInputs,
-    updates: UpdateInputs,
-    update_counts: tuple[int, ...],
-    step_: Callable[[Learner, StepInputs, list[UpdateInputs]], StepRecord] = vector_step_,
-) -> ChunkRecord:
-    """K vector steps, each followed by its number of gradient steps; reads nothing on the host."""
-    each_update = (UpdateInputs(*inputs) for inputs in zip(*updates, strict=True))
-    records = [
-        step_(learner, StepInputs(*step), list(itertools.islice(each_update, count)))
-        for step, count in zip(zip(*steps, strict=True), update_counts, strict=True)
-    ]
-    metrics = [update for record in records for update in record.updates]
-    no_updates = updates.rows.new_empty((0, 4, learner.copies[0]), dtype=torch.float32)
-    return ChunkRecord(
-        torch.stack([record.episode_return for record in records]).unflatten(1, learner.copies),
-        torch.stack([record.episode_length for record in records]).unflatten(1, learner.copies),
-        torch.stack(metrics) if metrics else no_updates,
-    )
-
-
-# ------------------------------------------------------------------ the same functions, compiled
-
-
-class Rows:
-    """Tensors [K, ...] and their rows, for as large a K as was asked for so far.
-
-    On a CPU they stay in memory, because to make a view costs as much as a small operation, 1 us.
-    Elsewhere every call makes new ones: recorded chunks must share none, and are not slowed down.
-    """
-
-    def __init__(self, example: Sequence[Tensor]) -> None:
-        """`example`: a row of each tensor."""
-        self._example, self._kept = example, example[0].device.type == "cpu"
-        self._tensors: list[Tensor] = []
-        self._rows: list[tuple[Tensor, ...]] = []
-
-    def room(self, count: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """Tensors of `count` rows that hold anything, and the rows."""
-        if not self._kept or not self._tensors or count > len(self._rows):
-            self._tensors = [t.new_empty((count, *t.shape)) for t in self._example]
-            self._rows = list(zip(*self._tensors, strict=True))
-        return [tensor[:count] for tensor in self._tensors], self._rows
-
-    def filled(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """The rows of a copy of `tensors`."""
-        room, rows = self.room(len(tensors[0]))
-        for kept, tensor in zip(room, tensors, strict=True):
-            kept.copy_(tensor)
-        return rows
-
-
-class CompiledChunk:
-    """Stands for `chunk_` of one learner, its vector steps compiled, one call each, and for
-    `draw_noise`.
-
-    A vector step and the gradient step after it are one function; where more gradient steps follow,
-    one function is the vector step and one a gradient step; where the environment lives on the
-    host, one is `act_` and one a gradient step. Several gradient steps in one function would each
-    write new tensors instead of the old ones: 8 took 215 us each, 1 takes 190.
-    """
-
-    def __init__(self, args: Args, learner: Learner, plan: Plan, noise: Noise) -> None:
-        """Begin to compile, in a process beside this one.
-
-        Raises:
-            EngineUnavailableError: the functions cannot be traced.
-        """
-        self._compiler = Compiler(learner.tensors(), learner.with_tensors)
-        step, update = example_step_inputs(learner), example_update_inputs(learner, args.batch_size)
-        copies = torch.zeros(learner.vector.elapsed.shape, device=update.rows.device)
-        metrics = copies.new_zeros(len(UPDATE_METRICS), learner.copies[0])
-        counts = plan.learning_counts()
-        units = []
-        if learner.env.on_host:
-            units += [Unit("act", act_, (step.explore, step.epsilon), copies.long())]
-        else:
-            for n in sorted({int(count == 1) for count in counts}):
-                record = StepRecord(copies, copies.int(), [metrics] * n)
-                units += [Unit(_STEP[n], vector_step_, (step, [update] * n), record)]
-        if learner.env.on_host or max(counts, default=0) > 1:
-            units += [Unit("update", learn_, ([update],), [metrics])]
-        units += [self._noise_unit(args, learner.env, plan, noise)]
-        self._names = [unit.name for unit in units]
-        self._compiler.start(units)
-        self._state = self._compiler.state
-        self._functions: dict[str, Run] = {}
-        self._steps, self._updates = Rows(step), Rows(update)
-        self._record, self._metrics = Rows([copies, copies.int()]), Rows([metrics])
-
-    def _noise_unit(self, args: Args, env: TensorEnv, plan: Plan, noise: Noise) -> Unit:
-        """`draw_noise` for the longest window; shorter ones are parts of it, because a number
-        depends on where it is drawn and on nothing else."""
-        num_steps = min(plan.max_window_steps, plan.num_vector_steps)
-        groups = num_steps * args.num_envs // args.train_freq + 1
-        num_updates = min(groups * args.gradient_steps, plan.total_updates)
-
-        def draw(_: Learner, keys: Tensor, counters: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
-            own = noise.with_tensors(keys, counters)
-            return draw_noise(args, env, own, num_steps, num_updates, *first)
-
-        first = torch.zeros(2, dtype=torch.int64, device=noise.device).unbind()
-        self._drawn = draw_noise(args, env, noise, num_steps, num_updates, 0, 0)
-        self._keys, self._counters = noise.keys, noise.counters  # as many as this needs
-        return Unit("noise", draw, (self._keys, self._counters, *first), self._drawn, exact=True)
-
-    def finish(self) -> None:
-        """Wait for the compiler.
-
-        Raises:
-            EngineUnavailableError: it failed.
-        """
-        self._functions = dict(zip(self._names, self._compiler.finish(), strict=True))
-
-    def close(self) -> None:
-        """Stop the compiler if it still runs."""
-        self._compiler.close()
-
-    def __call__(
-        self,
-        learner: Learner,
-        steps: StepInputs,
-        updates: UpdateInputs,
-        update_counts: tuple[int, ...],
-    ) -> ChunkRecord:
-        """As `chunk_`, of the learner that this was made for; the next call may overwrite what it
-        returns."""
-        if learner.env.on_host:
-            step_ = partial(vector_step_, act_=self._act_, learn_=self._learn_)
-            return chunk_(learner, steps, updates, update_counts, step_)
-        if not {_STEP[count == 1] for count in update_counts} <= self._functions.keys():
-            return chunk_(learner, steps, updates, update_counts)  # before learning starts
-        noise, schedules = self._steps.filled(steps), self._updates.filled(updates)
-        (episode_return, episode_length), records = self._record.room(len(update_counts))
-        (metrics,), rows = self._metrics.room(len(updates.rows))
-        first = 0
-        for k, count in enumerate(update_counts):
-            last = first + count
-            if count == 1:
-                inputs = (*noise[k], *schedules[first], *records[k], *rows[first])
-                self._functions["step-update"]([*self._state, *inputs])
-            else:
-                self._functions["step"]([*self._state, *noise[k], *records[k]])
-                for u in range(first, last):
-                    self._functions["update"]([*self._state, *schedules[u], *rows[u]])
-            first = last
-        return ChunkRecord(
-            episode_return.unflatten(1, learner.copies),
-            episode_length.unflatten(1, learner.copies),
-            metrics,
-        )
-
-    def draw_noise(
-        self,
-        _args: Args,
-        _env: TensorEnv,
-        noise: Noise,
-        num_steps: int,
-        num_updates: int,
-        *first: int,
-    ) -> tuple[Tensor, ...]:
-        """As `draw_noise`, for what this was made for; the next call overwrites what it returns."""
-        start = upload(torch.tensor(first), noise.device).unbind()
-        inputs = (self._keys, self._counters, *start, *self._drawn)
-        self._functions["noise"]([*self._state, *inputs])
-        *steps, rows = self._drawn
-        return *(drawn[:num_steps] for drawn in steps), rows[:num_updates]
-
-    def _act_(self, learner: Learner, noise: Tensor, epsilon: Tensor) -> Tensor:
-        action = torch.empty_like(learner.vector.elapsed, dtype=torch.int64)
-        self._functions["act"]([*self._state, noise, epsilon, action])
-        return action
-
-    def _learn_(self, _learner: Learner, updates: list[UpdateInputs]) -> list[Tensor]:
-        _, rows = self._metrics.room(len(updates))
-        for update, row in zip(updates, rows, strict=False):
-            self._functions["update"]([*self._state, *update, *row])
-        return [row for (row,) in rows[: len(updates)]]
-
-
-NO_GRAPHS = "no CUDA graphs"
-_STEP = ("step", "step-update")
-"""Name of a compiled vector step, with or without the gradient step after it."""
-
-
-class Runner:
-    """Runs the chunks of one learner with the engine that was asked for, or the next best.
-
-    Whatever fails while an engine is made costs a reason in words: without compiled functions a
-    graph holds plain kernels, without graphs compiled functions are called, without either the
-    plain ones are. Nothing has run by then, so the run is the one that the next best engine makes.
-
-    Attributes:
-        engine: what runs now: eager, compile or graph.
-        reason: why, in a few words.
-        compile_s: seconds that the loop waited for the compiler.
-        on_change: told engine, reason, compile_s and whether this is instead of an engine that
-            never ran, once compiled functions run, or something cannot be had.
-    """
-
-    def __init__(
-        self,
-        args: Args,
-        learner: Learner,
-        plan: Plan,
-        noise: Noise,
-        choice: Choice | None = None,
-    ) -> None:
-        """Begin to compile where that is called for.
-
-        Args:
-            args: settings.
-            learner: whose chunks are run.
-            plan: of the run.
-            noise: of the learner's members.
-            choice: which engine; None: what `choose_engine` says.
-        """
-        device, on_host = learner.gamma.device, learner.env.on_host
-        choice = choice or choose_engine(args.engine, device, plan.total_updates, on_host)
-        self.engine: str = "eager" if choice.switch else choice.engine
-        self.reason, self.compile_s = choice.reason, 0.0
-        self.on_change: Callable[[str, str, float, bool], None] = lambda *_: None
-        self._learner, self._num_updates, self._switch = learner, 0, choice.switch or 0
-        self._chunk_: Callable[..., ChunkRecord] = chunk_
-        self._draw_noise: DrawNoise = draw_noise
-        self._compiled: CompiledChunk | None = None
-        self.captured: Captured | None = None
-        if choice.engine == "graph":
-            try:
-                self.captured = Captured(self._chunk, CudaGraphs(device))
-            except RuntimeError as error:
-                self.engine = "compile" if choice.compiled else "eager"
-                self.reason = f"{NO_GRAPHS}: {first_line(error)}"
-        if choice.compiled:
-            try:
-                self._compiled = CompiledChunk(args, learner, plan, noise)
-            except EngineUnavailableError as error:
-                self._without_compiler(error)
-
-    def __call__(
-        self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
-    ) -> ChunkRecord:
-        """`chunk_`; what it returns is to be used before the next call."""
-        num_updates = sum(update_counts)
-        if self._compiled is not None and num_updates and self._num_updates >= self._switch:
-            self._change_over(self._compiled)
-        self._num_updates += num_updates
-        if self.captured is not None:
-            try:
-                return self.captured(update_counts, steps, updates)
-            except EngineUnavailableError as error:
-                self._without_graphs(self.captured, error)
-        return self._chunk(update_counts, steps, updates)
-
-    def draw_noise(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """`draw_noise`; what it returns is to be used before the next call."""
-        return self._draw_noise(*arguments)
-
-    def _chunk(
-        self, update_counts: tuple[int, ...], steps: StepInputs, updates: UpdateInputs
-    ) -> ChunkRecord:
-        return self._chunk_(self._learner, steps, updates, update_counts)
-
-    def _change_over(self, compiled: CompiledChunk) -> None:
-        """Wait for the compiler and go on with what it made."""
-        began = time.perf_counter()
-        announced = self.engine
-        try:
-            compiled.finish()
-            self._chunk_, self._draw_noise = compiled, compiled.draw_noise
-            if self.engine == "eager":
-                self.engine = "compile"
-        except EngineUnavailableError as error:
-            self._without_compiler(error)
-        finally:  # a compiler that an interrupt leaves behind would go on
-            compiled.close()
-            self._compiled = None
-        self.compile_s = time.perf_counter() - began
-        never_ran = announced == "compile" and self.engine == "eager"
-        self.on_change(self.engine, self.reason, self.compile_s, never_ran)
-
-    def _without_compiler(self, error: EngineUnavailableError) -> None:
-        if self.engine == "graph":
-            self.reason = f"plain kernels, {error}"
-        else:
-            before = f"{self.reason}; " if self.reason.startswith(NO_GRAPHS) else ""
-            self.engine, self.reason = "eager", f"{before}{error}"
-
-    def _without_graphs(self, captured: Captured, error: EngineUnavailableError) -> None:
-        self.captured = None
-        self.engine = "eager" if self._chunk_ is chunk_ else "compile"
-        self.reason = str(error)
-        self.on_change(self.engine, self.reason, self.compile_s, captured.num_recordings == 0)
-
-    def close(self) -> None:
-        """Stop the compiler if it still runs."""
-        if self._compiled is not None:
-            self._compiled.close()
-
-
-def example_step_inputs(learner: Learner) -> StepInputs:
-    """Inputs of one vector step, all 0, in their shapes and dtypes."""
-    (m, n), env, device = learner.copies, learner.env, learner.gamma.device
-    return StepInputs(
-        explore=torch.zeros(m, n, 2, device=device),
-        env_step=torch.zeros(m * n, env.step_noise_dim, device=device),
-        env_reset=torch.zeros(m * n, env.reset_noise_dim, device=device),
-        epsilon=torch.zeros((), device=device),
-    )
-
-
-def example_update_inputs(learner: Learner, batch_size: int) -> UpdateInputs:
-    """Inputs of one gradient step, all 0, in their shapes and dtypes."""
-    device = learner.gamma.device
-    rows = torch.zeros(learner.copies[0], batch_size, dtype=torch.int64, device=device)
-    return UpdateInputs(rows, *torch.zeros(3, device=device).unbind())
-
-
-# ------------------------------------------------------------------------------------ the loop
-
-
-@dataclass
-class Result:
-    """What `train` returns.
-
-    Attributes:
-        q_net: online network of all M members as the run left it; `load_agent` gives the best.
+        args: settings, checked and complete.
+        env_id: name of the environment.
         env: the environment.
-        summary: content of `summary.json`.
-        run_dir: directory of the run.
+        plan: which vector steps learn, and where chunks end.
+        schedules: values that follow from the step count.
+        noise: random numbers of the members.
+        dqn: one vector step.
+        state: everything that it carries.
+        exact: solution of the environment, if there is one.
+        runner: the engine.
+        on_close: called at the end.
     """
 
-    q_net: QNetwork
+    args: Args
+    env_id: str
     env: TensorEnv
-    summary: dict[str, Any]
-    run_dir: Path
+    plan: Plan
+    schedules: Schedules
+    noise: Noise
+    dqn: DQN
+    state: State
+    exact: ExactValues | None
+    runner: Runner
+    on_close: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    @property
+    def q_net(self) -> QFunction:
+        """Q-values of all members."""
+        return self.dqn.q_function(self.state)
+
+    def inputs(self) -> Iterator[tuple[Chunk, StepInputs, UpdateInputs]]:
+        """The run's chunks, each with everything random and everything scheduled in it."""
+        drawn = None
+        for window, chunk in self.plan.chunks():
+            if window is not drawn:
+                drawn, (steps, updates) = window, self.inputs_of(window)
+            k, u = chunk.slices_in(window)
+            yield chunk, rows_of(steps, k), rows_of(updates, u)
+
+    def inputs_of(self, chunk: Chunk) -> tuple[StepInputs, UpdateInputs]:
+        """Noise and schedules of `chunk`, as tensors on the device."""
+        first = chunk.before // self.args.num_envs, chunk.first_update
+        drawn = self.runner.draw(chunk.num_steps, chunk.num_updates, *first)
+        explore, env_step, env_reset, rows = drawn
+        epsilon, *scheduled = upload_arrays(self.schedules.of(chunk), self.noise.device)
+        return StepInputs(explore, env_step, env_reset, epsilon), UpdateInputs(rows, *scheduled)
+
+    def chunks(self) -> Iterator[tuple[Chunk, ChunkRecord]]:
+        """Run the chunks one by one; a record is to be used before the next one.
+
+        Raises:
+            EnvError: the environment broke its contract; the message says when.
+        """
+        for chunk, steps, updates in self.inputs():
+            try:
+                record = self.runner(steps, updates, chunk.update_counts)
+            except EnvError as error:
+                when = f"between global_step {chunk.before:,} and {chunk.after:,}"
+                raise EnvError(f"{error} ({when})") from error
+            yield chunk, record
+
+    def close(self) -> None:
+        """Stop the compiler if it still runs, and close an environment that `setup` made."""
+        self.on_close.close()
 
 
-LogHook = Callable[[int, Learner, dict[str, Any]], None]
+def rows_of(inputs: Any, rows: slice) -> Any:
+    """Some rows of `StepInputs` or `UpdateInputs`."""
+    return type(inputs)(*(None if tensor is None else tensor[rows] for tensor in inputs))
 
 
-def train(
-    args: Args,
-    env: TensorEnv | None = None,
-    on_log: LogHook | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Result:
-    """Train and write the run directory.
+def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -> list[Tensor]:
+    """The arrays as float32 on the device, in one copy."""
+    flat = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
+    parts = upload(torch.from_numpy(flat), device).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def setup(args: Args, env: TensorEnv | None = None) -> Training:
+    """Make everything that a run trains with; no file is written.
 
     Args:
         args: settings.
-        env: environment of one's own, see `from_gymnasium` for Gymnasium's; it stays open. None
-            makes `args.env_id` with `args.env_params`.
-        on_log: called after every log point and evaluation with global_step, the learner and the
-            metrics.
-        should_stop: asked between chunks; once true, the run is saved and ends.
+        env: environment of one's own, which stays open; None makes `args.env_id`.
 
     Raises:
-        UsageError: a setting makes no sense; nothing was written.
-        TrainingError: a loss or gradient is not finite; the run up to there is saved, the agent
-            as it was at the last checkpoint.
-        EnvError: the environment broke its contract; the run up to there is saved, the agent too.
+        UsageError: a setting makes no sense, or memory does not hold the run.
     """
-    began = time.perf_counter()
-    # The numbers of a sweep may be NumPy's, which no file of the run could hold.
-    args = dataclasses.replace(args, **{**plain(vars(args)), "run_dir": args.run_dir})
-    check(args)
-    settled: dict[str, Any] = {**intervals(args)}
-    args = dataclasses.replace(args, **settled)
-    if env is not None and args.env_params:
-        pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
-        raise UsageError(f"--env-params {pairs}: must be empty with an environment of one's own")
-    try:
-        device = choose_device(args.device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    args = settle(args)
+    device = device_of(args)
     with ExitStack() as stack:
-        stack.enter_context(run_conditions(args.num_threads, device, args.matmul_precision))
         try:
             if env is None:
                 env_id = args.env_id
                 env = make_env(env_id, args.env_params, args.vectorization_mode)
                 stack.callback(env.close)
             else:
+                if args.env_params:
+                    pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
+                    raise UsageError(
+                        f"--env-params {pairs}: must be empty with an environment of one's own"
+                    )
                 env_id = getattr(env, "name", type(env).__name__)
                 if not env.on_host:
                     check_env(env, num_envs=2, num_steps=2)
@@ -1008,34 +397,148 @@ def train(
             if choice.compiled and not fits(args, env, device, state_copies):
                 why = "no memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
-            noise = Noise(args.seed, args.num_seeds, device)
-            learner = make_learner(args, env, noise)
+            noise, dqn = Noise(args.seed, args.num_seeds, device), make_dqn(args, env)
+            state = dqn.init(noise, hyper_of(args))
         except (ValueError, EnvCheckError) as error:
             raise UsageError(str(error)) from error
-        run_dir = create_run_dir(args.run_dir, env_id, args.name, args.seed)
-        runner = Runner(args, learner, plan, noise, choice)
+        except MemoryError as error:
+            raise UsageError(
+                f"--buffer-size {args.buffer_size}: must be smaller, the memory of {device} does "
+                "not hold so many transitions"
+            ) from error
+        runner = Runner(dqn, state, plan, noise, choice)
         stack.callback(runner.close)
-        usual = Args.for_env(env_id, num_envs=args.num_envs, total_timesteps=args.total_timesteps)
-        config = describe(
-            vars(args),
-            vars(Args.for_env(env_id)) | intervals(usual),
-            env_id,
-            env,
-            plan,
-            learner.q_net,
-            learner.replay,
-            exact,
-            runner.engine,
-            runner.reason,
-        )
-        probe = env.features(learner.by_member(learner.vector.obs)[:, :1]).clone()
-        metrics = Metrics(args.num_seeds, most_episodes(args), device)
-        diagnostics = Diagnostics(env, exact, args.double_q)
-        with RunRecord(run_dir, config, plan, metrics, diagnostics, learner.q_net, began) as run:
-            runner.on_change = run.changed_engine
-            for chunk, steps, updates in planned(args, env, noise, plan, runner.draw_noise):
-                with located(chunk):
-                    record = runner(steps, updates, chunk.update_counts)
+        parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
+        return Training(args, *parts, on_close=stack.pop_all())
+    raise AssertionError  # the stack swallows nothing
+
+
+def settle(args: Args) -> Args:
+    """The settings, checked, as plain numbers, and with intervals chosen.
+
+    Raises:
+        UsageError: a setting makes no sense.
+    """
+    # The numbers of a sweep may be NumPy's, which no file of the run could hold.
+    args = dataclasses.replace(args, **{**plain(vars(args)), "run_dir": args.run_dir})
+    check(args)
+    settled: dict[str, Any] = {**intervals(args)}
+    return dataclasses.replace(args, **settled)
+
+
+def device_of(args: Args) -> torch.device:
+    """The device that --device stands for."""
+    try:
+        return choose_device(args.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def make_dqn(args: Args, env: TensorEnv) -> DQN:
+    """The algorithm that the settings describe."""
+    obs = env.example_obs()
+    sizes = (env.features(obs).shape[-1], *args.hidden_sizes, env.num_actions)
+    head, copies = ScalarHead(args.loss), (args.num_seeds, args.num_envs)
+    device = choose_device(args.device)
+    return DQN(
+        env=env,
+        network=QNetwork(sizes, head.num_outputs),
+        head=head,
+        replay=Replay(args.buffer_size, *copies, obs, env.num_actions, device),
+        num_members=args.num_seeds,
+        num_envs=args.num_envs,
+        batch_size=args.batch_size,
+        double_q=args.double_q,
+        holds_actions=args.eps_repeat > 0.0,
+    )
+
+
+def member_values(args: Args, name: str) -> NDArray[np.float64]:
+    """A setting of each member, [M]."""
+    return np.full(args.num_seeds, getattr(args, name), np.float64)
+
+
+def hyper_of(args: Args) -> Hyper:
+    """Settings that a step reads, on the device."""
+    arrays = [member_values(args, name)[:, None] for name in Hyper._fields]
+    return Hyper(*upload_arrays(arrays, choose_device(args.device)))
+
+
+def schedules_of(args: Args) -> Schedules:
+    """Values that follow from the step count."""
+    end = "learning_rate" if args.learning_rate_end is None else "learning_rate_end"
+    return Schedules(
+        learning_rate=member_values(args, "learning_rate"),
+        learning_rate_end=member_values(args, end),
+        eps_start=member_values(args, "eps_start"),
+        eps_end=member_values(args, "eps_end"),
+        tau=member_values(args, "tau"),
+        total_timesteps=args.total_timesteps,
+        eps_steps=int(args.eps_fraction * args.total_timesteps),
+    )
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class Result:
+    """What `train` returns.
+
+    Attributes:
+        q_net: Q-values of all M members as the run left them; `load_agent` gives the best.
+        env: the environment.
+        summary: content of `summary.json`.
+        run_dir: directory of the run.
+    """
+
+    q_net: QFunction
+    env: TensorEnv
+    summary: dict[str, Any]
+    run_dir: Path
+
+
+LogHook = Callable[[int, Training, dict[str, Any]], None]
+
+
+def train(
+    args: Args,
+    env: TensorEnv | None = None,
+    on_log: LogHook | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train and write the run directory.
+
+    Args:
+        args: settings.
+        env: environment of one's own, see `from_gymnasium` for Gymnasium's; it stays open. None
+            makes `args.env_id` with `args.env_params`.
+        on_log: called after every log point and evaluation with global_step, the training and the
+            metrics.
+        should_stop: asked between chunks; once true, the run is saved and ends.
+
+    Raises:
+        UsageError: a setting makes no sense; nothing was written.
+        TrainingError: a loss or gradient is not finite; the run up to there is saved, the agent
+            as it was at the last checkpoint.
+        EnvError: the environment broke its contract; the run up to there is saved, the agent too.
+    """
+    began = time.perf_counter()
+    args = settle(args)
+    with ExitStack() as stack:
+        conditions = args.num_threads, device_of(args), args.matmul_precision
+        stack.enter_context(run_conditions(*conditions))
+        training = stack.enter_context(closing(setup(args, env)))
+        env, dqn, state, plan = training.env, training.dqn, training.state, training.plan
+        q_net, noise, exact = training.q_net, training.noise, training.exact
+        run_dir = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
+        config = describe_training(training)
+        probe = env.features(dqn.by_member(state.env.obs)[:, :1]).clone()
+        metrics = Metrics(args.num_seeds, most_episodes(args), noise.device)
+        diagnostics = Diagnostics(dqn, exact)
+        with RunRecord(run_dir, config, plan, metrics, diagnostics, dqn, state, began) as run:
+            training.runner.on_change = run.changed_engine
+            for chunk, record in training.chunks():
                 metrics.add_(record, chunk.before, chunk.first_update)
                 run.advance(chunk)
 
@@ -1046,42 +549,55 @@ def train(
                 done = chunk.after == plan.end and not stopped
                 row: dict[str, Any] = {}
                 if evaluation or done:
-                    run.check_finite(learner.replay)
+                    run.check_finite()
                     eval_began = time.perf_counter()
                     result = evaluate(
                         env.for_evaluation(),
-                        learner.q_net,
+                        q_net,
                         args.eval_episodes,
                         noise,
                         epoch=run.num_evaluations,
                         gamma=args.gamma,
                     )
-                    known = exact.compare(learner.q_net) if exact else {}
+                    known = exact.compare(q_net) if exact else {}
                     row = run.evaluated(result, known)
                     run.eval_s += time.perf_counter() - eval_began
                 solved = reached_goal(args, row)
                 ends = stopped or done or solved
                 if log or ends:
-                    row["charts/epsilon"] = float(epsilon(args, chunk.after))
-                    run.log_point(
-                        row,
-                        q_probe(learner.q_net, probe),
-                        learner.q_net,
-                        learner.target_net,
-                        learner.replay,
-                        learner.gamma,
-                    )
+                    row["charts/epsilon"] = training.schedules.epsilon(chunk.after)[0].item()
+                    run.log_point(row, q_probe(q_net, probe))
                 elif row:
                     run.log(row)
                 if save or ends:
-                    run.save(learner.state_dict(), learner.replay)
+                    run.save()
                 for global_step, metrics_now in run.settle(wait=ends or on_log is not None):
                     if on_log is not None:
-                        on_log(global_step, learner, metrics_now)
+                        on_log(global_step, training, metrics_now)
                 if stopped or solved:
                     run.status = "stopped" if stopped else "solved"
                     break
-        return Result(learner.q_net, env, run.summary, run_dir)
+        return Result(q_net, env, run.summary, run_dir)
+
+
+def describe_training(training: Training) -> dict[str, Any]:
+    """Content of `config.json`."""
+    args, runner = training.args, training.runner
+    usual = Args.for_env(
+        training.env_id, num_envs=args.num_envs, total_timesteps=args.total_timesteps
+    )
+    return describe(
+        vars(args),
+        vars(Args.for_env(training.env_id)) | intervals(usual),
+        training.env_id,
+        training.env,
+        training.plan,
+        training.dqn,
+        training.noise.device,
+        training.exact,
+        runner.engine,
+        runner.reason,
+    )
 
 
 def make_plan(args: Args, env: TensorEnv) -> Plan:
@@ -1111,16 +627,6 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
     return dataclasses.replace(
         plan, max_window_steps=window, max_chunk_steps=chunk, few_shapes=graph
     )
-
-
-@contextmanager
-def located(chunk: Chunk) -> Iterator[None]:
-    """Say when it was that an environment broke its contract."""
-    try:
-        yield
-    except EnvError as error:
-        when = f"between global_step {chunk.before:,} and {chunk.after:,}"
-        raise EnvError(f"{error} ({when})") from error
 
 
 def reached_goal(args: Args, row: dict[str, Any]) -> bool:

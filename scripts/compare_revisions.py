@@ -122,7 +122,10 @@ def _bytes(tensor: Tensor) -> tuple[str, bytes]:
 
 
 def different_tensors(base: dict[str, Tensor], head: dict[str, Tensor]) -> list[str]:
-    """Tensors of one checkpoint that the other one lacks, by name or by content."""
+    """Tensors of one checkpoint that the other one lacks, by name or by content.
+
+    A tensor under a name that `base` does not have may come on top.
+    """
     equal = {n for n in base.keys() & head.keys() if _bytes(base[n]) == _bytes(head[n])}
     rest = [{n: _bytes(t) for n, t in side.items() if n not in equal} for side in (base, head)]
     only = [Counter(a.values()) - Counter(b.values()) for a, b in (rest, rest[::-1])]
@@ -130,7 +133,7 @@ def different_tensors(base: dict[str, Tensor], head: dict[str, Tensor]) -> list[
         f"{which} {name}"
         for which, side, missing in zip(("base", "head"), rest, only, strict=True)
         for name, content in side.items()
-        if content in missing
+        if content in missing and (which == "base" or name in base)
     ]
 
 
@@ -169,15 +172,15 @@ def compare(args: CompareArgs) -> dict[str, list[str]]:
             runs = [Path(folder) / f"{kind}-{side}" for side in ("base", "head", "compiled")]
             for tree, run_dir in zip((base, head), runs, strict=False):
                 train(tree, KINDS[kind], "eager", run_dir)
-            tensors = [read_tensors(run_dir) for run_dir in runs[:2]]
-            rows = [read_rows(run_dir) for run_dir in runs[:2]]
-            found[kind] = different_tensors(*tensors) + different_rows(*rows)
-            print(f"{kind:<20} {len(tensors[1])} tensors, {len(rows[1])} rows: ", end="")
+            before, after = (read_tensors(run_dir) for run_dir in runs[:2])
+            rows, rows_after = (read_rows(run_dir) for run_dir in runs[:2])
+            found[kind] = different_tensors(before, after) + different_rows(rows, rows_after)
+            print(f"{kind:<20} {len(before)} tensors, {len(rows)} rows: ", end="")
             print(f"{len(found[kind])} differences" if found[kind] else "equal", flush=True)
             if args.compiled:
                 train(head, KINDS[kind], "compile", runs[2])
                 name = f"{kind}, compiled"
-                found[name] = different_rows(rows[1], read_rows(runs[2]), TOLERANCE)
+                found[name] = different_rows(rows_after, read_rows(runs[2]), TOLERANCE)
                 print(f"{name:<20} {len(found[name])} rows beyond {TOLERANCE}", flush=True)
     return found
 

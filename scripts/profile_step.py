@@ -41,14 +41,14 @@ from benchmarks.common import (
     synchronise,
 )
 from dqn_fast import train
-from dqn_fast.checkpoint import finite
 from dqn_fast.device import choose_device, run_conditions
-from dqn_fast.engine import choose_engine
+from dqn_fast.engines import choose_engine
 from dqn_fast.envs import EnvError, make_env
-from dqn_fast.metrics import Metrics
 from dqn_fast.noise import Noise
-from dqn_fast.run import UsageError
-from dqn_fast.schedule import Chunk
+from dqn_fast.plan import Chunk
+from dqn_fast.record.checkpoint import finite
+from dqn_fast.record.metrics import Metrics
+from dqn_fast.record.run import UsageError
 
 PARTS = {
     "act": "act_",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from dqn_fast.tracker import TrackerConfig
+from dqn_fast.record.tracker import TrackerConfig
 
 if TYPE_CHECKING:  # part of an extra, and a second to import
     import wandb_workspaces.workspaces as ws

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dqn_fast.checkpoint import load_agent, load_checkpoint
+from dqn_fast.agent import load_agent
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.envs.gymnasium_adapter import from_gymnasium
-from dqn_fast.run import UsageError
+from dqn_fast.record.checkpoint import load_checkpoint
+from dqn_fast.record.run import UsageError
 from dqn_fast.train import Args, train
 
 STEP, COPY = 300, 5  # where the environments break: vector step, from 1, and env copy, from 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dqn_fast import train as train_module
-from dqn_fast.checkpoint import load_agent
+from dqn_fast.agent import load_agent
 from dqn_fast.envs import EXPERIMENTS, TENSOR_ENVS, CartPole, experiment, make_env
 
 TRAIN = [sys.executable, "-m", "dqn_fast.train"]

@@ -10,13 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
-    {"background", "bellman", "device", "noise", "schedule"},
-    {"envs", "networks", "replay", "engine"},
-    {"agent", "metrics", "tracker"},
-    {"checkpoint"},
-    {"evaluate", "diagnostics", "report", "video"},
-    {"describe", "memory"},
-    {"run"},
+    {"bellman", "device", "noise", "plan", "tree"},
+    {"envs"},
+    {"algorithm", "heads", "networks", "replay"},
+    {"dqn", "engines"},
+    {"exact"},
+    {"agent", "evaluate", "film", "memory", "record", "report"},
     {"train"},
 )
 
@@ -50,3 +49,10 @@ def test_the_reference_shares_no_code():
     """The scalar loop that checks the fast one imports nothing of it."""
     path = PACKAGE.parent / "benchmarks" / "reference.py"
     assert not any(m.startswith("dqn_fast") for m in imported(path))
+
+
+def test_engines_know_no_algorithm():
+    """They import the protocol, and neither what learns nor what it learns in."""
+    for path in (PACKAGE / "engines").glob("*.py"):
+        inside = {m.split(".")[1] for m in imported(path) if m.startswith("dqn_fast.")}
+        assert not inside & {"dqn", "heads", "networks", "replay", "envs"}

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqn_fast import evaluate, memory, run, train
-from dqn_fast.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
 from dqn_fast.envs import TensorEnv, make_env
 from dqn_fast.memory import Layout, check_memory, free_memory, free_on_host, memory_needs
-from dqn_fast.metrics import EpisodeLog
+from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
+from dqn_fast.record.metrics import EpisodeLog
 from dqn_fast.train import Args, check, make_plan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dqn_fast.checkpoint import load_agent
+from dqn_fast.agent import load_agent
 from dqn_fast.train import Args
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

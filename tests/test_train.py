@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dqn_fast.agent import Adam
-from dqn_fast.background import HostCopy
-from dqn_fast.checkpoint import load_agent, load_checkpoint, save_checkpoint
+from dqn_fast.agent import Adam, load_agent, load_checkpoint, save_checkpoint
 from dqn_fast.envs import TENSOR_ENVS, LineWorld, TensorEnv, make_env
 from dqn_fast.noise import Noise
-from dqn_fast.run import RunRecord, TrainingError, UsageError
+from dqn_fast.record.background import HostCopy
+from dqn_fast.record.run import RunRecord, TrainingError, UsageError
 from dqn_fast.train import (
     Args,
     Learner,
@@ -603,7 +602,7 @@ def test_a_device_that_is_behind_changes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("copied_bytes", [2**28, 1_000])
 def test_a_checkpoint_is_of_its_own_moment(copied_bytes, tmp_path, monkeypatch):
     """Copied or written from where it lies: later vector steps do not get into it."""
-    monkeypatch.setattr("dqn_fast.run.COPIED_BYTES", copied_bytes)
+    monkeypatch.setattr("dqn_fast.record.run.COPIED_BYTES", copied_bytes)
     saved: list[Any] = []
 
     def save(path: Path, content: Any) -> None:
@@ -611,7 +610,7 @@ def test_a_checkpoint_is_of_its_own_moment(copied_bytes, tmp_path, monkeypatch):
         save_checkpoint(path, content)
         saved.append(load_checkpoint(path))
 
-    monkeypatch.setattr("dqn_fast.run.save_checkpoint", save)
+    monkeypatch.setattr("dqn_fast.record.run.save_checkpoint", save)
     train(replace(SHORT, checkpoint_interval=1_500, eval_interval=0, run_dir=tmp_path / "run"))
     checkpoints = [content["resume"]["learner"] for content in saved if "resume" in content]
     sizes = [learner["replay"]["size"].item() for learner in checkpoints]

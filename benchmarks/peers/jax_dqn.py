@@ -48,7 +48,7 @@ from dqn_fast.device import MatmulPrecision
 from dqn_fast.envs import make_env
 from dqn_fast.evaluate import solve
 from dqn_fast.networks import QNetwork
-from dqn_fast.run import UsageError
+from dqn_fast.record.run import UsageError
 from dqn_fast.train import Args, asked_env_id, check
 
 if TYPE_CHECKING:

@@ -22,15 +22,15 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from dqn_fast.checkpoint import write_json
-from dqn_fast.describe import software
 from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
-from dqn_fast.run import UsageError
-from dqn_fast.schedule import crossed, linear_schedule
-from dqn_fast.tracker import JsonlTracker
+from dqn_fast.plan import crossed, linear_schedule
+from dqn_fast.record.checkpoint import write_json
+from dqn_fast.record.describe import software
+from dqn_fast.record.run import UsageError
+from dqn_fast.record.tracker import JsonlTracker
 from dqn_fast.train import Args, intervals, make_plan
 
 

@@ -217,7 +217,7 @@ def run_sb3(settings: dict[str, Any]) -> ToGoal:
     import dataclasses
 
     from benchmarks.peers.sb3 import sb3_settings
-    from dqn_fast.schedule import crossed
+    from dqn_fast.plan import crossed
     from dqn_fast.train import intervals
 
     torch.set_num_threads(1)

@@ -47,7 +47,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         ValueError: a directory holds nothing that a run writes.
         OSError: the file cannot be written; what was there before is as it was.
     """
-    from dqn_fast.checkpoint import write_whole
+    from dqn_fast.record.checkpoint import write_whole
     from dqn_fast.report.figures import clocks, group_runs
     from dqn_fast.report.panels import panels
 

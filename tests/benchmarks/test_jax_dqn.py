@@ -14,9 +14,9 @@ from dqn_fast.agent import Adam, UpdateSchedule, update_
 from dqn_fast.envs import make_env
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
+from dqn_fast.plan import linear_schedule
+from dqn_fast.record.run import UsageError
 from dqn_fast.replay import Transition
-from dqn_fast.run import UsageError
-from dqn_fast.schedule import linear_schedule
 from dqn_fast.train import Args, epsilon, make_plan
 
 jax = pytest.importorskip("jax")

@@ -28,9 +28,9 @@ from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
+from dqn_fast.plan import linear_schedule
+from dqn_fast.record.run import UsageError
 from dqn_fast.report.recorded import read_run
-from dqn_fast.run import UsageError
-from dqn_fast.schedule import linear_schedule
 from dqn_fast.train import Args, epsilon, make_plan, train
 
 stable_baselines3 = pytest.importorskip("stable_baselines3")

@@ -278,7 +278,7 @@ def test_the_training_command_says_which_engine_ran(monkeypatch):
         return str(caught.value)
 
     Spy(monkeypatch)
-    monkeypatch.setattr("dqn_fast.engine.why_not_compiled", lambda device: "no compiler")
+    monkeypatch.setattr("dqn_fast.engines.why_not_compiled", lambda device: "no compiler")
     args = replace(endless(fast_args(8)), engine="compile", device="cpu")
     assert "no compiler" in why_left_out()
 

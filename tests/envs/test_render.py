@@ -218,7 +218,7 @@ def test_silent_without_display():
     """No display, no banner, no import before it is needed, and the surroundings as before."""
     code = """
 import os, sys
-import dqn_fast.video
+import dqn_fast.film
 from dqn_fast.envs import CartPole
 from dqn_fast.envs.render import renderer
 heavy = {"pygame", "PIL", "imageio_ffmpeg"} & set(sys.modules)

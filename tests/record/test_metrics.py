@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dqn_fast.metrics import UPDATE_METRICS, ChunkRecord, EpisodeLog, Metrics
+from dqn_fast.record.metrics import UPDATE_METRICS, ChunkRecord, EpisodeLog, Metrics
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dqn_fast.background import FileWriter, HostCopy, Moment
+from dqn_fast.record.background import FileWriter, HostCopy, Moment
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dqn_fast.checkpoint import Agent, load_agent, write_whole
+from dqn_fast.agent import Agent, load_agent
 from dqn_fast.envs import TensorEnv
 from dqn_fast.envs.render import INSTALL, MissingLibraryError, Picture, Renderer, renderer
 from dqn_fast.noise import Noise, Stream
+from dqn_fast.record.checkpoint import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -181,7 +182,7 @@ def play(agent: Agent, env: TensorEnv, episode: int, seed: int, max_steps: int) 
         seed: of that evaluation.
         max_steps: steps after which the film is cut, >= 1.
     """
-    device = next(agent.q_net.parameters()).device
+    device = agent.q_net.device
     noise = Noise(seed + agent.member, 1, device)
 
     def draw(stream: Stream, step: int, dim: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqn_fast.schedule import Chunk, Plan, crossed, linear_schedule
+from dqn_fast.plan import Chunk, Plan, crossed, linear_schedule
 
 
 def make_plan(**changes: object) -> Plan:

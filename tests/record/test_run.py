@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from dqn_fast.describe import summarise
+from dqn_fast.record.describe import summarise
 from dqn_fast.train import Args, train
 from tests.test_tracker import on_terminal, wandb_files
 
@@ -96,7 +96,7 @@ def test_tensorboard_gets_the_metrics(tmp_path):
 
 def test_a_report_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
     """Whatever goes wrong with the page, the run's own files are there and the run succeeds."""
-    from dqn_fast import run
+    from dqn_fast.record import run
 
     def fail(*_):
         raise ZeroDivisionError("no such luck")

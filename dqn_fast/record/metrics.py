@@ -11,25 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dqn_fast.background import HostCopy
-
-UPDATE_METRICS = ("losses/td_loss", "losses/q_value", "losses/td_target", "losses/grad_norm")
-
-
-class ChunkRecord(NamedTuple):
-    """What one chunk leaves behind for the log.
-
-    Attributes:
-        episode_return: after each vector step, float32 [K, M, N].
-        episode_length: in steps where an episode finished, 0 elsewhere, int32 [K, M, N].
-        updates: UPDATE_METRICS of each gradient step, float32 [U, 4, M].
-    """
-
-    episode_return: Tensor
-    episode_length: Tensor
-    updates: Tensor
+from dqn_fast.algorithm import UPDATE_METRICS, ChunkRecord
+from dqn_fast.record.background import HostCopy
 
 
 class Reading(NamedTuple):

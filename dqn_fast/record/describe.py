@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import subprocess
@@ -12,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dqn_fast.dqn import DQN
 from dqn_fast.envs import TensorEnv
 from dqn_fast.envs.params import plain
-from dqn_fast.evaluate import ExactValues
-from dqn_fast.networks import QNetwork
-from dqn_fast.replay import Replay
-from dqn_fast.schedule import Plan
+from dqn_fast.exact import ExactValues
+from dqn_fast.plan import Plan
 
 PRECISIONS = {"highest": "float32", "high": "TF32"}
 """What the settings of --matmul-precision are called."""
@@ -31,8 +31,8 @@ def describe(
     env_id: str,
     env: TensorEnv,
     plan: Plan,
-    q_net: QNetwork,
-    replay: Replay,
+    dqn: DQN,
+    device: torch.device,
     exact: ExactValues | None,
     engine: str,
     engine_reason: str,
@@ -45,8 +45,8 @@ def describe(
         env_id: the environment's name.
         env: the environment.
         plan: of the run.
-        q_net: online network, on the run's device.
-        replay: the memory.
+        dqn: the algorithm.
+        device: of the run.
         exact: the environment's solution, if there is one.
         engine: that runs it.
         engine_reason: why, in a few words.
@@ -81,11 +81,12 @@ def describe(
         "args": settings,
         "derived": {
             "num_actions": env.num_actions,
-            "sizes": list(q_net.sizes),
-            "num_parameters": q_net.num_parameters,
+            "sizes": list(dqn.network.sizes),
+            "network": plain(dataclasses.asdict(dqn.network)),
+            "num_parameters": dqn.network.num_parameters,
             "replay_ratio": plan.replay_ratio(settings["batch_size"]),
-            "replay_bytes": replay.num_bytes,
-            "replay_bytes_per_transition": replay.bytes_per_transition,
+            "replay_bytes": dqn.replay.num_bytes,
+            "replay_bytes_per_transition": dqn.replay.bytes_per_transition,
             "end": plan.end,
             "total_vector_steps": plan.num_vector_steps,
             "total_updates": plan.total_updates,
@@ -93,7 +94,7 @@ def describe(
             "optimal_start_value": exact.optimal_start_value if exact else None,
             "grid_shape": getattr(env, "grid_shape", None),
             "rounded": rounded,
-            "device": device_name(q_net.params[0].device),
+            "device": device_name(device),
             "num_threads": torch.get_num_threads(),
             "engine": engine,
             "engine_reason": engine_reason,

@@ -19,27 +19,26 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from dqn_fast.background import FileWriter, HostCopy, Moment
-from dqn_fast.checkpoint import (
+from dqn_fast import tree
+from dqn_fast.dqn import DQN, State
+from dqn_fast.envs import EnvError
+from dqn_fast.evaluate import Evaluation
+from dqn_fast.film import RUN_FILM, film_run
+from dqn_fast.plan import Chunk, Plan
+from dqn_fast.record.background import FileWriter, HostCopy, Moment
+from dqn_fast.record.checkpoint import (
     BestAgent,
     agent_content,
     save_checkpoint,
     write_json,
     write_whole,
 )
-from dqn_fast.describe import closing, header, summarise
-from dqn_fast.diagnostics import Diagnostics
-from dqn_fast.envs import EnvError
-from dqn_fast.evaluate import Evaluation
-from dqn_fast.metrics import EpisodeLog, Metrics, Reading
-from dqn_fast.networks import QNetwork
-from dqn_fast.replay import Replay
+from dqn_fast.record.describe import closing, header, summarise
+from dqn_fast.record.diagnostics import Diagnostics
+from dqn_fast.record.metrics import EpisodeLog, Metrics, Reading
+from dqn_fast.record.tracker import TrackerConfig, make_tracker
 from dqn_fast.report import run_figures, write_report
-from dqn_fast.schedule import Chunk, Plan
-from dqn_fast.tracker import TrackerConfig, make_tracker
-from dqn_fast.video import RUN_FILM, film_run
 
 Row = tuple[int, dict[str, Any]]
 """global_step of a log point, and its metrics: a value per member or one for all."""
@@ -125,7 +124,8 @@ class RunRecord:
         plan: Plan,
         metrics: Metrics,
         diagnostics: Diagnostics,
-        q_net: QNetwork,
+        dqn: DQN,
+        state: State,
         began: float,
     ) -> None:
         """Write `config.json`, start the loggers and print the header.
@@ -136,7 +136,8 @@ class RunRecord:
             plan: of the run.
             metrics: what chunks left behind, on the device.
             diagnostics: snapshots of the run.
-            q_net: the network that is trained.
+            dqn: the algorithm.
+            state: everything that it carries.
             began: time.perf_counter() at the start of the program.
         """
         self.run_dir, self.config, self.status = run_dir, config, "done"
@@ -148,8 +149,8 @@ class RunRecord:
         self._args: Mapping[str, Any] = config["args"]
         self._num_members: int = self._args["num_seeds"]
         self._plan, self._metrics, self._diagnostics = plan, metrics, diagnostics
-        self._q_net = q_net
-        self._device = q_net.params[0].device
+        self._dqn, self._state, self._q_net = dqn, state, dqn.q_function(state)
+        self._device = self._q_net.device
         self._tracker = make_tracker(tracker_config(run_dir, config))
         self._files = FileWriter(self._not_written)
         self._pending: deque[tuple[HostCopy, Callable[[Any], Row | None]]] = deque()
@@ -256,7 +257,7 @@ class RunRecord:
             if row is not None:
                 yield row
 
-    def check_finite(self, replay: Replay) -> None:
+    def check_finite(self) -> None:
         """Wait for the device and settle what is under way; read replay only if there is trouble.
 
         Raises:
@@ -266,13 +267,13 @@ class RunRecord:
         """
         for _ in self.settle(wait=True):
             pass
-        self._refuse(self._metrics.first_bad_update(), replay)
+        self._refuse(self._metrics.first_bad_update())
 
-    def _refuse(self, bad_update: int | None, replay: Replay) -> None:
+    def _refuse(self, bad_update: int | None) -> None:
         self._bad_update = self._bad_update or bad_update
         if self._bad_update is None or not self._refuses_bad:
             return
-        if (bad := replay.first_not_finite()) is not None:
+        if (bad := self._dqn.replay.first_not_finite(self._state.replay)) is not None:
             name, member, newer = bad
             num_envs = self._args["num_envs"]
             which = f" of member {member}" if self._num_members > 1 else ""
@@ -286,33 +287,22 @@ class RunRecord:
             f"at global_step {self._plan.step_of_update(self._bad_update):,}"
         )
 
-    def log_point(
-        self,
-        row: Mapping[str, Any],
-        probe: Mapping[str, Tensor],
-        q_net: QNetwork,
-        target_net: QNetwork,
-        replay: Replay,
-        gamma: Tensor,
-    ) -> None:
+    def log_point(self, row: Mapping[str, Any], probe: Mapping[str, Tensor]) -> None:
         """Measure what there is to measure here; `settle` makes a row of it.
 
         Args:
             row: metrics that are known already.
             probe: metrics on the device, [M] each.
-            q_net, target_net, replay, gamma: for `Diagnostics.take`.
         """
         new_rows = self._global_step - self._last_diagnosis
         self._last_diagnosis = self._global_step
-        snapshot = self._diagnostics.take(q_net, target_net, replay, gamma, new_rows)
-        self._measure(row, probe, snapshot, replay)
+        self._measure(row, probe, self._diagnostics.take(self._state, new_rows))
 
     def _measure(
         self,
         row: Mapping[str, Any],
         probe: Mapping[str, Tensor] | None = None,
         snapshot: Mapping[str, Tensor] | None = None,
-        replay: Replay | None = None,
     ) -> None:
         reading_of = self._metrics.take_()
         step, num_updates, num_syncs = self._global_step, self._num_updates, self._num_syncs
@@ -337,8 +327,7 @@ class RunRecord:
                 | {name: tensor.tolist() for name, tensor in arrived["probe"].items()}
                 | dict(row),
             )
-            if replay is not None:
-                self._refuse(reading.first_bad_update, replay)
+            self._refuse(reading.first_bad_update)
             return logged
 
         # New tensors, and nobody else's: on the host they need no copy.
@@ -391,7 +380,7 @@ class RunRecord:
             self._tracker.log(step, metrics)
         return step, metrics
 
-    def save(self, learner_state: Mapping[str, Any], replay: Replay) -> None:
+    def save(self) -> None:
         """Write `checkpoint.pt` and the episodes up to here.
 
         What is saved is copied first and written beside the loop, unless it is large: then the loop
@@ -399,17 +388,16 @@ class RunRecord:
         """
         content = self._last_agent()
         content["resume"] = {
-            "learner": learner_state,
+            "state": tree.plain(self._state),
             "best": self._best.state_dict(),
             "num_updates": self._num_updates,
             "num_evaluations": self.num_evaluations,
         }
-        tensors = [t for t in tree_leaves(content) if isinstance(t, Tensor)]
-        large = sum(t.numel() * t.element_size() for t in tensors) > COPIED_BYTES
+        large = tree.num_bytes(content) > COPIED_BYTES
 
         def finish(arrived: dict[str, Any]) -> None:
             self._num_saving -= 1
-            self._refuse(bad_update(), replay)
+            self._refuse(bad_update())
             if self._bad_update is None:
                 self._write_soon("checkpoint.pt", partial(save_checkpoint, content=arrived))
                 self._write_arrays()
@@ -425,14 +413,14 @@ class RunRecord:
     def _save_agent(self) -> None:
         """Write `checkpoint.pt` of a run that broke off: the network where it is finite, nothing to
         go on from, because a chunk may be half done."""
-        if all(bool(param.isfinite().all()) for param in self._q_net.params):
+        if all(bool(param.isfinite().all()) for param in self._state.params):
             self._write("checkpoint.pt", lambda path: save_checkpoint(path, self._last_agent()))
 
     def _last_agent(self) -> dict[str, Any]:
         not_known = [math.nan] * self._num_members
         return agent_content(
             self.config,
-            self._q_net.state_dict(),
+            self._q_net.named(),
             [self._global_step] * self._num_members,
             self._evaluation.get("eval_return_mean", not_known),
         )

@@ -7,7 +7,6 @@ has changed. Tabular environments add the whole Q-table and the states visited.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.agent import bootstrap_value, td_target
-from dqn_fast.envs import TabularEnv, TensorEnv
-from dqn_fast.evaluate import ExactValues
-from dqn_fast.networks import QNetwork
-from dqn_fast.replay import Replay
+from dqn_fast.dqn import DQN, State
+from dqn_fast.envs import TabularEnv
+from dqn_fast.exact import ExactValues
+from dqn_fast.networks import Params
+from dqn_fast.replay import Replay, ReplayState
 
 QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 SAMPLE_SIZE = 128
@@ -39,57 +38,48 @@ class Diagnostics:
         snapshots: arrays by name, one dict a snapshot, in order.
     """
 
-    def __init__(self, env: TensorEnv, exact: ExactValues | None, double_q: bool = False) -> None:
+    def __init__(self, dqn: DQN, exact: ExactValues | None) -> None:
         self.snapshots: list[Snapshot] = []
-        self.env, self._exact, self._double_q = env, exact, double_q
+        self.env, self._dqn, self._exact = dqn.env, dqn, exact
         self._count, self._stride = 0, 1
-        self._previous: QNetwork | None = None
+        self._previous: Params | None = None
 
     @torch.no_grad()
-    def take(
-        self,
-        q_net: QNetwork,
-        target_net: QNetwork,
-        replay: Replay,
-        gamma: Tensor,
-        new_rows: int,
-    ) -> dict[str, Tensor]:
+    def take(self, state: State, new_rows: int) -> dict[str, Tensor]:
         """Look at networks and replay; waits for nothing.
 
         Args:
-            q_net: online network.
-            target_net: target network.
-            replay: what is sampled; not empty.
-            gamma: [M, 1].
+            state: of the run; its replay is not empty.
             new_rows: transitions of one member stored since the last snapshot.
 
         Returns:
             Content of a snapshot, as tensors on the device, for `add`.
         """
+        dqn, gamma = self._dqn, state.hyper.gamma
         if self._previous is None:
             self._spread = torch.arange(SAMPLE_SIZE, device=gamma.device)
-        batch = replay.sample(self._spread * replay.size // SAMPLE_SIZE)
-        obs, next_obs = self.env.features(batch.obs), self.env.features(batch.next_obs)
-        *hidden, q_values = q_net.activations(obs)
-        q_taken = q_values.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
-        next_value = bootstrap_value(q_net, target_net, next_obs, self._double_q)
-        target = td_target(next_value, batch.reward, batch.terminated, gamma)
-        td_error = target - q_taken
+        noise = self._spread * state.replay.size // SAMPLE_SIZE
+        batch = dqn.replay.sample(state.replay, noise, gamma)
+        obs = self.env.features(batch.obs)
+        *hidden, outputs = dqn.network.activations(state.params, obs)
+        q_values = dqn.head.values(outputs)
         if self._previous is None:
-            self._previous = copy.deepcopy(q_net)
-            changes = td_error.new_full((q_net.num_members,), torch.nan)
+            self._previous = [param.detach().clone() for param in state.params]
+            changes = q_values.new_full((dqn.num_members,), torch.nan)
         else:
-            changes = (q_values.argmax(-1) != self._previous(obs).argmax(-1)).float().mean(1)
-            torch._foreach_copy_(self._previous.params, q_net.params)
+            before = dqn.head.values(dqn.network(self._previous, obs))
+            changes = (q_values.argmax(-1) != before.argmax(-1)).float().mean(1)
+            torch._foreach_copy_(self._previous, state.params)
         snapshot = {
-            "td_error": td_error,
+            "td_error": dqn.td_error(state, batch),
             "dead_units": dead_units(hidden, q_values),
             "policy_changes": changes,
         }
         if self._exact is not None:
-            snapshot["q_values"] = self._exact.q_values(q_net)
+            snapshot["q_values"] = self._exact.q_values(dqn.q_function(state))
         if isinstance(self.env, TabularEnv) and self._exact is not None:
-            snapshot["visits"] = visits(self.env, replay, new_rows, len(self._exact.q_star))
+            num_states = len(self._exact.q_star)
+            snapshot["visits"] = visits(self.env, dqn.replay, state.replay, new_rows, num_states)
         return snapshot
 
     def add(self, taken: Mapping[str, Tensor], global_step: int, num_syncs: int) -> None:
@@ -152,18 +142,17 @@ def dead_units(hidden: list[Tensor], q_values: Tensor) -> Tensor:
     return (torch.cat(hidden, -1).amax(1) == 0).float().mean(1)
 
 
-def visits(env: TabularEnv, replay: Replay, new_rows: int, num_states: int) -> Tensor:
+def visits(
+    env: TabularEnv, replay: Replay, state: ReplayState, new_rows: int, num_states: int
+) -> Tensor:
     """How often each state was acted in, over the newest rows of replay: int64 [M, X].
 
-    What replay no longer holds is not counted: with more new rows than it has, the newest stand for
-    all.
+    Rows that replay no longer holds are not counted: with more new rows than it has, the newest
+    stand for all.
     """
-    count = min(new_rows, replay.capacity)
-    newest = (
-        replay.cursor - 1 - torch.arange(count, device=replay.cursor.device)
-    ) % replay.capacity
-    stored = replay.data.obs
+    newest = replay.newest(state, min(new_rows, replay.capacity))
+    stored = replay.by_member(state).obs
     member = torch.arange(len(stored), device=newest.device)[:, None]
-    state = env.state_index(stored[member, newest])
+    visited = env.state_index(stored[member, newest])
     times = torch.zeros(len(stored), num_states, dtype=torch.int64, device=newest.device)
-    return times.scatter_add_(1, state.long(), torch.ones_like(newest))
+    return times.scatter_add_(1, visited.long(), torch.ones_like(newest))

@@ -27,13 +27,19 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from dqn_fast import tracker as tracker_module
-from dqn_fast.tracker import CompositeTracker, JsonlTracker, Tracker, TrackerConfig, make_tracker
+from dqn_fast.record import tracker as tracker_module
+from dqn_fast.record.tracker import (
+    CompositeTracker,
+    JsonlTracker,
+    Tracker,
+    TrackerConfig,
+    make_tracker,
+)
 
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
-from dqn_fast.tracker import TrackerConfig, make_tracker
+from dqn_fast.record.tracker import TrackerConfig, make_tracker
 
 run_dir, options, before, middle = Path(sys.argv[1]), json.loads(sys.argv[2]), *sys.argv[3:]
 exec(before)
@@ -237,7 +243,7 @@ class Recorder(Tracker):
 
 def test_import_is_cheap() -> None:
     """Importing the tracker imports none of the packages that only some runs need."""
-    code = "import sys, dqn_fast.tracker; print(*sys.modules)"
+    code = "import sys, dqn_fast.record.tracker; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert not {"wandb", "plotly", "tensorboard", "torch"} & set(output.split())
 

@@ -18,10 +18,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from dqn_fast import engine
-from dqn_fast.checkpoint import load_checkpoint
 from dqn_fast.device import collector_at_rest, cpu_threads, run_conditions
-from dqn_fast.engine import (
+from dqn_fast.engines import (
     AUTO_SWITCH,
     Captured,
     Compiler,
@@ -33,8 +31,10 @@ from dqn_fast.engine import (
     leaves,
     refill,
 )
+from dqn_fast.engines import compiler as engine
 from dqn_fast.envs import make_env
 from dqn_fast.noise import Noise
+from dqn_fast.record.checkpoint import load_checkpoint
 from dqn_fast.train import (
     Args,
     CompiledChunk,
@@ -159,7 +159,7 @@ def test_no_compiler_is_never_an_error(name, device, monkeypatch):
 )
 def test_the_choice_on_a_gpu(name, num_updates, on_host, engine, monkeypatch):
     """Everything is captured but what lives on the host; long runs hold compiled kernels."""
-    monkeypatch.setattr("dqn_fast.engine.why_not_compiled", lambda device: None)
+    monkeypatch.setattr("dqn_fast.engines.why_not_compiled", lambda device: None)
     choice = choose_engine(name, torch.device("cuda"), num_updates, on_host)
     assert choice.engine == engine
     if engine == "graph":
@@ -679,19 +679,19 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 FAILURES: dict[str, tuple[str, Any, str]] = {
-    "tracing": ("dqn_fast.engine.Compiler.trace", refuse, "not compilable: this fails on purpose"),
+    "tracing": ("dqn_fast.engines.Compiler.trace", refuse, "not compilable: this fails on purpose"),
     "exporting": ("torch.export.export", refuse, "not compilable: this fails on purpose"),
-    "the cache": ("dqn_fast.engine._cache", refuse, "not compilable: this fails on purpose"),
+    "the cache": ("dqn_fast.engines._cache", refuse, "not compilable: this fails on purpose"),
     "starting": (
-        "dqn_fast.engine.subprocess.Popen", refuse, "not compilable: this fails on purpose",
+        "dqn_fast.engines.subprocess.Popen", refuse, "not compilable: this fails on purpose",
     ),
-    "compiling": ("dqn_fast.engine.sys.executable", "false", "the compiler failed: no message"),
-    "loading": ("dqn_fast.engine._load", refuse, "not loadable: this fails on purpose"),
+    "compiling": ("dqn_fast.engines.sys.executable", "false", "the compiler failed: no message"),
+    "loading": ("dqn_fast.engines._load", refuse, "not loadable: this fails on purpose"),
     "the first call": (
-        "dqn_fast.engine._load", lambda _: refuse, "does not run: this fails on purpose",
+        "dqn_fast.engines._load", lambda _: refuse, "does not run: this fails on purpose",
     ),
     "its numbers": (
-        "dqn_fast.engine._load", lambda _: lambda tensors: None,
+        "dqn_fast.engines._load", lambda _: lambda tensors: None,
         "noise does not run: its numbers are not those of the plain function",
     ),
     "graphs": (
@@ -771,7 +771,7 @@ def test_without_compiled_kernels_a_graph_has_plain_ones(
 ):
     """The next best engine of a graph with compiled kernels is the graph."""
     graphs_on_the_cpu["compiled"] = True
-    monkeypatch.setattr("dqn_fast.engine._load", refuse)
+    monkeypatch.setattr("dqn_fast.engines._load", refuse)
     summary = train(replace(FAILING, engine="graph", run_dir=tmp_path / "run")).summary
     out = capsys.readouterr().out
     assert out.count("(plain kernels, not loadable: this fails on purpose)") == 1

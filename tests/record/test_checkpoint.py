@@ -17,7 +17,10 @@ from gymnasium import spaces
 from torch import Tensor
 
 from dqn_fast import evaluate
-from dqn_fast.checkpoint import (
+from dqn_fast.envs import TensorEnv, from_gymnasium
+from dqn_fast.networks import QNetwork
+from dqn_fast.noise import Noise
+from dqn_fast.record.checkpoint import (
     Agent,
     BestAgent,
     load_agent,
@@ -26,9 +29,6 @@ from dqn_fast.checkpoint import (
     write_json,
     write_whole,
 )
-from dqn_fast.envs import TensorEnv, from_gymnasium
-from dqn_fast.networks import QNetwork
-from dqn_fast.noise import Noise
 from dqn_fast.train import Args, train
 
 

@@ -14,23 +14,28 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
+ADAM_BETAS = (0.9, 0.999)
+
 
 def linear_schedule(
-    step: npt.ArrayLike, start: float, end: float, duration: float
+    step: npt.ArrayLike, start: npt.ArrayLike, end: npt.ArrayLike, duration: float
 ) -> NDArray[np.float64]:
     """Value that goes linearly from `start` at step 0 to `end` at step `duration`, then stays.
 
     Args:
         step: step counts, any shape, in the unit of `duration`.
-        start: value at step 0.
-        end: value from step `duration` on.
+        start: value at step 0, a number or one for each member, [M].
+        end: value from step `duration` on, as `start`.
         duration: length of the ramp, >= 0; 0 is `end` everywhere.
 
     Returns:
-        float64 of the shape of `step`.
+        float64 of the shape of `step`; with members [*, M].
     """
+    start, end = np.asarray(start, np.float64), np.asarray(end, np.float64)
     step = np.asarray(step, np.float64)
     fraction = np.clip(step / duration, 0.0, 1.0) if duration > 0 else np.ones_like(step)
+    if start.ndim:
+        fraction = fraction[..., None]
     return np.asarray(start + fraction * (end - start))
 
 
@@ -52,7 +57,7 @@ class Chunk:
         num_envs: env copies of one member; each vector step adds this to global_step.
         update_counts: gradient steps after each vector step, length K.
         first_update: number of gradient steps taken before the chunk.
-        stamps: float64 [U_total], the global_step that each gradient step stands for.
+        update_steps: float64 [U_total], the global_step that each gradient step stands for.
         syncs: bool [U_total], whether the target network is synchronised after it.
     """
 
@@ -60,7 +65,7 @@ class Chunk:
     num_envs: int
     update_counts: tuple[int, ...]
     first_update: int
-    stamps: NDArray[np.float64]
+    update_steps: NDArray[np.float64]
     syncs: NDArray[np.bool_]
 
     @property
@@ -69,7 +74,7 @@ class Chunk:
 
     @property
     def num_updates(self) -> int:
-        return len(self.stamps)
+        return len(self.update_steps)
 
     @property
     def after(self) -> int:
@@ -81,13 +86,13 @@ class Chunk:
         """global_step before each vector step, int64 [K]."""
         return self.before + self.num_envs * np.arange(self.num_steps)
 
-    def within(self, window: Chunk) -> tuple[slice, slice]:
+    def slices_in(self, window: Chunk) -> tuple[slice, slice]:
         """Where this chunk's vector steps and gradient steps lie among those of `window`."""
         step = (self.before - window.before) // self.num_envs
         update = self.first_update - window.first_update
         return slice(step, step + self.num_steps), slice(update, update + self.num_updates)
 
-    def part(self, start: int, num_steps: int) -> Chunk:
+    def cut(self, start: int, num_steps: int) -> Chunk:
         """The chunk of `num_steps` vector steps from this one's vector step `start` on."""
         before_part = sum(self.update_counts[:start])
         counts = self.update_counts[start : start + num_steps]
@@ -97,7 +102,7 @@ class Chunk:
             num_envs=self.num_envs,
             update_counts=counts,
             first_update=self.first_update + before_part,
-            stamps=self.stamps[updates],
+            update_steps=self.update_steps[updates],
             syncs=self.syncs[updates],
         )
 
@@ -114,9 +119,9 @@ class Plan:
     `gradient_steps * (after // train_freq - before // train_freq)` gradient steps, once `after` has
     reached `learning_starts`. So the replay ratio does not depend on `num_envs`.
 
-    Within a vector step the U gradient steps carry the stamps `before + (u + 1) * num_envs / U`.
-    The target is synchronised after the gradient step whose stamp is the first at or past a
-    multiple of `target_update_interval`, at most once per gradient step.
+    Within a vector step the U gradient steps stand for the steps `before + (u + 1) * num_envs / U`.
+    The target is synchronised after the gradient step whose step is the first at or past a multiple
+    of `target_update_interval`, at most once per gradient step.
 
     Attributes:
         num_envs: env copies of one member, >= 1.
@@ -168,6 +173,17 @@ class Plan:
         groups = self.end // self.train_freq - before // self.train_freq
         return self.gradient_steps * max(groups, 0)
 
+    @property
+    def window_steps(self) -> int:
+        """Vector steps of the longest window."""
+        return min(self.max_window_steps, self.num_vector_steps)
+
+    @property
+    def window_updates(self) -> int:
+        """Gradient steps of a window at most."""
+        groups = self.window_steps * self.num_envs // self.train_freq + 1
+        return min(groups * self.gradient_steps, self.total_updates)
+
     def replay_ratio(self, batch_size: int) -> float:
         """Sampled transitions per collected transition once learning has started."""
         return self.gradient_steps * batch_size / self.train_freq
@@ -218,7 +234,7 @@ class Plan:
                 num_steps = min(self._steps_to_boundary(first), end - first)
                 if self.few_shapes:
                     num_steps = self._few_shapes(first, num_steps)
-                yield window, window.part(first - start, num_steps)
+                yield window, window.cut(first - start, num_steps)
                 first += num_steps
             num_updates += window.num_updates
 
@@ -265,7 +281,7 @@ class Plan:
             num_envs=self.num_envs,
             update_counts=tuple(int(c) for c in counts),
             first_update=num_updates,
-            stamps=scaled / np.maximum(count, 1),
+            update_steps=scaled / np.maximum(count, 1),
             syncs=syncs,
         )
 
@@ -285,3 +301,40 @@ class Plan:
 def _power_of_two(number: int) -> int:
     """The largest one that is at most `number`, which is at least 1."""
     return 1 << (number.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Values that follow from the step count, for each member; float64 [M] each.
+
+    Attributes:
+        learning_rate, learning_rate_end: of Adam, at the start and at the end of the run.
+        eps_start, eps_end: probability of a random action, before and after its decay.
+        tau: weight of the online network in a synchronisation of the target.
+        total_timesteps: length of the run in transitions.
+        eps_steps: transitions over which the probability decays.
+    """
+
+    learning_rate: NDArray[np.float64]
+    learning_rate_end: NDArray[np.float64]
+    eps_start: NDArray[np.float64]
+    eps_end: NDArray[np.float64]
+    tau: NDArray[np.float64]
+    total_timesteps: int
+    eps_steps: int
+
+    def epsilon(self, step: npt.ArrayLike) -> NDArray[np.float64]:
+        """Probability of a random action at global_step `step`, [*, M]."""
+        return linear_schedule(step, self.eps_start, self.eps_end, self.eps_steps)
+
+    def of(self, chunk: Chunk) -> tuple[NDArray[np.float64], ...]:
+        """Epsilon [K, M] of a chunk; step_size [U, M], inverse_correction [U] and sync [U, M] as in
+        `algorithm.UpdateInputs`."""
+        rate = linear_schedule(
+            chunk.update_steps, self.learning_rate, self.learning_rate_end, self.total_timesteps
+        )
+        t = chunk.first_update + np.arange(1, chunk.num_updates + 1)
+        step_size = rate / (1.0 - ADAM_BETAS[0] ** t)[:, None]
+        inverse_correction = 1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)
+        sync = np.where(chunk.syncs[:, None], self.tau, 0.0)
+        return self.epsilon(chunk.steps), step_size, inverse_correction, sync

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from dqn_fast import video
-from dqn_fast.checkpoint import Agent
+from dqn_fast.agent import Agent
 from dqn_fast.envs import LineWorld, TensorEnv, make_env
 from dqn_fast.envs.render import headless
 from dqn_fast.evaluate import evaluate
+from dqn_fast.film import EVALUATION_EPOCH, Moment, Shot, annotated, gif, play, ready, record
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.train import Args, train
-from dqn_fast.video import EVALUATION_EPOCH, Moment, Shot, annotated, gif, play, ready, record
 
 Image = pytest.importorskip("PIL.Image")
 SMALL = {"total_timesteps": 2_000, "eval_episodes": 5, "quiet": True}
@@ -166,8 +165,8 @@ def test_pictures_are_left_out_evenly(tmp_path, monkeypatch):
     """Of two times 390 steps few are shown, evenly spaced, with the start and end of both."""
     left = agent(LineWorld(max_steps=390), 1.0, 0.0)
     kept: list[Shot] = []
-    monkeypatch.setattr(video, "annotated", lambda shots, width: kept.extend(shots) or [width])
-    monkeypatch.setattr(video, "gif", lambda images, seconds, holds: b"")
+    monkeypatch.setattr(film, "annotated", lambda shots, width: kept.extend(shots) or [width])
+    monkeypatch.setattr(film, "gif", lambda images, seconds, holds: b"")
     path = tmp_path / "film.gif"
     assert record(left, ready(left, path), path, episodes=2, max_frames=30) <= 31
     steps = [s.moment.step for s in kept]
@@ -214,13 +213,13 @@ def test_values_stand_below_the_picture():
     shots += [shot(picture, 1, 2, 3, ending=ending) for ending in ("terminated", "cut")]
     images = annotated(shots)
     assert len({image.size for image in images}) == 1
-    middles = [pixels(image, video._CHOSEN).mean() for image in images[:3]]
+    middles = [pixels(image, film._CHOSEN).mean() for image in images[:3]]
     assert 200 < middles[1] < middles[0] < middles[2] < images[0].height
-    assert np.diff(sorted(middles)).tolist() == [video._LINE] * 2
+    assert np.diff(sorted(middles)).tolist() == [film._LINE] * 2
     for image in images[3:]:
-        assert not len(pixels(image, video._CHOSEN))
-    assert not len(pixels(images[3], video._SOFT))
-    assert len(pixels(images[4], video._SOFT))
+        assert not len(pixels(image, film._CHOSEN))
+    assert not len(pixels(images[3], film._SOFT))
+    assert len(pixels(images[4], film._SOFT))
 
 
 def test_many_actions_fit():
@@ -228,8 +227,8 @@ def test_many_actions_fit():
     picture = np.zeros((210, 160, 3), np.uint8)
     (image,) = annotated([shot(picture, *np.arange(18.0))])
     assert image.width >= 450
-    assert image.height <= 210 + 7 * video._LINE + 2 * video._MARGIN + 1
-    assert pixels(image, video._SOFT)[-1] < image.height - 2
+    assert image.height <= 210 + 7 * film._LINE + 2 * film._MARGIN + 1
+    assert pixels(image, film._SOFT)[-1] < image.height - 2
 
 
 def test_pictures_become_bearable():

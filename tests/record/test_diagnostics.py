@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from dqn_fast.diagnostics import (
+from dqn_fast.envs import LineWorld
+from dqn_fast.evaluate import solve
+from dqn_fast.networks import QNetwork
+from dqn_fast.noise import Noise
+from dqn_fast.record.diagnostics import (
     MOST_SNAPSHOTS,
     QUANTILE_LEVELS,
     Diagnostics,
     dead_units,
     visits,
 )
-from dqn_fast.envs import LineWorld
-from dqn_fast.evaluate import solve
-from dqn_fast.networks import QNetwork
-from dqn_fast.noise import Noise
 from dqn_fast.train import Args, chunk_, make_learner, make_plan, planned, train
 
 ARGS = Args(

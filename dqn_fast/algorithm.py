@@ -1,0 +1,140 @@
+"""What the engines and the record of a run know of a learning algorithm, and nothing more.
+
+An algorithm describes one vector step over a state, which is a tree of tensors. Engines run it:
+plainly, compiled, captured, for one member or many. `dqn_fast.dqn` is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dqn_fast.noise import Noise
+
+UPDATE_METRICS = ("losses/td_loss", "losses/q_value", "losses/td_target", "losses/grad_norm")
+
+
+class StepInputs(NamedTuple):
+    """Noise and schedule of vector steps; [K, ...] of a chunk, without K of one step.
+
+    Attributes:
+        explore: uniform, float32 [K, M, N, 2]: coin and random action.
+        env_step: uniform, float32 [K, E, step_noise_dim].
+        env_reset: uniform, float32 [K, E, reset_noise_dim].
+        epsilon: float32 [K, M].
+    """
+
+    explore: Tensor
+    env_step: Tensor
+    env_reset: Tensor
+    epsilon: Tensor
+
+
+class UpdateInputs(NamedTuple):
+    """Noise and schedules of gradient steps; [U, ...] of a chunk, without U of one step.
+
+    With t the number of a gradient step, counted from 1:
+
+    Attributes:
+        rows: which replay rows, int64 [U, M, B] in [0, 2**63).
+        step_size: learning rate / (1 - b1^t), Adam's first bias correction included, float32
+            [U, M].
+        inverse_correction: 1 / sqrt(1 - b2^t), Adam's second bias correction, float32 [U].
+        sync: weight of the online network in the target after this step, float32 [U, M]: 0 where
+            the target is left alone, tau where it is synchronised (1 is a hard copy).
+        beta: strength of importance weights, float32 [U, M]; None for uniform replay.
+    """
+
+    rows: Tensor
+    step_size: Tensor
+    inverse_correction: Tensor
+    sync: Tensor
+    beta: Tensor | None = None
+
+
+class StepRecord(NamedTuple):
+    """What one vector step leaves behind for the log.
+
+    Attributes:
+        episode_return: return of each copy's episode up to and with this step, float32 [M, N].
+        episode_length: its length where it is over, 0 elsewhere, int32 [M, N].
+        updates: UPDATE_METRICS of each gradient step, float32 [4, M].
+    """
+
+    episode_return: Tensor
+    episode_length: Tensor
+    updates: list[Tensor]
+
+
+class ChunkRecord(NamedTuple):
+    """What K vector steps leave behind for the log; the member axis is the second, and the third
+    of `updates`.
+
+    Attributes:
+        episode_return: after each vector step, float32 [K, M, N].
+        episode_length: in steps where an episode finished, 0 elsewhere, int32 [K, M, N].
+        updates: UPDATE_METRICS of each gradient step, float32 [U, 4, M].
+    """
+
+    episode_return: Tensor
+    episode_length: Tensor
+    updates: Tensor
+
+
+class Algorithm(Protocol):
+    """One vector step, as functions of a state and of inputs.
+
+    The state is a tree of tensors whose first axes go from member to member: [M, ...] or
+    [M * rows, ...]. All that lives longer than a step is in it, and is written in place.
+
+    Attributes:
+        num_members: M.
+        on_host: whether the environments live outside torch: then `act_` and `learn_` are compiled,
+            and `vector_step_` is not.
+    """
+
+    @property
+    def num_members(self) -> int: ...
+
+    @property
+    def on_host(self) -> bool: ...
+
+    def vector_step_(
+        self,
+        state: Any,
+        inputs: StepInputs,
+        updates: list[UpdateInputs],
+        act_: Callable[..., Tensor] | None = None,
+        learn_: Callable[..., list[Tensor]] | None = None,
+    ) -> StepRecord:
+        """Act, step the environments, store, learn, and carry the state over.
+
+        Args:
+            state: written.
+            inputs: of this step.
+            updates: of the gradient steps that follow it.
+            act_, learn_: stand for the methods of these names.
+        """
+
+    def act_(self, state: Any, explore: Tensor, epsilon: Tensor) -> Tensor:
+        """Actions of all copies, int64 [E]."""
+
+    def learn_(self, state: Any, updates: list[UpdateInputs]) -> list[Tensor]:
+        """Take gradient steps; UPDATE_METRICS of each, float32 [4, M]."""
+
+    def draw(
+        self,
+        noise: Noise,
+        num_steps: int,
+        num_updates: int,
+        first_step: int | Tensor,
+        first_update: int | Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Everything random in vector steps first_step .. and gradient steps first_update ..: the
+        first three fields of `StepInputs` and the first one of `UpdateInputs`."""
+
+    def example_inputs(self, device: torch.device) -> tuple[StepInputs, UpdateInputs]:
+        """Inputs of one vector step and of one gradient step, all 0, in their shapes and dtypes."""

@@ -1,0 +1,446 @@
+"""Deep Q-learning: everything that happens in one vector step.
+
+    act_         epsilon-greedy actions of all env copies
+    step_envs    one step of their environments
+    store_       the transitions go into replay
+    learn_       U gradient steps: sample, target, loss, gradients, clip, Adam, target network
+    vector_step_ these four in turn
+
+M members learn side by side: independent agents whose tensors have the axis M in front, N env
+copies each, E = M * N. Everything random and everything scheduled comes in as data, nothing is read
+on the host, and every tensor that outlives the step is part of `State` and written in place. So an
+engine may run these functions as they are, compiled, or captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dqn_fast import tree
+from dqn_fast.algorithm import StepInputs, StepRecord, UpdateInputs
+from dqn_fast.envs import EnvError, Outcome, TensorEnv, VectorState
+from dqn_fast.heads import Head, take
+from dqn_fast.networks import Params, QNetwork
+from dqn_fast.noise import Noise, Stream
+from dqn_fast.plan import ADAM_BETAS
+from dqn_fast.replay import Batch, Replay, ReplayState, Transition
+
+ADAM_EPS = 1e-8
+
+# -------------------------------------------------------------------------------- what is carried
+
+
+class Hyper(NamedTuple):
+    """Settings that a step reads and members may differ in, float32 [M, 1] each.
+
+    Attributes:
+        gamma: discount per env step, in [0, 1].
+        max_grad_norm: global norm to which gradients are clipped; infinity: no clipping.
+        eps_repeat: probability that a random action goes on for one step more, in [0, 1).
+    """
+
+    gamma: Tensor
+    max_grad_norm: Tensor
+    eps_repeat: Tensor
+
+
+class Adam(NamedTuple):
+    """Moments of Adam, a tensor [M, ...] for each parameter; elementwise: members do not mix."""
+
+    mean: list[Tensor]
+    square: list[Tensor]
+
+
+class State(NamedTuple):
+    """Everything that is carried from vector step to vector step.
+
+    The first axis of every tensor goes from member to member, [M, ...] or [M * rows, ...], so
+    `tree.member` gives the state of a run of one. Every tensor keeps its address.
+
+    Attributes:
+        params: of the online network.
+        target_params: of the target network.
+        adam: moments.
+        env: of the env copies, [E, ...].
+        replay: memory.
+        held: random action that each copy is carrying out, int64 [M, N], -1 where there is none;
+            None: they last one step.
+        hyper: settings.
+    """
+
+    params: Params
+    target_params: Params
+    adam: Adam
+    env: VectorState
+    replay: ReplayState
+    held: Tensor | None
+    hyper: Hyper
+
+
+@dataclass(frozen=True)
+class QFunction:
+    """Q-values of M members: a network, its parameters, and what its outputs mean."""
+
+    network: QNetwork
+    head: Head
+    params: Params
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Q-values [M, B, A] of features [M, B, F], float32."""
+        return self.head.values(self.network(self.params, features))
+
+    @property
+    def num_members(self) -> int:
+        return len(self.params[0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters, float32 [M, ...] each."""
+        return self.params
+
+    def named(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return self.network.named(self.params)
+
+
+# ----------------------------------------------------------------------------- one vector step
+
+ACT_BLOCK, MOST_BLOCKS = 1_024, 16
+"""Copies whose values a CPU computes at a time, so that what lies between two layers stays in its
+cache: 11 ms instead of 33 for 16,384 copies. More blocks would make what is compiled too long."""
+
+
+@dataclass(frozen=True)
+class DQN:
+    """Deep Q-learning of M members with N env copies each; holds no tensor that changes.
+
+    Attributes:
+        env: environment.
+        network: describes the Q-network.
+        head: what its outputs mean.
+        replay: how transitions are stored and sampled.
+        num_members, num_envs: M and N.
+        batch_size: B.
+        double_q: whether the online network chooses the action that the target network judges, so
+            noise in one is not taken for value by the other; van Hasselt, Guez & Silver (2016).
+        holds_actions: whether random actions last.
+    """
+
+    env: TensorEnv
+    network: QNetwork
+    head: Head
+    replay: Replay
+    num_members: int
+    num_envs: int
+    batch_size: int
+    double_q: bool = False
+    holds_actions: bool = False
+
+    @property
+    def on_host(self) -> bool:
+        return self.env.on_host
+
+    @torch.no_grad()
+    def init(self, noise: Noise, hyper: Hyper) -> State:
+        """Fresh networks and env copies, and an empty replay, on the device of `noise`."""
+        shape = (self.num_members, self.num_envs)
+        draws = noise.uniform(Stream.ENV_RESET, 0, 1, (shape[1], self.env.reset_noise_dim))[0]
+        params = self.network.init(noise)
+        moments = [torch.zeros_like(param, requires_grad=False) for param in params]
+        return State(
+            params=params,
+            target_params=[param.detach().clone() for param in params],
+            adam=Adam(moments, tree.clone(moments)),
+            # Memory of its own for each tensor: a reset may give one twice.
+            env=tree.clone(self.env.vector_reset(draws.flatten(0, 1))),
+            replay=self.replay.init(),
+            held=torch.full(shape, -1, device=noise.device) if self.holds_actions else None,
+            hyper=hyper,
+        )
+
+    def draw(
+        self,
+        noise: Noise,
+        num_steps: int,
+        num_updates: int,
+        first_step: int | Tensor,
+        first_update: int | Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Everything random in vector steps first_step .. and gradient steps first_update ..:
+        explore, env_step and env_reset of `StepInputs`, rows of `UpdateInputs`."""
+        n, env = self.num_envs, self.env
+        uniform = partial(noise.uniform, count=num_steps)
+        return (
+            uniform(Stream.EXPLORATION, first_step, shape=(n, 2)),
+            uniform(Stream.ENV_STEP, first_step, shape=(n, env.step_noise_dim)).flatten(1, 2),
+            uniform(Stream.ENV_RESET, first_step + 1, shape=(n, env.reset_noise_dim)).flatten(1, 2),
+            noise.integers(Stream.REPLAY, first_update, num_updates, (self.batch_size,)),
+        )
+
+    def example_inputs(self, device: torch.device) -> tuple[StepInputs, UpdateInputs]:
+        """Inputs of one vector step and of one gradient step, all 0, in their shapes and dtypes."""
+        (m, n), env = (self.num_members, self.num_envs), self.env
+        zeros = partial(torch.zeros, device=device)
+        step = StepInputs(
+            explore=zeros(m, n, 2),
+            env_step=zeros(m * n, env.step_noise_dim),
+            env_reset=zeros(m * n, env.reset_noise_dim),
+            epsilon=zeros(m),
+        )
+        rows = zeros(m, self.batch_size, dtype=torch.int64)
+        return step, UpdateInputs(rows, zeros(m), zeros(()), zeros(m))
+
+    def q_function(self, state: State) -> QFunction:
+        """The online network's Q-values."""
+        return QFunction(self.network, self.head, state.params)
+
+    def by_member(self, tensor: Tensor) -> Tensor:
+        """[E, ...] as [M, N, ...]."""
+        return tensor.view(self.num_members, self.num_envs, *tensor.shape[1:])
+
+    def q_values(self, state: State) -> Tensor:
+        """Q-values of what the env copies show, float32 [M, N, A]."""
+        obs = self.by_member(state.env.obs)
+        size = self.num_envs
+        if obs.device.type == "cpu":
+            size = max(min(size, ACT_BLOCK), -(-size // MOST_BLOCKS))
+        blocks = (self.env.features(block) for block in obs.split(size, 1))
+        values = [self.head.values(self.network(state.params, block)) for block in blocks]
+        return values[0] if len(values) == 1 else torch.cat(values, 1)
+
+    @torch.no_grad()
+    def act_(self, state: State, explore: Tensor, epsilon: Tensor) -> Tensor:
+        """Epsilon-greedy actions of all copies, int64 [E]; explore [M, N, 2], epsilon [M]."""
+        q_values = self.q_values(state)
+        if state.held is None:
+            return epsilon_greedy(q_values, explore, epsilon[:, None]).flatten()
+        # A new episode never continues the held action of the previous one.
+        held = torch.where(self.by_member(state.env.elapsed) > 0, state.held, -1)
+        action, held = held_epsilon_greedy(
+            q_values, explore, epsilon[:, None], held, state.hyper.eps_repeat
+        )
+        state.held.copy_(held)
+        return action.flatten()
+
+    @torch.no_grad()
+    def step_envs(
+        self, state: State, action: Tensor, step_noise: Tensor, reset_noise: Tensor
+    ) -> tuple[VectorState, Outcome]:
+        """One step of all copies; see `TensorEnv.vector_step`."""
+        try:
+            return self.env.vector_step(state.env, action, step_noise, reset_noise)
+        except EnvError:
+            raise
+        except Exception as error:
+            raise EnvError(f"{type(self.env).__name__}: {type(error).__name__}: {error}") from error
+
+    def store_(self, state: State, action: Tensor, outcome: Outcome) -> None:
+        """Write the transitions that start at `state.env` into replay."""
+        rows = Transition(
+            state.env.obs, action, outcome.reward, outcome.next_obs, outcome.terminated
+        )
+        valid = None if outcome.valid is None else self.by_member(outcome.valid)
+        self.replay.add_(state.replay, Transition(*map(self.by_member, rows)), valid)
+
+    def learn_(self, state: State, updates: list[UpdateInputs]) -> list[Tensor]:
+        """Take gradient steps; UPDATE_METRICS of each, float32 [4, M]."""
+        return [self.update_(state, inputs) for inputs in updates]
+
+    def update_(self, state: State, inputs: UpdateInputs) -> Tensor:
+        """One gradient step of every member on its own batch, then the target's synchronisation.
+
+        The loss is the sum over members of each member's mean, so one backward pass gives every
+        member its own gradient.
+
+        Returns:
+            Loss, mean Q(s, a), mean target and gradient norm before clipping: float32 [4, M].
+        """
+        beta = None if inputs.beta is None else inputs.beta[:, None]
+        batch = self.replay.sample(state.replay, inputs.rows, state.hyper.gamma, beta)
+        outputs, target = self.outputs_and_target(state, batch)
+        loss = self.head.loss(outputs, target)
+        mean_loss = (loss if batch.weight is None else batch.weight * loss).mean(-1)
+
+        grads = torch.autograd.grad(mean_loss.sum(), state.params)
+        grad_norm = clip_global_norm_(grads, state.hyper.max_grad_norm)
+        adam_step_(state.adam, state.params, grads, inputs.step_size, inputs.inverse_correction)
+        sync_target_(state.target_params, state.params, inputs.sync)
+        outputs = outputs.detach()
+        if batch.index is not None:  # rows have priorities
+            priority = self.head.priority(outputs, target)
+            self.replay.update_priority_(state.replay, batch.index, priority)
+        means = [self.head.values(outputs).mean(-1), self.head.target_values(target).mean(-1)]
+        return torch.stack([mean_loss.detach(), *means, grad_norm])
+
+    def outputs_and_target(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs of the actions taken, [M, B, K], and what they are to become, without gradient.
+
+        The successor's action is argmax_a Q_target(s', a); with `double_q` argmax_a Q(s', a).
+        """
+        with torch.no_grad():
+            next_obs = self.env.features(batch.next_obs)
+            next_outputs = self.network(state.target_params, next_obs)
+            chooser = self.network(state.params, next_obs) if self.double_q else next_outputs
+            best = take(next_outputs, self.head.values(chooser).argmax(-1))
+            target = self.head.target(best, batch.reward, batch.discount)
+        outputs = self.network(state.params, self.env.features(batch.obs))
+        return take(outputs, batch.action), target
+
+    @torch.no_grad()
+    def td_error(self, state: State, batch: Batch) -> Tensor:
+        """Expected return of the target less Q(s, a), float32 [M, B]."""
+        outputs, target = self.outputs_and_target(state, batch)
+        return self.head.target_values(target) - self.head.values(outputs)
+
+    def vector_step_(
+        self,
+        state: State,
+        inputs: StepInputs,
+        updates: list[UpdateInputs],
+        act_: Callable[..., Tensor] | None = None,
+        learn_: Callable[..., list[Tensor]] | None = None,
+    ) -> StepRecord:
+        """Act, step the environments, store, learn, and carry the state over.
+
+        Args:
+            state: written.
+            inputs: of this step.
+            updates: of the gradient steps that follow it.
+            act_, learn_: stand for the methods of these names.
+        """
+        act_, learn_ = act_ or self.act_, learn_ or self.learn_
+        metrics = []
+        action = act_(state, inputs.explore, inputs.epsilon)
+        if self.env.background:  # learn while they step, from what was stored before
+            self.env.send(action)
+            metrics = learn_(state, updates)
+        env, outcome = self.step_envs(state, action, inputs.env_step, inputs.env_reset)
+        self.store_(state, action, outcome)
+        if not self.env.background:
+            metrics = learn_(state, updates)
+        state.env.copy_(env)
+        length = torch.where(outcome.done, outcome.episode_length, 0)
+        return StepRecord(self.by_member(outcome.episode_return), self.by_member(length), metrics)
+
+
+# ---------------------------------------------------------------------------- parts of the step
+
+
+def epsilon_greedy(q_values: Tensor, noise: Tensor, epsilon: Tensor) -> Tensor:
+    """A uniformly random action with probability epsilon, else the greedy one.
+
+    Every env copy tosses its own coin. Ties go to the lowest action.
+
+    Args:
+        q_values: [M, N, A] float32.
+        noise: uniform in [0, 1), [M, N, 2]: the coin and the random action.
+        epsilon: [M, 1] float32, in [0, 1].
+
+    Returns:
+        int64 [M, N].
+    """
+    coin, choice = noise.unbind(-1)
+    random = (choice * q_values.shape[-1]).long()
+    return torch.where(coin < epsilon, random, q_values.argmax(-1))
+
+
+def held_epsilon_greedy(
+    q_values: Tensor, noise: Tensor, epsilon: Tensor, held: Tensor, repeat: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Epsilon-greedy whose random actions last: each goes on with probability `repeat`.
+
+    A copy that holds a random action carries it out again with probability `repeat`; otherwise it
+    draws a new one with probability epsilon, and else is greedy. So a random action lasts
+    1 / (1 - repeat) steps on average, and a share epsilon / (1 - repeat + repeat * epsilon) of all
+    steps is random. Where the dynamics are slow a single step in another direction changes
+    nothing; ten in a row do.
+
+    Args:
+        q_values, noise, epsilon: as `epsilon_greedy`.
+        held: the random action that each copy carried out last step, int64 [M, N]; -1: none.
+        repeat: [M, 1] float32, in [0, 1).
+
+    Returns:
+        The actions and the actions held now, int64 [M, N] each.
+
+    Source: Dabney, Ostrovski & Barreto (2021), "Temporally-extended epsilon-greedy exploration",
+    with geometric durations.
+    """
+    coin, choice = noise.unbind(-1)
+    random = (choice * q_values.shape[-1]).long()
+    # One coin decides: first whether the held action goes on, then whether a new one begins.
+    stays = torch.where(held >= 0, repeat, 0.0)
+    starts = coin < stays + (1.0 - stays) * epsilon
+    held = torch.where(coin < stays, held, torch.where(starts, random, -1))
+    return torch.where(held >= 0, held, q_values.argmax(-1)), held
+
+
+def clip_global_norm_(grads: Sequence[Tensor], max_norm: Tensor) -> Tensor:
+    """Scale each member's gradients so that their joint norm is at most `max_norm`.
+
+    Args:
+        grads: tensors [M, ...], scaled in place.
+        max_norm: [M, 1], > 0; infinity switches it off.
+
+    Returns:
+        Norm before clipping, float32 [M].
+    """
+    # Tensor by tensor: joined, they would be copied first, which costs 8 us where this is compiled.
+    norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    # min(1, max_norm / norm). Logarithms the compiler considers expensive and computes once; the
+    # quotient, and the root in the norm, it computes again for every 16 weights: 4 % of a step.
+    scale = torch.exp(-torch.relu(torch.log(norm / max_norm[:, 0])))
+    for grad in grads:
+        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
+    return norm
+
+
+@torch.no_grad()
+def adam_step_(
+    adam: Adam,
+    params: Params,
+    grads: tuple[Tensor, ...],
+    step_size: Tensor,
+    inverse_correction: Tensor,
+) -> None:
+    """One step of Adam on `params` and the moments, in place.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+    p <- p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args:
+        adam, params, grads: tensors [M, ...] of the same shapes.
+        step_size: lr / (1 - b1^t), [M].
+        inverse_correction: 1 / sqrt(1 - b2^t), [].
+
+    Source: Kingma & Ba (2015), algorithm 1. Eager, `torch._fused_adam_` would take a fifth of the
+    time, but it can neither be traced nor take a learning rate from the device.
+    """
+    beta1, beta2 = ADAM_BETAS
+    torch._foreach_lerp_(adam.mean, grads, 1.0 - beta1)
+    torch._foreach_mul_(adam.square, beta2)
+    torch._foreach_addcmul_(adam.square, grads, grads, 1.0 - beta2)
+    denominator = torch._foreach_sqrt(adam.square)
+    torch._foreach_mul_(denominator, inverse_correction)
+    torch._foreach_add_(denominator, ADAM_EPS)
+    steps = torch._foreach_div(adam.mean, denominator)
+    for step in steps:
+        step.mul_(step_size.view(-1, *[1] * (step.ndim - 1)))
+    torch._foreach_sub_(params, steps)
+
+
+@torch.no_grad()
+def sync_target_(target_params: Params, params: Params, weight: Tensor) -> None:
+    """target <- (1 - weight) * target + weight * online, weight [M] in [0, 1]; exact at 0 and 1."""
+    for target, param in zip(target_params, params, strict=True):
+        target.lerp_(param, weight.view(-1, *[1] * (param.ndim - 1)))

@@ -1,0 +1,26 @@
+"""Engines: how the chunks of a run are executed.
+
+They know the protocol of `dqn_fast.algorithm` and no algorithm. Results are the same numbers, but
+for rounding, whichever engine runs.
+"""
+
+from dqn_fast.engines.choice import (
+    EngineChoice,
+    EngineName,
+    EngineUnavailableError,
+    choose_engine,
+    without_compiler,
+)
+from dqn_fast.engines.graph import RECORDED_STEPS
+from dqn_fast.engines.runner import Runner, chunk_
+
+__all__ = [
+    "RECORDED_STEPS",
+    "EngineChoice",
+    "EngineName",
+    "EngineUnavailableError",
+    "Runner",
+    "choose_engine",
+    "chunk_",
+    "without_compiler",
+]

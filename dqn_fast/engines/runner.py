@@ -1,0 +1,328 @@
+"""Runs chunks of vector steps of whatever algorithm it is given.
+
+The functions are the same whatever the engine: called as they are, compiled, or recorded in CUDA
+graphs that hold plain or compiled kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqn_fast import tree
+from dqn_fast.algorithm import (
+    UPDATE_METRICS,
+    Algorithm,
+    ChunkRecord,
+    StepInputs,
+    StepRecord,
+    UpdateInputs,
+)
+from dqn_fast.device import upload
+from dqn_fast.engines.choice import EngineChoice, EngineUnavailableError, first_line
+from dqn_fast.engines.compiler import CompiledFn, Compiler, Traced
+from dqn_fast.engines.graph import Captured, CudaGraphs
+from dqn_fast.noise import Noise
+from dqn_fast.plan import Plan
+
+
+def chunk_(
+    algorithm: Algorithm,
+    state: Any,
+    steps: StepInputs,
+    updates: UpdateInputs,
+    update_counts: tuple[int, ...],
+    step_: Callable[..., StepRecord] | None = None,
+) -> ChunkRecord:
+    """K vector steps, each followed by its number of gradient steps; reads nothing on the host.
+
+    Args:
+        algorithm: describes a vector step.
+        state: of the algorithm, written.
+        steps: inputs of the K vector steps.
+        updates: inputs of the U gradient steps of all of them.
+        update_counts: gradient steps after each vector step, length K.
+        step_: stands for the algorithm's `vector_step_`.
+    """
+    step_ = step_ or algorithm.vector_step_
+    each_update = (UpdateInputs(*row) for row in zip(*tree.leaves(updates), strict=True))
+    records = [
+        step_(state, StepInputs(*step), list(itertools.islice(each_update, count)))
+        for step, count in zip(zip(*steps, strict=True), update_counts, strict=True)
+    ]
+    metrics = [update for record in records for update in record.updates]
+    shape = (0, len(UPDATE_METRICS), algorithm.num_members)
+    return ChunkRecord(
+        torch.stack([record.episode_return for record in records]),
+        torch.stack([record.episode_length for record in records]),
+        torch.stack(metrics) if metrics else updates.step_size.new_empty(shape),
+    )
+
+
+class RowBuffers:
+    """Preallocated [K, ...] tensors with cached views of their rows; K grows on demand.
+
+    On a CPU they stay in memory, because to make a view costs as much as a small operation, 1 us.
+    Elsewhere every call makes new ones: recorded chunks must share none, and are not slowed down.
+    """
+
+    def __init__(self, example: Sequence[Tensor]) -> None:
+        """`example`: a row of each tensor."""
+        self._example, self._kept = example, example[0].device.type == "cpu"
+        self._tensors: list[Tensor] = []
+        self._rows: list[tuple[Tensor, ...]] = []
+
+    def reserve(self, count: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+        """Tensors of `count` rows that hold anything, and the rows."""
+        if not self._kept or not self._tensors or count > len(self._rows):
+            self._tensors = [t.new_empty((count, *t.shape)) for t in self._example]
+            self._rows = list(zip(*self._tensors, strict=True))
+        return [tensor[:count] for tensor in self._tensors], self._rows
+
+    def load(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The rows of a copy of `tensors`."""
+        buffers, rows = self.reserve(len(tensors[0]))
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+        return rows
+
+
+class CompiledChunk:
+    """Compiled replacement for `chunk_` of one state, and for the algorithm's `draw`.
+
+    A vector step and the gradient step after it are one function; where more gradient steps follow,
+    one function is the vector step and one a gradient step; where the environment lives on the
+    host, one is `act_` and one a gradient step. Several gradient steps in one function would each
+    write new tensors instead of the old ones: 8 took 215 us each, 1 takes 190.
+    """
+
+    def __init__(self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise) -> None:
+        """Begin to compile, in a process beside this one.
+
+        Raises:
+            EngineUnavailableError: the functions cannot be traced.
+        """
+        self._algorithm, self._functions = algorithm, dict[str, CompiledFn]()
+        step, update = algorithm.example_inputs(noise.device)
+        counts = plan.learning_counts()
+        functions = []
+        if algorithm.on_host:
+            functions += [Traced("act", algorithm.act_, (step.explore, step.epsilon))]
+        else:
+            for n in sorted({int(count == 1) for count in counts}):
+                functions += [Traced(_STEP[n], algorithm.vector_step_, (step, [update] * n))]
+        if algorithm.on_host or max(counts, default=0) > 1:
+            functions += [Traced("update", algorithm.learn_, ([update],))]
+        functions += [self._trace_draw(plan, noise)]
+        self._names = [function.name for function in functions]
+        self._compiler = Compiler(state)
+        self._compiler.start(functions)
+        self._state, results = self._compiler.state, self._compiler.results
+        self._drawn: tuple[Tensor, ...] = results["draw"]
+        self._steps, self._updates = RowBuffers(step), RowBuffers(tree.leaves(update))
+        metrics = torch.empty(len(UPDATE_METRICS), algorithm.num_members, device=noise.device)
+        self._metrics = RowBuffers([metrics])
+        if algorithm.on_host:
+            self._action: Tensor = results["act"]
+        else:
+            *record, _ = next(r for name, r in results.items() if name in _STEP)
+            self._record = RowBuffers(record)
+
+    def _trace_draw(self, plan: Plan, noise: Noise) -> Traced:
+        """`draw` for the longest window; shorter ones are parts of it, because a number depends on
+        where it is drawn and on nothing else."""
+        size, algorithm = (plan.window_steps, plan.window_updates), self._algorithm
+
+        def draw(_: Any, keys: Tensor, counters: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
+            return algorithm.draw(noise.with_tensors(keys, counters), *size, *first)
+
+        algorithm.draw(noise, *size, 0, 0)  # as many counters as this needs
+        self._keys, self._counters = noise.keys, noise.counters
+        first = torch.zeros(2, dtype=torch.int64, device=noise.device).unbind()
+        return Traced("draw", draw, (self._keys, self._counters, *first), exact=True)
+
+    def finish(self) -> None:
+        """Wait for the compiler.
+
+        Raises:
+            EngineUnavailableError: it failed.
+        """
+        self._functions = dict(zip(self._names, self._compiler.finish(), strict=True))
+
+    def close(self) -> None:
+        """Stop the compiler if it still runs."""
+        self._compiler.close()
+
+    def __call__(
+        self,
+        algorithm: Algorithm,
+        state: Any,
+        steps: StepInputs,
+        updates: UpdateInputs,
+        update_counts: tuple[int, ...],
+    ) -> ChunkRecord:
+        """As `chunk_`, of the state that this was made for; the next call may overwrite what it
+        returns."""
+        if algorithm.on_host:
+            step_ = partial(algorithm.vector_step_, act_=self._act_, learn_=self._learn_)
+            return chunk_(algorithm, state, steps, updates, update_counts, step_)
+        if not {_STEP[count == 1] for count in update_counts} <= self._functions.keys():
+            return chunk_(algorithm, state, steps, updates, update_counts)  # before learning starts
+        noise, schedules = self._steps.load(steps), self._updates.load(tree.leaves(updates))
+        (episode_return, episode_length), records = self._record.reserve(len(update_counts))
+        (metrics,), rows = self._metrics.reserve(len(updates.rows))
+        first = 0
+        for k, count in enumerate(update_counts):
+            last = first + count
+            if count == 1:
+                inputs = (*noise[k], *schedules[first], *records[k], *rows[first])
+                self._functions["step-update"]([*self._state, *inputs])
+            else:
+                self._functions["step"]([*self._state, *noise[k], *records[k]])
+                for u in range(first, last):
+                    self._functions["update"]([*self._state, *schedules[u], *rows[u]])
+            first = last
+        return ChunkRecord(episode_return, episode_length, metrics)
+
+    def draw(
+        self, noise: Noise, num_steps: int, num_updates: int, *first: int
+    ) -> tuple[Tensor, ...]:
+        """As the algorithm's `draw`; the next call overwrites what it returns."""
+        start = upload(torch.tensor(first), noise.device).unbind()
+        inputs = (self._keys, self._counters, *start, *self._drawn)
+        self._functions["draw"]([*self._state, *inputs])
+        *steps, rows = self._drawn
+        return *(drawn[:num_steps] for drawn in steps), rows[:num_updates]
+
+    def _act_(self, _state: Any, explore: Tensor, epsilon: Tensor) -> Tensor:
+        action = torch.empty_like(self._action)
+        self._functions["act"]([*self._state, explore, epsilon, action])
+        return action
+
+    def _learn_(self, _state: Any, updates: list[UpdateInputs]) -> list[Tensor]:
+        _, rows = self._metrics.reserve(len(updates))
+        for update, row in zip(updates, rows, strict=False):
+            self._functions["update"]([*self._state, *tree.leaves(update), *row])
+        return [row for (row,) in rows[: len(updates)]]
+
+
+NO_GRAPHS = "no CUDA graphs"
+_STEP = ("step", "step-update")
+"""Name of a compiled vector step, with or without the gradient step after it."""
+
+
+class Runner:
+    """Runs the chunks of one state with the engine that was chosen, or the next best.
+
+    Whatever fails while an engine is made costs a reason in words: without compiled functions a
+    graph holds plain kernels, without graphs compiled functions are called, without either the
+    plain ones are. Nothing has run by then, so the run is the one that the next best engine makes.
+
+    Attributes:
+        engine: what runs now: eager, compile or graph.
+        reason: why, in a few words.
+        compile_s: seconds that the loop waited for the compiler.
+        on_change: told engine, reason, compile_s and whether this is instead of an engine that
+            never ran, once compiled functions run, or an engine is not available.
+    """
+
+    def __init__(
+        self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, choice: EngineChoice
+    ) -> None:
+        """Begin to compile where that is called for.
+
+        Args:
+            algorithm: describes a vector step.
+            state: of the algorithm; written by every chunk.
+            plan: of the run.
+            noise: of the members.
+            choice: which engine.
+        """
+        self.engine: str = "eager" if choice.switch else choice.engine
+        self.reason, self.compile_s = choice.reason, 0.0
+        self.on_change: Callable[[str, str, float, bool], None] = lambda *_: None
+        self._algorithm, self._state, self._noise = algorithm, state, noise
+        self._num_updates, self._switch = 0, choice.switch or 0
+        self._chunk_: Callable[..., ChunkRecord] = chunk_
+        self._draw: Callable[..., tuple[Tensor, ...]] = algorithm.draw
+        self._compiled: CompiledChunk | None = None
+        self.captured: Captured | None = None
+        if choice.engine == "graph":
+            try:
+                self.captured = Captured(self._run, CudaGraphs(noise.device))
+            except RuntimeError as error:
+                self.engine = "compile" if choice.compiled else "eager"
+                self.reason = f"{NO_GRAPHS}: {first_line(error)}"
+        if choice.compiled:
+            try:
+                self._compiled = CompiledChunk(algorithm, state, plan, noise)
+            except EngineUnavailableError as error:
+                self._drop_compiler(error)
+
+    def __call__(
+        self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
+    ) -> ChunkRecord:
+        """`chunk_`; what it returns is to be used before the next call."""
+        num_updates = sum(update_counts)
+        if self._compiled is not None and num_updates and self._num_updates >= self._switch:
+            self._change_over(self._compiled)
+        self._num_updates += num_updates
+        if self.captured is not None:
+            try:
+                return self.captured(update_counts, steps, updates)
+            except EngineUnavailableError as error:
+                self._drop_graphs(self.captured, error)
+        return self._run(update_counts, steps, updates)
+
+    def draw(
+        self, num_steps: int, num_updates: int, first_step: int, first_update: int
+    ) -> tuple[Tensor, ...]:
+        """The algorithm's `draw`; what it returns is to be used before the next call."""
+        return self._draw(self._noise, num_steps, num_updates, first_step, first_update)
+
+    def _run(
+        self, update_counts: tuple[int, ...], steps: StepInputs, updates: UpdateInputs
+    ) -> ChunkRecord:
+        return self._chunk_(self._algorithm, self._state, steps, updates, update_counts)
+
+    def _change_over(self, compiled: CompiledChunk) -> None:
+        """Wait for the compiler and go on with what it made."""
+        began = time.perf_counter()
+        announced = self.engine
+        try:
+            compiled.finish()
+            self._chunk_, self._draw = compiled, compiled.draw
+            if self.engine == "eager":
+                self.engine = "compile"
+        except EngineUnavailableError as error:
+            self._drop_compiler(error)
+        finally:  # a compiler that an interrupt leaves behind would go on
+            compiled.close()
+            self._compiled = None
+        self.compile_s = time.perf_counter() - began
+        never_ran = announced == "compile" and self.engine == "eager"
+        self.on_change(self.engine, self.reason, self.compile_s, never_ran)
+
+    def _drop_compiler(self, error: EngineUnavailableError) -> None:
+        if self.engine == "graph":
+            self.reason = f"plain kernels, {error}"
+        else:
+            before = f"{self.reason}; " if self.reason.startswith(NO_GRAPHS) else ""
+            self.engine, self.reason = "eager", f"{before}{error}"
+
+    def _drop_graphs(self, captured: Captured, error: EngineUnavailableError) -> None:
+        self.captured = None
+        self.engine = "eager" if self._chunk_ is chunk_ else "compile"
+        self.reason = str(error)
+        self.on_change(self.engine, self.reason, self.compile_s, captured.num_recordings == 0)
+
+    def close(self) -> None:
+        """Stop the compiler if it still runs."""
+        if self._compiled is not None:
+            self._compiled.close()

@@ -1,0 +1,1 @@
+"""The record of a run: its directory, metrics, diagnostics, checkpoints and loggers."""

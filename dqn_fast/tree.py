@@ -1,0 +1,95 @@
+"""Nested NamedTuples, lists and dicts of tensors: flatten, copy, save and load them.
+
+Everything that a run carries is one such tree, so nothing lists its tensors by hand. A leaf that is
+None stands for a tensor that a variant does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = TypeVar("Tree")
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """All tensors of a tree, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def replace(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
+    """The tree with the next of `tensors` in place of each of its own, in the order of `leaves`."""
+    flat, spec = pytree.tree_flatten(tree)
+    new = iter(tensors)
+    filled: Tree = pytree.tree_unflatten(
+        [next(new) if isinstance(leaf, Tensor) else leaf for leaf in flat], spec
+    )
+    return filled
+
+
+def clone(tree: Tree) -> Tree:
+    """The same values in memory of their own."""
+    return replace(tree, [leaf.clone() for leaf in leaves(tree)])
+
+
+@torch.no_grad()
+def copy_(target: Any, source: Any) -> None:
+    """Overwrite every tensor of `target` with the one of `source` in the same place."""
+    for old, new in zip(leaves(target), leaves(source), strict=True):
+        old.copy_(new)
+
+
+def num_bytes(tree: Any) -> int:
+    """Memory of all tensors."""
+    return sum(leaf.nbytes for leaf in leaves(tree))
+
+
+def member(tree: Tree, index: int, num_members: int) -> Tree:
+    """One member's part of a tree whose first axes go from member to member, as those of an
+    algorithm's state do: [M, ...] or [M * rows, ...] gives [1, ...] or [rows, ...]."""
+    return replace(tree, [leaf.chunk(num_members)[index] for leaf in leaves(tree)])
+
+
+def plain(tree: Any) -> Any:
+    """The tree in dicts and lists, which a checkpoint may hold: a NamedTuple becomes a dict by
+    field, and no tensor asks for gradients."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return {name: plain(value) for name, value in zip(tree._fields, tree, strict=True)}
+    if isinstance(tree, Mapping):
+        return {name: plain(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [plain(value) for value in tree]
+    return tree
+
+
+def load_(tree: Any, saved: Any, path: str = "") -> None:
+    """Overwrite the tensors of `tree` with what `plain` made of a tree like it.
+
+    Raises:
+        ValueError: the trees differ; the message names the place.
+    """
+    expected, given = plain(tree), saved
+    if isinstance(tree, Tensor):
+        if not isinstance(saved, Tensor) or saved.shape != tree.shape or saved.dtype != tree.dtype:
+            raise ValueError(f"{path or 'tensor'}: must be {tree.dtype} {tuple(tree.shape)}")
+        with torch.no_grad():
+            tree.copy_(saved)
+    elif isinstance(expected, dict):
+        if not isinstance(given, Mapping) or given.keys() != expected.keys():
+            raise ValueError(f"{path or 'state'}: must hold {', '.join(expected)}")
+        values = tree if isinstance(tree, Mapping) else dict(zip(tree._fields, tree, strict=True))
+        for name, value in values.items():
+            load_(value, given[name], f"{path}/{name}" if path else name)
+    elif isinstance(expected, list):
+        if not isinstance(given, (list, tuple)) or len(given) != len(expected):
+            raise ValueError(f"{path}: must hold {len(expected)} values")
+        for i, (value, new) in enumerate(zip(tree, given, strict=True)):
+            load_(value, new, f"{path}/{i}")
+    elif given != expected:
+        raise ValueError(f"{path}: must be {expected}")
