@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.agent import AgentFile, load_agent
@@ -49,7 +51,7 @@ def evaluate(
     num_episodes: int,
     noise: Noise,
     epoch: int = 0,
-    gamma: float = 1.0,
+    gamma: float | NDArray[np.float64] = 1.0,
 ) -> Evaluation:
     """Play `num_episodes` greedy episodes of every member.
 
@@ -59,7 +61,7 @@ def evaluate(
         num_episodes: episodes of each member, >= 1, played side by side.
         noise: of the same M members.
         epoch: number of this evaluation; another one plays other episodes.
-        gamma: discount of `discounted_return`.
+        gamma: discount of `discounted_return`, a number or one for each member, [M].
 
     Returns:
         Results on the network's device.
@@ -78,10 +80,14 @@ def evaluate(
     episode_return = torch.zeros_like(vector.episode_return)
     episode_length = torch.zeros_like(vector.elapsed)
     discounted_return = torch.zeros_like(vector.episode_return)
+    gammas = np.broadcast_to(np.asarray(gamma, np.float64), (copies[0],))
     for start in range(0, env.max_steps, _STEPS_PER_CHECK):
         count = min(_STEPS_PER_CHECK, env.max_steps - start)
         step_noise = draw(Stream.EVALUATION_STEP, start, count, env.step_noise_dim)
         reset_noise = draw(Stream.EVALUATION_RESET, start + 1, count, env.reset_noise_dim)
+        powers = gammas ** np.arange(start, start + count)[:, None]  # [count, M]
+        discount = torch.from_numpy(powers.astype(np.float32)).to(q.device)
+        discount = discount[..., None].expand(-1, *copies).flatten(1)
         for k in range(count):
             action = q.argmax(-1).flatten()
             vector, outcome = env.vector_step(vector, action, step_noise[k], reset_noise[k])
@@ -89,7 +95,7 @@ def evaluate(
             first = outcome.done & running
             episode_return = torch.where(first, outcome.episode_return, episode_return)
             episode_length = torch.where(first, outcome.episode_length, episode_length)
-            discounted_return += gamma ** (start + k) * outcome.reward * running
+            discounted_return += discount[k] * outcome.reward * running
             q = q_values(vector.obs)
         if bool((episode_length > 0).all()):
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,24 +29,32 @@ class ExactValues:
 
     Attributes:
         mdp: the environment as a table of X states.
-        q_star: optimal action values at the training discount, [X, A] float64.
+        q_star: optimal action values at each member's discount, [M, X, A] float64.
         optimal_return: undiscounted return, within the time limit, of the policy that is optimal
-            at the training discount.
-        optimal_start_value: V* of the start distribution, at the training discount.
-        features: what the network reads in each state, [X, F] float32.
+            at the member's discount; [M].
+        optimal_start_value: V* of the start distribution, at the member's discount; [M].
+        features: network inputs of each state, [X, F] float32.
     """
 
     VALUE_TOLERANCE = 0.05
     REACH_PROBABILITY = 1e-3
 
-    def __init__(self, env: TabularEnv, gamma: float, device: torch.device) -> None:
+    def __init__(
+        self, env: TabularEnv, gammas: Sequence[float], device: torch.device | str = "cpu"
+    ) -> None:
         self.mdp = env.mdp()
-        self.q_star, v_star, *_ = value_iteration(self.mdp, gamma)
-        self.optimal_start_value = float(self.mdp.start @ v_star)
-        self.optimal_return = expected_return(self.mdp, greedy_policy(self.q_star), env.max_steps)
+        solved = {gamma: self._solve(gamma, env.max_steps) for gamma in set(gammas)}
+        q_star, returns, start_values = zip(*(solved[gamma] for gamma in gammas), strict=True)
+        self.q_star = torch.stack(q_star)
+        self.optimal_return, self.optimal_start_value = list(returns), list(start_values)
         self.features = env.features(env.observe(env.states())).to(device)
-        self._gamma, self._max_steps = gamma, env.max_steps
+        self._gammas, self._max_steps = list(gammas), env.max_steps
         self._matters = reachable_states(self.mdp) & ~self.mdp.terminal
+
+    def _solve(self, gamma: float, max_steps: int) -> tuple[Tensor, float, float]:
+        q_star, v_star, *_ = value_iteration(self.mdp, gamma)
+        optimal_return = expected_return(self.mdp, greedy_policy(q_star), max_steps)
+        return q_star, optimal_return, float(self.mdp.start @ v_star)
 
     @torch.no_grad()
     def q_values(self, q_net: QFunction) -> Tensor:
@@ -65,21 +74,27 @@ class ExactValues:
         errors: list[float] = []
         optimal: list[bool] = []
         start_values: list[float] = []
-        for q in self.q_values(q_net).cpu().double():
+        values = self.q_values(q_net).cpu().double()
+        for q, q_star, gamma in zip(values, self.q_star, self._gammas, strict=True):
             policy = greedy_policy(q)
             seen = visited_states(self.mdp, policy, self._max_steps, self.REACH_PROBABILITY)
             seen &= ~self.mdp.terminal
-            errors.append((q - self.q_star).abs()[seen].max().item())
-            right = is_optimal_policy(self.q_star, policy, where=self._matters)
+            errors.append((q - q_star).abs()[seen].max().item())
+            right = is_optimal_policy(q_star, policy, where=self._matters)
             optimal.append(right and errors[-1] < self.VALUE_TOLERANCE)
-            v = policy_evaluation(self.mdp, policy, self._gamma)
+            v = policy_evaluation(self.mdp, policy, gamma)
             start_values.append(float(self.mdp.start @ v))
         return {"q_error_max": errors, "policy_optimal": optimal, "start_value": start_values}
 
 
-def solve(env: TensorEnv, gamma: float, device: torch.device) -> ExactValues | None:
-    """The solution of a tabular environment; None for another, and where it is not worth the wait:
-    more than 1 024 states take seconds, and a discount next to 1 takes minutes."""
-    if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or gamma > 0.9999:
+def solve(
+    env: TensorEnv, gammas: Sequence[float], device: torch.device | str = "cpu"
+) -> ExactValues | None:
+    """The solution of a tabular environment at each member's discount; None for another one.
+
+    None also where it is not worth the wait: more than 1,024 states take seconds, a discount next
+    to 1 takes minutes.
+    """
+    if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or max(gammas) > 0.9999:
         return None
-    return ExactValues(env, gamma, device)
+    return ExactValues(env, gammas, device)

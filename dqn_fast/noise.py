@@ -96,11 +96,13 @@ def uniform_of(words: Sequence[Tensor], size: int) -> Tensor:
 class Noise:
     """Random numbers of M members.
 
-    Member i draws with seed `seed + i`, exactly what a run of one member with that seed draws.
+    Member i draws with seed `seed + i % num_seeds`, exactly what a run of one member with that seed
+    draws.
 
     Attributes:
         seed: seed of the first member, >= 0.
         num_members: M.
+        num_seeds: members with different seeds; M where not given.
         device: where the numbers are made; the values do not depend on it.
         keys: of each member and stream, int64 [M, streams, 2].
         counters: 0, 1, 2, ..., int64, as many as were needed so far. Compiled for a GPU, an
@@ -108,9 +110,17 @@ class Noise:
             product with a Philox constant is wrong; numbers that a function loads have 64.
     """
 
-    def __init__(self, seed: int, num_members: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seed: int,
+        num_members: int,
+        device: torch.device | str = "cpu",
+        num_seeds: int | None = None,
+    ) -> None:
         self.seed, self.num_members, self.device = seed, num_members, torch.device(device)
-        keys = [[stream_key(seed + i, stream) for stream in Stream] for i in range(num_members)]
+        self.num_seeds = num_seeds or num_members
+        own = [[stream_key(seed + i, stream) for stream in Stream] for i in range(self.num_seeds)]
+        keys = [own[i % self.num_seeds] for i in range(num_members)]
         self.keys = torch.tensor(np.array(keys, np.int64), device=device)
         self.counters = torch.arange(1_024, device=device)
 

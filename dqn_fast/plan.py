@@ -18,7 +18,7 @@ ADAM_BETAS = (0.9, 0.999)
 
 
 def linear_schedule(
-    step: npt.ArrayLike, start: npt.ArrayLike, end: npt.ArrayLike, duration: float
+    step: npt.ArrayLike, start: npt.ArrayLike, end: npt.ArrayLike, duration: npt.ArrayLike
 ) -> NDArray[np.float64]:
     """Value that goes linearly from `start` at step 0 to `end` at step `duration`, then stays.
 
@@ -26,17 +26,19 @@ def linear_schedule(
         step: step counts, any shape, in the unit of `duration`.
         start: value at step 0, a number or one for each member, [M].
         end: value from step `duration` on, as `start`.
-        duration: length of the ramp, >= 0; 0 is `end` everywhere.
+        duration: length of the ramp, >= 0, as `start`; 0 is `end` everywhere.
 
     Returns:
         float64 of the shape of `step`; with members [*, M].
     """
-    start, end = np.asarray(start, np.float64), np.asarray(end, np.float64)
+    values = (np.asarray(value, np.float64) for value in (start, end, duration))
+    start, end, duration = np.broadcast_arrays(*values)
     step = np.asarray(step, np.float64)
-    fraction = np.clip(step / duration, 0.0, 1.0) if duration > 0 else np.ones_like(step)
     if start.ndim:
-        fraction = fraction[..., None]
-    return np.asarray(start + fraction * (end - start))
+        step = step[..., None]
+    fraction = np.ones(np.broadcast_shapes(step.shape, start.shape))
+    np.divide(step, duration, out=fraction, where=duration > 0.0)
+    return np.asarray(start + np.clip(fraction, 0.0, 1.0) * (end - start))
 
 
 def crossed(before: int, after: int, interval: int) -> bool:
@@ -310,18 +312,18 @@ class Schedules:
     Attributes:
         learning_rate, learning_rate_end: of Adam, at the start and at the end of the run.
         eps_start, eps_end: probability of a random action, before and after its decay.
+        eps_steps: transitions over which the probability decays.
         tau: weight of the online network in a synchronisation of the target.
         total_timesteps: length of the run in transitions.
-        eps_steps: transitions over which the probability decays.
     """
 
     learning_rate: NDArray[np.float64]
     learning_rate_end: NDArray[np.float64]
     eps_start: NDArray[np.float64]
     eps_end: NDArray[np.float64]
+    eps_steps: NDArray[np.float64]
     tau: NDArray[np.float64]
     total_timesteps: int
-    eps_steps: int
 
     def epsilon(self, step: npt.ArrayLike) -> NDArray[np.float64]:
         """Probability of a random action at global_step `step`, [*, M]."""

@@ -26,6 +26,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 from torch import Tensor
+from tyro.constructors import PrimitiveConstructorSpec
 
 from dqn_fast.algorithm import ChunkRecord, StepInputs, UpdateInputs
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions, upload
@@ -65,6 +66,7 @@ from dqn_fast.record.run import (
     create_run_dir,
 )
 from dqn_fast.replay import Replay
+from dqn_fast.sweep import members_of, one_or_all, read_sweep, sweep_error
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -98,6 +100,24 @@ class Args:
     """Length of the run in transitions, >= 1; rounded up to a multiple of num_envs."""
     seed: int = 0
     """Seed of the first member; >= 0."""
+
+    sweep: Annotated[
+        dict[str, tuple[float, ...]],
+        PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[NAME VALUE ...]",
+            instance_from_str=read_sweep,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda sweep: [
+                word for name, values in sweep.items() for word in (name, *map(str, values))
+            ],
+        ),
+    ] = field(default_factory=dict)
+    """Settings that members differ in, each with its values: --sweep learning_rate 1e-4 1e-3 gamma
+    0.97 0.99 trains all four combinations side by side, with num_seeds seeds each."""
+    sweep_random: int = 0
+    """Settings to draw at random, >= 0; each name of --sweep then has two values, the ends of its
+    range. 0: all combinations."""
 
     # Algorithm
     gamma: float = 0.99
@@ -197,6 +217,11 @@ class Args:
     tensorboard: bool = False
     """Log to TensorBoard as well; needs the extra: pip install -e ".[tensorboard]"."""
 
+    @property
+    def members(self) -> list[dict[str, Any]]:
+        """Seed and swept settings of each member."""
+        return members_of(self.sweep, self.sweep_random, self.seed, self.num_seeds)
+
     @classmethod
     def for_env(cls, env_id: str, **settings: Any) -> Args:
         """Settings that work for an environment: its `experiment`, with `settings` over it."""
@@ -237,7 +262,7 @@ def check(args: Args) -> None:
         need(getattr(args, name) >= 1, name, "at least 1")
     for name in ("train_freq", "eval_episodes", "chunk_steps"):
         need(getattr(args, name) >= 1, name, "at least 1")
-    for name in ("seed", "learning_starts", "gradient_steps", "num_threads"):
+    for name in ("seed", "learning_starts", "gradient_steps", "num_threads", "sweep_random"):
         need(getattr(args, name) >= 0, name, "at least 0")
     for name in ("target_update_interval", *INTERVALS):
         need((getattr(args, name) or 0) >= 0, name, "at least 0 (0: off)")
@@ -267,6 +292,11 @@ def check(args: Args) -> None:
         "eval_interval",
         "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
     )
+    if wrong := sweep_error(args.sweep, args.sweep_random):
+        raise UsageError(f"--sweep {wrong}")
+    for name, values in args.sweep.items():
+        for value in values:
+            check(dataclasses.replace(args, sweep={}, sweep_random=0, **{name: value}))
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
 
 
@@ -383,7 +413,8 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
                 env_id = getattr(env, "name", type(env).__name__)
                 if not env.on_host:
                     check_env(env, num_envs=2, num_steps=2)
-            exact = solve(env, args.gamma, device)
+            num_members = len(args.members)
+            exact = solve(env, member_values(args, "gamma").tolist(), device)
             if args.stop_when_optimal and exact is None:
                 raise UsageError(
                     f"--stop-when-optimal: {env_id} has no exact solution here; "
@@ -397,7 +428,8 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
             if choice.compiled and not fits(args, env, device, state_copies):
                 why = "no memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
-            noise, dqn = Noise(args.seed, args.num_seeds, device), make_dqn(args, env)
+            noise = Noise(args.seed, num_members, device, args.num_seeds)
+            dqn = make_dqn(args, env)
             state = dqn.init(noise, hyper_of(args))
         except (ValueError, EnvCheckError) as error:
             raise UsageError(str(error)) from error
@@ -438,24 +470,26 @@ def make_dqn(args: Args, env: TensorEnv) -> DQN:
     """The algorithm that the settings describe."""
     obs = env.example_obs()
     sizes = (env.features(obs).shape[-1], *args.hidden_sizes, env.num_actions)
-    head, copies = ScalarHead(args.loss), (args.num_seeds, args.num_envs)
+    head, num_members = ScalarHead(args.loss), len(args.members)
+    replay_shape = args.buffer_size, num_members, args.num_envs
     device = choose_device(args.device)
     return DQN(
         env=env,
         network=QNetwork(sizes, head.num_outputs),
         head=head,
-        replay=Replay(args.buffer_size, *copies, obs, env.num_actions, device),
-        num_members=args.num_seeds,
+        replay=Replay(*replay_shape, obs, env.num_actions, device),
+        num_members=num_members,
         num_envs=args.num_envs,
         batch_size=args.batch_size,
         double_q=args.double_q,
-        holds_actions=args.eps_repeat > 0.0,
+        holds_actions=bool((member_values(args, "eps_repeat") > 0.0).any()),
     )
 
 
 def member_values(args: Args, name: str) -> NDArray[np.float64]:
     """A setting of each member, [M]."""
-    return np.full(args.num_seeds, getattr(args, name), np.float64)
+    usual = getattr(args, name)
+    return np.array([member.get(name, usual) for member in args.members], np.float64)
 
 
 def hyper_of(args: Args) -> Hyper:
@@ -466,15 +500,16 @@ def hyper_of(args: Args) -> Hyper:
 
 def schedules_of(args: Args) -> Schedules:
     """Values that follow from the step count."""
-    end = "learning_rate" if args.learning_rate_end is None else "learning_rate_end"
+    constant = args.learning_rate_end is None and "learning_rate_end" not in args.sweep
+    end = "learning_rate" if constant else "learning_rate_end"
     return Schedules(
         learning_rate=member_values(args, "learning_rate"),
         learning_rate_end=member_values(args, end),
         eps_start=member_values(args, "eps_start"),
         eps_end=member_values(args, "eps_end"),
+        eps_steps=np.floor(member_values(args, "eps_fraction") * args.total_timesteps),
         tau=member_values(args, "tau"),
         total_timesteps=args.total_timesteps,
-        eps_steps=int(args.eps_fraction * args.total_timesteps),
     )
 
 
@@ -534,7 +569,7 @@ def train(
         run_dir = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
         config = describe_training(training)
         probe = env.features(dqn.by_member(state.env.obs)[:, :1]).clone()
-        metrics = Metrics(args.num_seeds, most_episodes(args), noise.device)
+        metrics = Metrics(dqn.num_members, most_episodes(args), noise.device)
         diagnostics = Diagnostics(dqn, exact)
         with RunRecord(run_dir, config, plan, metrics, diagnostics, dqn, state, began) as run:
             training.runner.on_change = run.changed_engine
@@ -557,7 +592,7 @@ def train(
                         args.eval_episodes,
                         noise,
                         epoch=run.num_evaluations,
-                        gamma=args.gamma,
+                        gamma=member_values(args, "gamma"),
                     )
                     known = exact.compare(q_net) if exact else {}
                     row = run.evaluated(result, known)
@@ -565,7 +600,9 @@ def train(
                 solved = reached_goal(args, row)
                 ends = stopped or done or solved
                 if log or ends:
-                    row["charts/epsilon"] = training.schedules.epsilon(chunk.after)[0].item()
+                    row["charts/epsilon"] = one_or_all(
+                        training.schedules.epsilon(chunk.after).tolist()
+                    )
                     run.log_point(row, q_probe(q_net, probe))
                 elif row:
                     run.log(row)
@@ -595,6 +632,7 @@ def describe_training(training: Training) -> dict[str, Any]:
         training.dqn,
         training.noise.device,
         training.exact,
+        args.members,
         runner.engine,
         runner.reason,
     )
@@ -618,7 +656,7 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
     # Enough numbers at once to hide the cost of a call, few enough to stay in the cache.
     updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
-    numbers = args.num_seeds * (args.num_envs * per_copy + 2 * updates * args.batch_size)
+    numbers = len(args.members) * (args.num_envs * per_copy + 2 * updates * args.batch_size)
     window, chunk = max(1, 2**19 // numbers), plan.max_chunk_steps
     choice = choose_engine(args.engine, choose_device(args.device), plan.total_updates, env.on_host)
     if graph := choice.engine == "graph":
@@ -642,7 +680,7 @@ def most_episodes(args: Args) -> int:
     a log point is late by up to num_envs - 1 of a member's."""
     log_interval = intervals(args)["log_interval"] or args.total_timesteps
     interval = min(log_interval, args.total_timesteps)
-    return min((interval + args.num_envs - 1) * args.num_seeds, 2**20)
+    return min((interval + args.num_envs - 1) * len(args.members), 2**20)
 
 
 # ------------------------------------------------------------------------------- command line

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dqn_fast.envs import TensorEnv
 from dqn_fast.envs.params import plain
 from dqn_fast.exact import ExactValues
 from dqn_fast.plan import Plan
+from dqn_fast.sweep import label_of, one_or_all
 
 PRECISIONS = {"highest": "float32", "high": "TF32"}
 """What the settings of --matmul-precision are called."""
@@ -34,6 +35,7 @@ def describe(
     dqn: DQN,
     device: torch.device,
     exact: ExactValues | None,
+    members: list[dict[str, Any]],
     engine: str,
     engine_reason: str,
 ) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def describe(
         dqn: the algorithm.
         device: of the run.
         exact: the environment's solution, if there is one.
+        members: seed and swept settings of each member.
         engine: that runs it.
         engine_reason: why, in a few words.
     """
@@ -80,6 +83,7 @@ def describe(
         "changed": [name for name, value in settings.items() if value != plain(usual[name])],
         "args": settings,
         "derived": {
+            "members": members,
             "num_actions": env.num_actions,
             "sizes": list(dqn.network.sizes),
             "network": plain(dataclasses.asdict(dqn.network)),
@@ -90,8 +94,8 @@ def describe(
             "end": plan.end,
             "total_vector_steps": plan.num_vector_steps,
             "total_updates": plan.total_updates,
-            "optimal_return": exact.optimal_return if exact else None,
-            "optimal_start_value": exact.optimal_start_value if exact else None,
+            "optimal_return": one_or_all(exact.optimal_return) if exact else None,
+            "optimal_start_value": one_or_all(exact.optimal_start_value) if exact else None,
             "grid_shape": getattr(env, "grid_shape", None),
             "rounded": rounded,
             "device": device_name(device),
@@ -150,7 +154,7 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
         f"env       {config['env_id']} ({params})",
         f"device    {derived['device']}{threads}{precision}; engine {derived['engine']} "
         f"({derived['engine_reason']})",
-        f"run       {args['num_seeds']} x {args['num_envs']} envs (seed {args['seed']}), "
+        f"run       {len(derived['members'])} x {args['num_envs']} envs (seed {args['seed']}), "
         f"{derived['end']:,} transitions in {derived['total_vector_steps']:,} vector steps",
         f"learning  {derived['total_updates']:,} gradient steps of {args['batch_size']} "
         f"transitions, replay ratio {derived['replay_ratio']:g}",
@@ -165,6 +169,7 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
 
 def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) -> list[str]:
     """What a run did, for people."""
+    members = summary.get("members") or []
     lines = [
         f"{summary['status']}: {summary['global_step']:,} transitions and "
         f"{summary['num_updates']:,} gradient steps in {summary['wall_s']:.1f} s",
@@ -175,8 +180,16 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
         lines.append(
             f"greedy return {summary['eval_return_mean']:.5g} +- "
             f"{summary['eval_return_std']:.2g} over {args['eval_episodes']} episodes"
-            + (f", mean of {args['num_seeds']} members" if args["num_seeds"] > 1 else "")
+            + (f", mean of {len(members)} members" if members else "")
         )
+        if args["sweep"]:
+            returns = [member["eval_return_mean"] for member in members]
+            best = int(np.nanargmax(returns))
+            own = label_of({name: members[best][name] for name in args["sweep"]})
+            lines.append(
+                f"best member {best} (seed {members[best]['seed']}, {own}): "
+                f"greedy return {returns[best]:.5g}"
+            )
     if summary["optimal_return"] is not None and summary["q_error_max"] is not None:
         lines.append(
             f"optimal return {summary['optimal_return']:.5g}; largest value error "
@@ -187,26 +200,26 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
 
 
 def summarise(
-    shared: Mapping[str, Any], members: Mapping[str, list[Any]], num_members: int
+    shared: Mapping[str, Any], values: Mapping[str, list[Any]], members: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The summary of a run: means over members at the top, and a row each if there are several.
 
     Args:
         shared: what is the same for all members.
-        members: by name, one value per member, or None where it is not known.
-        num_members: M.
+        values: by name, one value per member, or None where it is not known.
+        members: seed and swept settings of each member.
     """
     summary = dict(shared)
-    for name, values in members.items():
-        if any(value is None for value in values):
+    for name, each in values.items():
+        if any(value is None for value in each):
             summary[name] = None
-        elif isinstance(values[0], bool):
-            summary[name] = all(values)
+        elif isinstance(each[0], bool):
+            summary[name] = all(each)
         else:
-            summary[name] = float(np.mean(values)) if num_members > 1 else values[0]
-    if num_members > 1:
+            summary[name] = each[0] if len(set(each)) == 1 else float(np.mean(each))
+    if len(members) > 1:
         summary["members"] = [
-            {"seed": shared["seed"] + i} | {name: values[i] for name, values in members.items()}
-            for i in range(num_members)
+            {**member, **{name: each[i] for name, each in values.items()}}
+            for i, member in enumerate(members)
         ]
     return summary

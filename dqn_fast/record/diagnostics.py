@@ -20,6 +20,7 @@ from dqn_fast.envs import TabularEnv
 from dqn_fast.exact import ExactValues
 from dqn_fast.networks import Params
 from dqn_fast.replay import Replay, ReplayState
+from dqn_fast.sweep import one_or_all
 
 QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 SAMPLE_SIZE = 128
@@ -78,7 +79,7 @@ class Diagnostics:
         if self._exact is not None:
             snapshot["q_values"] = self._exact.q_values(dqn.q_function(state))
         if isinstance(self.env, TabularEnv) and self._exact is not None:
-            num_states = len(self._exact.q_star)
+            num_states = self._exact.q_star.shape[1]
             snapshot["visits"] = visits(self.env, dqn.replay, state.replay, new_rows, num_states)
         return snapshot
 
@@ -118,9 +119,10 @@ class Diagnostics:
         stacked["quantile_levels"] = np.array(QUANTILE_LEVELS)
         stacked["td_error_sample"] = td_error[-1]
         if self._exact is not None:
-            stacked["q_star"] = self._exact.q_star.numpy()
+            q_star = self._exact.q_star  # one for all members, unless they differ in gamma
+            stacked["q_star"] = (q_star[0] if (q_star == q_star[0]).all() else q_star).numpy()
             stacked["terminal"] = self._exact.mdp.terminal.numpy()
-            stacked["optimal_return"] = np.array(self._exact.optimal_return)
+            stacked["optimal_return"] = np.array(one_or_all(self._exact.optimal_return))
         return stacked
 
 

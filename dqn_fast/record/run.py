@@ -147,7 +147,8 @@ class RunRecord:
         self.compile_s = self.eval_s = 0.0
         self.summary: dict[str, Any] = {}
         self._args: Mapping[str, Any] = config["args"]
-        self._num_members: int = self._args["num_seeds"]
+        self._members: list[dict[str, Any]] = config["derived"]["members"]
+        self._num_members = len(self._members)
         self._plan, self._metrics, self._diagnostics = plan, metrics, diagnostics
         self._dqn, self._state, self._q_net = dqn, state, dqn.q_function(state)
         self._device = self._q_net.device
@@ -474,7 +475,8 @@ class RunRecord:
             "status": self.status,
             "env_id": self.config["env_id"],
             "seed": self._args["seed"],
-            "num_seeds": self._num_members,
+            "num_seeds": self._args["num_seeds"],
+            "num_members": self._num_members,
             "num_envs": self._args["num_envs"],
             "global_step": self._global_step,
             "num_updates": self._num_updates,
@@ -487,8 +489,6 @@ class RunRecord:
             "env_steps_per_s": self._global_step * self._num_members / seconds,
             "updates_per_s": self._num_updates * self._num_members / seconds,
             "eval_episodes": self._args["eval_episodes"],
-            "optimal_return": self.config["derived"]["optimal_return"],
-            "optimal_start_value": self.config["derived"]["optimal_start_value"],
             "episodes_dropped": self._episodes.num_dropped,
             "engine": self.engine,
             "engine_reason": self._reason,
@@ -502,7 +502,10 @@ class RunRecord:
             "policy_optimal": unknown,
             "start_value": unknown,
         }
-        return summarise(shared, members | self._evaluation, self._num_members)
+        for name in ("optimal_return", "optimal_start_value"):
+            known = self.config["derived"][name]
+            members[name] = known if isinstance(known, list) else [known] * self._num_members
+        return summarise(shared, members | self._evaluation, self._members)
 
 
 def _write_npz(arrays: Mapping[str, Any], path: Path) -> None:
@@ -518,7 +521,7 @@ def tracker_config(run_dir: Path, config: Mapping[str, Any]) -> TrackerConfig:
         run_name=run_dir.name,
         config=config,
         total_timesteps=config["derived"]["end"],
-        num_members=args["num_seeds"],
+        num_members=len(config["derived"]["members"]),
         **{name: args[name] for name in (*names, "wandb_tags", "wandb_mode")},
     )
 
