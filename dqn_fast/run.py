@@ -38,6 +38,7 @@ from dqn_fast.networks import QNetwork
 from dqn_fast.replay import Replay
 from dqn_fast.report import run_figures, write_report
 from dqn_fast.schedule import Chunk, Plan
+from dqn_fast.settings import UsageError as UsageError  # other modules have it from here
 from dqn_fast.tracker import TrackerConfig, make_tracker
 from dqn_fast.video import RUN_FILM, film_run
 
@@ -46,10 +47,6 @@ Row = tuple[int, dict[str, Any]]
 
 COPIED_BYTES = 2**28
 """Size up to which a checkpoint is copied and written beside the loop."""
-
-
-class UsageError(ValueError):
-    """Input that makes no sense; the message names the flag, the value and what is allowed."""
 
 
 class TrainingError(RuntimeError):

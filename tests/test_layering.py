@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
-    {"background", "bellman", "device", "noise", "schedule"},
+    {"background", "bellman", "device", "noise", "schedule", "settings"},
     {"envs", "networks", "replay", "engine"},
     {"agent", "metrics", "tracker"},
     {"checkpoint"},
