@@ -89,10 +89,11 @@ from dqn_fast.settings import (
 
 # ------------------------------------------------------------------------------------ settings
 
+# Types of several settings; --help shows their ranges.
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
 IntervalOrNone = Annotated[int | None, at_least(0, note="0: off")]
-Fraction = Annotated[float, between(0, 1)]
+UnitInterval = Annotated[float, between(0, 1)]
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Args:
     """Seed of the first member."""
 
     # Algorithm
-    gamma: Fraction = 0.99
+    gamma: UnitInterval = 0.99
     """Discount per environment step."""
     learning_rate: Annotated[float, above(0, finite=True)] = 1e-3
     """Adam's step size at the start."""
@@ -147,11 +148,11 @@ class Args:
     """Transitions between synchronisations of the target network."""
     tau: Annotated[float, between(0, 1, "(]")] = 0.02
     """Weight of the online network in a synchronisation; 1 is a hard copy."""
-    eps_start: Fraction = 1.0
+    eps_start: UnitInterval = 1.0
     """Probability of a random action at the start."""
-    eps_end: Fraction = 0.05
+    eps_end: UnitInterval = 0.05
     """Probability of a random action once the decay is over."""
-    eps_fraction: Fraction = 0.5
+    eps_fraction: UnitInterval = 0.5
     """Fraction of total_timesteps over which it decays linearly; 0 is eps_end from the start."""
     eps_repeat: Annotated[float, between(0, 1, "[)")] = 0.0
     """Probability that a random action is carried out for one step more. It then lasts
