@@ -24,6 +24,7 @@ from dqn_fast.dqn import QFunction
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
 from dqn_fast.noise import Noise, Stream
+from dqn_fast.settings import at_least, check_settings, parse
 
 _STEPS_PER_CHECK = 32
 
@@ -120,10 +121,10 @@ class EvaluateArgs:
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Directory that a training run wrote."""
-    episodes: int = 100
-    """Episodes of each member, each on a fresh env copy; >= 1."""
-    seed: int = 0
-    """Seed of the episodes' randomness; >= 0. Other episodes than those of the training run."""
+    episodes: Annotated[int, at_least(1)] = 100
+    """Episodes of each member, each on a fresh env copy."""
+    seed: Annotated[int, at_least(0)] = 0
+    """Seed of the episodes' randomness. Other episodes than those of the training run."""
     agent: AgentFile = "best"
     """Weights to play: best (of the best evaluation during training) or last."""
     device: str = "auto"
@@ -131,21 +132,16 @@ class EvaluateArgs:
     video: Path | None = None
     """Film to write of the best member's first episodes, .gif or .mp4; needs the extra:
     pip install -e ".[video]"."""
-    video_episodes: int = 1
-    """Episodes in the film; >= 1."""
-    video_steps: int = 500
-    """Steps of each of them at most; >= 1."""
+    video_episodes: Annotated[int, at_least(1)] = 1
+    """Episodes in the film."""
+    video_steps: Annotated[int, at_least(1)] = 500
+    """Steps of each of them at most."""
 
 
 def main() -> int:
     """Print a line per member and one JSON line last; returns the exit status."""
-    args = tyro.cli(EvaluateArgs)
     try:
-        least = {"episodes": 1, "seed": 0, "video_episodes": 1, "video_steps": 1}
-        for name, lowest in least.items():
-            if getattr(args, name) < lowest:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {getattr(args, name)}: must be at least {lowest}")
+        args = check_settings(parse(EvaluateArgs))
         agent = load_agent(args.run_dir, args.agent, device=args.device)
         draws = ready(agent, args.video) if args.video else None
     except ValueError as error:

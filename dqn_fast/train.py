@@ -47,7 +47,6 @@ from dqn_fast.envs import (
     experiment,
     make_env,
 )
-from dqn_fast.envs.params import plain
 from dqn_fast.evaluate import evaluate, q_probe
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import LossName, ScalarHead
@@ -62,13 +61,29 @@ from dqn_fast.record.run import (
     Interruption,
     RunRecord,
     TrainingError,
-    UsageError,
     create_run_dir,
 )
 from dqn_fast.replay import Replay
+from dqn_fast.settings import (
+    UsageError,
+    above,
+    at_least,
+    between,
+    check_settings,
+    check_value,
+    finite,
+    flag,
+    parse,
+)
 from dqn_fast.sweep import members_of, one_or_all, read_sweep, sweep_error
 
 # ------------------------------------------------------------------------------------ settings
+
+# Types of several settings; --help shows their ranges.
+Count = Annotated[int, at_least(1)]
+CountOrZero = Annotated[int, at_least(0)]
+IntervalOrNone = Annotated[int | None, at_least(0, note="0: off")]
+UnitInterval = Annotated[float, between(0, 1)]
 
 
 @dataclass
@@ -92,14 +107,14 @@ class Args:
     """How the copies of an environment that is not made of tensors are stepped: sync, one after
     the other; async, in a process each, beside the learner; vector_entry_point, by its own
     vector version."""
-    num_envs: int = 64
-    """Copies of the environment that step together, for each member; >= 1."""
-    num_seeds: int = 1
-    """Members: independent agents with seeds seed, seed + 1, ... trained side by side; >= 1."""
-    total_timesteps: int = 65_536
-    """Length of the run in transitions, >= 1; rounded up to a multiple of num_envs."""
-    seed: int = 0
-    """Seed of the first member; >= 0."""
+    num_envs: Count = 64
+    """Copies of the environment that step together, for each member."""
+    num_seeds: Count = 1
+    """Members: independent agents with seeds seed, seed + 1, ... trained side by side."""
+    total_timesteps: Count = 65_536
+    """Length of the run in transitions, rounded up to a multiple of num_envs."""
+    seed: CountOrZero = 0
+    """Seed of the first member."""
 
     sweep: Annotated[
         dict[str, tuple[float, ...]],
@@ -115,46 +130,45 @@ class Args:
     ] = field(default_factory=dict)
     """Settings that members differ in, each with its values: --sweep learning_rate 1e-4 1e-3 gamma
     0.97 0.99 trains all four combinations side by side, with num_seeds seeds each."""
-    sweep_random: int = 0
-    """Settings to draw at random, >= 0; each name of --sweep then has two values, the ends of its
+    sweep_random: CountOrZero = 0
+    """Settings to draw at random; each name of --sweep then has two values, the ends of its
     range. 0: all combinations."""
 
     # Algorithm
-    gamma: float = 0.99
-    """Discount per environment step; in [0, 1]."""
-    learning_rate: float = 1e-3
-    """Adam's step size at the start; > 0."""
-    learning_rate_end: float | None = 0.0
-    """Step size at the end of the run, reached linearly; >= 0. None: constant."""
-    buffer_size: int = 25_000
-    """Transitions that the replay memory of a member holds; >= num_envs and >= batch_size."""
-    batch_size: int = 64
-    """Transitions of a member sampled for one gradient step; >= 1."""
-    learning_starts: int = 500
-    """Transitions before the first gradient step; >= 0."""
-    train_freq: int = 16
-    """Transitions for which gradient_steps gradient steps are taken; >= 1."""
-    gradient_steps: int = 1
-    """Gradient steps per train_freq transitions; >= 0. The replay ratio, sampled transitions per
+    gamma: UnitInterval = 0.99
+    """Discount per environment step."""
+    learning_rate: Annotated[float, above(0, finite=True)] = 1e-3
+    """Adam's step size at the start."""
+    learning_rate_end: Annotated[float | None, at_least(0, finite=True)] = 0.0
+    """Step size at the end of the run, reached linearly. None: constant."""
+    buffer_size: Count = 25_000
+    """Transitions that the replay memory of a member holds, at least num_envs and batch_size."""
+    batch_size: Count = 64
+    """Transitions of a member sampled for one gradient step."""
+    learning_starts: CountOrZero = 500
+    """Transitions before the first gradient step."""
+    train_freq: Count = 16
+    """Transitions for which gradient_steps gradient steps are taken."""
+    gradient_steps: CountOrZero = 1
+    """Gradient steps per train_freq transitions. The replay ratio, sampled transitions per
     collected one, is gradient_steps * batch_size / train_freq."""
-    target_update_interval: int = 16
-    """Transitions between synchronisations of the target network; >= 0."""
-    tau: float = 0.02
-    """Weight of the online network in a synchronisation; in (0, 1], 1 is a hard copy."""
-    eps_start: float = 1.0
-    """Probability of a random action at the start; in [0, 1]."""
-    eps_end: float = 0.05
-    """Probability of a random action once the decay is over; in [0, 1]."""
-    eps_fraction: float = 0.5
-    """Fraction of total_timesteps over which it decays linearly; in [0, 1], 0 is eps_end from the
-    start."""
-    eps_repeat: float = 0.0
-    """Probability that a random action is carried out for one step more; in [0, 1). It then lasts
+    target_update_interval: Annotated[int, at_least(0, note="0: off")] = 16
+    """Transitions between synchronisations of the target network."""
+    tau: Annotated[float, between(0, 1, "(]")] = 0.02
+    """Weight of the online network in a synchronisation; 1 is a hard copy."""
+    eps_start: UnitInterval = 1.0
+    """Probability of a random action at the start."""
+    eps_end: UnitInterval = 0.05
+    """Probability of a random action once the decay is over."""
+    eps_fraction: UnitInterval = 0.5
+    """Fraction of total_timesteps over which it decays linearly; 0 is eps_end from the start."""
+    eps_repeat: Annotated[float, between(0, 1, "[)")] = 0.0
+    """Probability that a random action is carried out for one step more. It then lasts
     1 / (1 - eps_repeat) steps on average, which explores where single steps lead nowhere."""
-    max_grad_norm: float = 10.0
-    """Global norm to which the gradients of a member are clipped; > 0, inf for no clipping."""
-    hidden_sizes: tuple[int, ...] = (128, 128)
-    """Widths of the hidden layers; each >= 1."""
+    max_grad_norm: Annotated[float, above(0, note="inf: no clipping")] = 10.0
+    """Global norm to which the gradients of a member are clipped."""
+    hidden_sizes: Annotated[tuple[int, ...], at_least(1, each=True)] = (128, 128)
+    """Widths of the hidden layers."""
     double_q: bool = False
     """Double DQN: the online network chooses the successor's action, the target network judges
     it. Lowers the overestimation that plain DQN suffers from, for one more forward pass."""
@@ -169,10 +183,10 @@ class Args:
     """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (30 to
     40 s, kept for the next run); graph, captured in CUDA graphs. auto weighs the gradient steps to
     come against the time to compile and says what it chose. Results agree but for rounding."""
-    chunk_steps: int = 256
-    """Vector steps per chunk at most, >= 1; never changes the result."""
-    num_threads: int = 1
-    """CPU threads; >= 0, 0 leaves torch's own choice. Small networks are fastest on one."""
+    chunk_steps: Count = 256
+    """Vector steps per chunk at most; never changes the result."""
+    num_threads: Annotated[int, at_least(0, note="0: torch's own choice")] = 1
+    """CPU threads. Small networks are fastest on one."""
     matmul_precision: MatmulPrecision = "highest"
     """Float32 matrix products on a GPU: highest, in float32; high, in TF32, with 10 bits of
     mantissa instead of 23, where the card has it. A CPU multiplies in float32 either way."""
@@ -182,20 +196,20 @@ class Args:
     """Name of the experiment, part of the run directory's name."""
     run_dir: Path | None = None
     """Directory to write, new or empty. None: runs/<env>__<name>__s<seed>__<UTC time>."""
-    log_interval: int | None = None
-    """Transitions between log points; >= 0. None: a 50th of the run, at most 2,048 vector steps."""
-    eval_interval: int | None = None
-    """Transitions between greedy evaluations; >= 0. None: a 16th of the run, at most 8,192 vector
+    log_interval: IntervalOrNone = None
+    """Transitions between log points. None: a 50th of the run, at most 2,048 vector steps."""
+    eval_interval: IntervalOrNone = None
+    """Transitions between greedy evaluations. None: a 16th of the run, at most 8,192 vector
     steps. The end of the run is always evaluated."""
-    eval_episodes: int = 100
-    """Episodes of each member per evaluation; >= 1."""
-    stop_at_return: float | None = None
+    eval_episodes: Count = 100
+    """Episodes of each member per evaluation."""
+    stop_at_return: Annotated[float | None, finite()] = None
     """End the run at the first evaluation in which every member's mean return is at least this."""
     stop_when_optimal: bool = False
     """End the run at the first evaluation in which every member's policy is optimal and its values
     are within 0.05 of the exact ones; for environments that can be solved exactly."""
-    checkpoint_interval: int | None = None
-    """Transitions between checkpoints; >= 0. None: a quarter of the run, at most 131,072 vector
+    checkpoint_interval: IntervalOrNone = None
+    """Transitions between checkpoints. None: a quarter of the run, at most 131,072 vector
     steps. The end of the run is always saved."""
     report: bool = True
     """Write report.html at the end of the run, and agent.gif where the agent can be filmed (needs
@@ -250,31 +264,18 @@ def intervals(args: Args) -> dict[str, int]:
     return chosen
 
 
-def check(args: Args) -> None:
-    """Raise UsageError for the first setting that makes no sense."""
+def check(args: Args) -> Args:
+    """The settings, each in its field's own type.
+
+    Raises:
+        UsageError: the first setting that makes no sense, by itself or beside the others.
+    """
+    args = check_settings(args)
 
     def need(ok: bool, name: str, allowed: str) -> None:
         if not ok:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}: must be {allowed}")
+            raise UsageError(f"{flag(name)} {getattr(args, name)}: must be {allowed}")
 
-    for name in ("num_envs", "num_seeds", "total_timesteps", "buffer_size", "batch_size"):
-        need(getattr(args, name) >= 1, name, "at least 1")
-    for name in ("train_freq", "eval_episodes", "chunk_steps"):
-        need(getattr(args, name) >= 1, name, "at least 1")
-    for name in ("seed", "learning_starts", "gradient_steps", "num_threads", "sweep_random"):
-        need(getattr(args, name) >= 0, name, "at least 0")
-    for name in ("target_update_interval", *INTERVALS):
-        need((getattr(args, name) or 0) >= 0, name, "at least 0 (0: off)")
-    for name in ("gamma", "eps_start", "eps_end", "eps_fraction"):
-        need(0.0 <= getattr(args, name) <= 1.0, name, "in [0, 1]")
-    need(0.0 <= args.eps_repeat < 1.0, "eps_repeat", "in [0, 1)")
-    need(0.0 < args.tau <= 1.0, "tau", "in (0, 1]")
-    need(0.0 < args.learning_rate < math.inf, "learning_rate", "above 0 and finite")
-    end = args.learning_rate_end
-    need(end is None or 0.0 <= end < math.inf, "learning_rate_end", "at least 0 and finite")
-    need(args.max_grad_norm > 0.0, "max_grad_norm", "above 0")
-    need(all(size >= 1 for size in args.hidden_sizes), "hidden_sizes", "at least 1 each")
     need(
         args.buffer_size >= args.num_envs,
         "buffer_size",
@@ -282,11 +283,6 @@ def check(args: Args) -> None:
     )
     most = min(args.buffer_size, -(-args.total_timesteps // args.num_envs) * args.num_envs)
     need(args.batch_size <= most, "batch_size", f"at most {most}, what replay can ever hold")
-    need(
-        args.stop_at_return is None or math.isfinite(args.stop_at_return),
-        "stop_at_return",
-        "a finite number",
-    )
     need(
         args.eval_interval != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
         "eval_interval",
@@ -296,8 +292,9 @@ def check(args: Args) -> None:
         raise UsageError(f"--sweep {wrong}")
     for name, values in args.sweep.items():
         for value in values:
-            check(dataclasses.replace(args, sweep={}, sweep_random=0, **{name: value}))
+            check_value(Args, name, value)
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
+    return args
 
 
 # -------------------------------------------------------------------------------------- set-up
@@ -405,6 +402,11 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
                 env = make_env(env_id, args.env_params, args.vectorization_mode)
                 stack.callback(env.close)
             else:
+                if not isinstance(env, TensorEnv):
+                    raise UsageError(
+                        f"env {env}: must be a TensorEnv; dqn_fast.envs.from_gymnasium makes one "
+                        "of an environment of Gymnasium's"
+                    )
                 if args.env_params:
                     pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
                     raise UsageError(
@@ -451,9 +453,7 @@ def settle(args: Args) -> Args:
     Raises:
         UsageError: a setting makes no sense.
     """
-    # The numbers of a sweep may be NumPy's, which no file of the run could hold.
-    args = dataclasses.replace(args, **{**plain(vars(args)), "run_dir": args.run_dir})
-    check(args)
+    args = check(args)
     settled: dict[str, Any] = {**intervals(args)}
     return dataclasses.replace(args, **settled)
 
@@ -698,9 +698,9 @@ def asked_env_id(argv: list[str]) -> str:
 
 def main() -> int:
     """Train from the command line; returns the exit status."""
-    args = tyro.cli(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
-    interruption = Interruption()
     try:
+        args = parse(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
+        interruption = Interruption()
         train(args, should_stop=interruption)
     except (UsageError, TrainingError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -60,6 +60,9 @@ def run_main(monkeypatch, *arguments: str) -> int:
         ("--learning-rate-end -1", "--learning-rate-end -1.0: must be at least 0 and finite"),
         ("--max-grad-norm 0", "--max-grad-norm 0.0: must be above 0"),
         ("--hidden-sizes 64 0", "--hidden-sizes (64, 0): must be at least 1 each"),
+        ("--hidden_sizes=[64,0]", "--hidden-sizes (64, 0): must be at least 1 each"),
+        ("--double_q=maybe", "--double-q maybe: must be true or false"),
+        ("--stop-at-return inf", "--stop-at-return inf: must be finite"),
         ("--env-params slip_prob 1.5", "--env-params slip_prob 1.5: must be in [0, 1]"),
         ("--env-params colour red", "--env-params colour red: LineWorld-v0 has no such parameter"),
         ("--env-params n_states many", "--env-params n_states many: must be of type int"),
@@ -101,7 +104,13 @@ def test_bad_input_is_one_clear_line(arguments, message, tmp_path, monkeypatch, 
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("arguments", ["--num-envs many", "--no-such-flag 3", "--loss cubic"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--num-envs many", "--num_envs=1.5", "--no-such-flag 3", "--loss cubic", "--double-q maybe",
+        "--hidden_sizes=[wide]",
+    ],
+)  # fmt: skip
 def test_flags_that_do_not_parse_show_tyros_message(arguments, tmp_path, monkeypatch, capsys):
     """Exit status 2 as well, and nothing written."""
     monkeypatch.chdir(tmp_path)
@@ -172,6 +181,24 @@ def test_a_run_from_the_command_line(tmp_path):
     ):
         assert text in done.stdout
     assert "%|" not in done.stdout  # no progress bar where stdout is no terminal
+
+
+def test_a_run_with_flags_as_a_sweep_writes_them(tmp_path):
+    """`wandb agent` gives --name=value with _, and truth values and lists as Python writes them."""
+    run_dir = tmp_path / "run"
+    flags = ["--learning_rate=0.001", "--double_q=True", "--hidden_sizes=[32, 32]", "--quiet=true",
+             "--report=False", "--wandb_tags=['a', 'b']", "--total_timesteps=1e3",
+             "--learning_rate_end=None", f"--run_dir={run_dir}"]  # fmt: skip
+    done = subprocess.run([*TRAIN, *flags], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
+    args = json.loads((run_dir / "config.json").read_text())["args"]
+    assert args["learning_rate"] == 0.001
+    assert args["learning_rate_end"] is None
+    assert args["double_q"] is True
+    assert args["hidden_sizes"] == [32, 32]
+    assert args["wandb_tags"] == ["a", "b"]
+    assert args["total_timesteps"] == 1_000
+    assert not (run_dir / "report.html").exists()
 
 
 def test_quiet_prints_nothing(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
-    {"bellman", "device", "noise", "plan", "tree"},
+    {"bellman", "device", "noise", "plan", "settings", "sweep", "tree"},
     {"envs"},
     {"algorithm", "heads", "networks", "replay"},
     {"dqn", "engines"},

@@ -39,16 +39,13 @@ from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import EpisodeLog, Metrics, Reading
 from dqn_fast.record.tracker import TrackerConfig, make_tracker
 from dqn_fast.report import run_figures, write_report
+from dqn_fast.settings import UsageError as UsageError  # other modules have it from here
 
 Row = tuple[int, dict[str, Any]]
 """global_step of a log point, and its metrics: a value per member or one for all."""
 
 COPIED_BYTES = 2**28
 """Size up to which a checkpoint is copied and written beside the loop."""
-
-
-class UsageError(ValueError):
-    """Input that makes no sense; the message names the flag, the value and what is allowed."""
 
 
 class TrainingError(RuntimeError):
