@@ -29,6 +29,7 @@ class Agent:
         env: the environment that it was trained on.
         q_net: Q-values of all M members.
         member: the one that `act` asks.
+        members: seed and swept settings of each member, [M].
         global_step: transitions behind each member's weights, [M].
         eval_return_mean: each member's mean return when they were evaluated, [M]; NaN if never.
     """
@@ -40,7 +41,9 @@ class Agent:
         member: int,
         global_step: list[int],
         eval_return_mean: list[float],
+        members: list[dict[str, Any]] | None = None,
     ) -> None:
+        self.members = members or [{} for _ in eval_return_mean]
         self.env, self.q_net, self.member = env, q_net, member
         self.global_step, self.eval_return_mean = global_step, eval_return_mean
         self._device = q_net.device
@@ -119,7 +122,7 @@ def load_agent(
         member = int(np.argmax(np.nan_to_num(returns, nan=-np.inf)))
     if not 0 <= member < len(returns):
         raise ValueError(f"member {member}: must be in 0 .. {len(returns) - 1}")
-    return Agent(env, q_net, member, content["global_step"], returns)
+    return Agent(env, q_net, member, content["global_step"], returns, content.get("members"))
 
 
 def read_q_function(content: Mapping[str, Any]) -> QFunction:

@@ -60,6 +60,7 @@ class Sizes:
     """The settings that memory depends on, by field of `train.Args`."""
 
     num_seeds: int
+    num_points: int
     num_envs: int
     buffer_size: int
     batch_size: int
@@ -72,9 +73,14 @@ class Sizes:
     gradient_steps: int
     eps_repeat: float
 
+    @property
+    def num_members(self) -> int:
+        """M: each point of a sweep is trained with each seed."""
+        return self.num_seeds * self.num_points
+
     @classmethod
     def of(cls, args: object) -> Sizes:
-        """Those of `train.Args`, or of whatever has these fields."""
+        """Those of `train.Args`, or of an object that has these attributes."""
         return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -185,14 +191,14 @@ class _Run:
     @property
     def copies(self) -> int:
         """M * N."""
-        return self.sizes.num_seeds * self.sizes.num_envs
+        return self.sizes.num_members * self.sizes.num_envs
 
     @property
     def num_parameters(self) -> int:
         """Of one network of all members."""
         widths = (self.layout.num_features, *self.sizes.hidden_sizes, self.layout.num_actions)
         one = sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
-        return self.sizes.num_seeds * one
+        return self.sizes.num_members * one
 
     @property
     def outputs(self) -> int:
@@ -217,7 +223,7 @@ class _Run:
     @property
     def replay_rows(self) -> int:
         """Integers that one vector step draws to sample replay: M * U * B."""
-        return self.sizes.num_seeds * self.updates * self.sizes.batch_size
+        return self.sizes.num_members * self.updates * self.sizes.batch_size
 
     @property
     def numbers(self) -> int:
@@ -245,12 +251,12 @@ class _Run:
     @property
     def episodes(self) -> int:
         """Finished episodes that are listed between two log points, at most."""
-        return min(self.interval * self.sizes.num_seeds, MOST_EPISODES)
+        return min(self.interval * self.sizes.num_members, MOST_EPISODES)
 
     @property
     def record(self) -> int:
         """Bytes that a chunk leaves behind for the metrics."""
-        updates = len(UPDATE_METRICS) * self.sizes.num_seeds * self.updates
+        updates = len(UPDATE_METRICS) * self.sizes.num_members * self.updates
         return 4 * self.chunk * (2 * self.copies + updates)
 
     @property
@@ -261,7 +267,7 @@ class _Run:
 
     @property
     def replay(self) -> int:
-        return self.sizes.num_seeds * self.sizes.buffer_size * self.transition
+        return self.sizes.num_members * self.sizes.buffer_size * self.transition
 
     @property
     def environments(self) -> int:
@@ -292,7 +298,7 @@ class _Run:
         interval = self.sizes.log_interval or self.sizes.total_timesteps
         count = min(self.sizes.total_timesteps // interval, MOST_SNAPSHOTS) + 2
         tables = self.layout.num_states * (4 * self.layout.num_actions + 8)
-        return 2 * count * self.sizes.num_seeds * (4 * SAMPLE_SIZE + 8 + tables)
+        return 2 * count * self.sizes.num_members * (4 * SAMPLE_SIZE + 8 + tables)
 
     def needs(self, state_copies: int) -> Needs:
         kept, passing = self._kept(), self._passing() | {"compiling": state_copies * self.state}
@@ -311,7 +317,7 @@ class _Run:
         if self.layout.on_host and not self.on_cuda:
             on_host = self.copies * (WORKER if self.layout.in_workers else HOST_COPY)
         num_updates = max(Metrics.KEPT_UPDATES, self.chunk * self.updates)
-        update_metrics = 4 * len(UPDATE_METRICS) * self.sizes.num_seeds * num_updates
+        update_metrics = 4 * len(UPDATE_METRICS) * self.sizes.num_members * num_updates
         return {
             "replay": self.replay,
             # The state's four, the best evaluation's and that of the last log point.
@@ -326,7 +332,7 @@ class _Run:
     def _passing(self) -> dict[str, int]:
         sizes, layout = self.sizes, self.layout
         m, n, b, f, a = (
-            sizes.num_seeds,
+            sizes.num_members,
             sizes.num_envs,
             sizes.batch_size,
             layout.num_features,

@@ -76,6 +76,11 @@ def sweep_error(sweep: Sweep, num_random: int) -> str | None:
     return None
 
 
+def num_points(sweep: Sweep, num_random: int) -> int:
+    """Settings of a sweep; 1 where there is none."""
+    return num_random or math.prod(len(values) for values in sweep.values())
+
+
 def points_of(sweep: Sweep, num_random: int, seed: int) -> list[dict[str, float]]:
     """The settings of a sweep: all combinations, the last name varies fastest; or random ones.
 

@@ -75,7 +75,7 @@ from dqn_fast.settings import (
     flag,
     parse,
 )
-from dqn_fast.sweep import members_of, one_or_all, read_sweep, sweep_error
+from dqn_fast.sweep import members_of, num_points, one_or_all, read_sweep, sweep_error
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -230,6 +230,16 @@ class Args:
     """None: WANDB_MODE if set, else online where the server answers and a key is configured."""
     tensorboard: bool = False
     """Log to TensorBoard as well; needs the extra: pip install -e ".[tensorboard]"."""
+
+    @property
+    def num_points(self) -> int:
+        """Different settings of members, each of which is trained with num_seeds seeds."""
+        return num_points(self.sweep, self.sweep_random)
+
+    @property
+    def num_members(self) -> int:
+        """M."""
+        return self.num_seeds * self.num_points
 
     @property
     def members(self) -> list[dict[str, Any]]:
@@ -415,14 +425,13 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
                 env_id = getattr(env, "name", type(env).__name__)
                 if not env.on_host:
                     check_env(env, num_envs=2, num_steps=2)
-            num_members = len(args.members)
+            check_memory(args, env, device)
             exact = solve(env, member_values(args, "gamma").tolist(), device)
             if args.stop_when_optimal and exact is None:
                 raise UsageError(
                     f"--stop-when-optimal: {env_id} has no exact solution here; "
                     "use --stop-at-return"
                 )
-            check_memory(args, env, device)
             plan = make_plan(args, env)
             choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
             # On a CPU the compiler is handed a copy, too, and loads it.
@@ -430,7 +439,7 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
             if choice.compiled and not fits(args, env, device, state_copies):
                 why = "no memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
-            noise = Noise(args.seed, num_members, device, args.num_seeds)
+            noise = Noise(args.seed, args.num_members, device, args.num_seeds)
             dqn = make_dqn(args, env)
             state = dqn.init(noise, hyper_of(args))
         except (ValueError, EnvCheckError) as error:
@@ -470,15 +479,15 @@ def make_dqn(args: Args, env: TensorEnv) -> DQN:
     """The algorithm that the settings describe."""
     obs = env.example_obs()
     sizes = (env.features(obs).shape[-1], *args.hidden_sizes, env.num_actions)
-    head, num_members = ScalarHead(args.loss), len(args.members)
-    replay_shape = args.buffer_size, num_members, args.num_envs
+    head = ScalarHead(args.loss)
+    replay_shape = args.buffer_size, args.num_members, args.num_envs
     device = choose_device(args.device)
     return DQN(
         env=env,
         network=QNetwork(sizes, head.num_outputs),
         head=head,
         replay=Replay(*replay_shape, obs, env.num_actions, device),
-        num_members=num_members,
+        num_members=args.num_members,
         num_envs=args.num_envs,
         batch_size=args.batch_size,
         double_q=args.double_q,
@@ -656,7 +665,7 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
     # Enough numbers at once to hide the cost of a call, few enough to stay in the cache.
     updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
-    numbers = len(args.members) * (args.num_envs * per_copy + 2 * updates * args.batch_size)
+    numbers = args.num_members * (args.num_envs * per_copy + 2 * updates * args.batch_size)
     window, chunk = max(1, 2**19 // numbers), plan.max_chunk_steps
     choice = choose_engine(args.engine, choose_device(args.device), plan.total_updates, env.on_host)
     if graph := choice.engine == "graph":
@@ -680,7 +689,7 @@ def most_episodes(args: Args) -> int:
     a log point is late by up to num_envs - 1 of a member's."""
     log_interval = intervals(args)["log_interval"] or args.total_timesteps
     interval = min(log_interval, args.total_timesteps)
-    return min((interval + args.num_envs - 1) * len(args.members), 2**20)
+    return min((interval + args.num_envs - 1) * args.num_members, 2**20)
 
 
 # ------------------------------------------------------------------------------- command line

@@ -146,6 +146,7 @@ def agent_content(
         "env_params": dict(config["env_params"]),
         "network": config["derived"]["network"],
         "q_net": dict(weights),
+        "members": [dict(member) for member in config["derived"]["members"]],
         "global_step": global_step,
         "eval_return_mean": eval_return_mean,
     }
