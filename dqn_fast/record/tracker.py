@@ -1,9 +1,9 @@
-"""Where a run's numbers go: `metrics.jsonl`, the console, Weights & Biases, TensorBoard.
+"""Loggers of a run: `metrics.jsonl`, the console, Weights & Biases, TensorBoard.
 
-The training loop holds one `Tracker` and never asks what is behind it; `make_tracker` builds what a
-`TrackerConfig` asks for. A backend that raises is warned about once and left out from there on:
-training does not stop for a logger. `metrics.jsonl` needs neither network nor account and is always
-written. Nothing here reads a device: the caller hands over host numbers.
+The training loop calls one `Tracker`, which `make_tracker` builds from a `TrackerConfig`. If a
+backend raises, the tracker prints one warning and drops the backend: training never stops for a
+logger. `metrics.jsonl` is always written and needs neither network nor account. This module reads
+no device: the caller passes host numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import ssl
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +31,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-if TYPE_CHECKING:  # each costs a second to import, and only some runs want them
+if TYPE_CHECKING:  # each takes a second to import, and only some runs use it
     import plotly.graph_objects as go
     from torch.utils.tensorboard import SummaryWriter
     from wandb import Run, Settings
@@ -47,78 +49,80 @@ if TYPE_CHECKING:  # each costs a second to import, and only some runs want them
 Metrics: TypeAlias = Mapping[str, float | Sequence[float]]
 
 MAX_MEMBER_CURVES = 16
-"""Members that get a curve of their own in wandb and TensorBoard; each is a run there."""
+"""Largest number of members with their own curves; each member is a run in wandb or TensorBoard."""
 
-START_S, PROBE_S, FINISH_S, UPLOAD_S = 4.0, 2.0, 2.5, 60.0
-"""Longest waits, in seconds: for wandb to start, for its server to answer a probe, for wandb to
-finish, and for it to upload the rest where the server answers. So a server that does not answer
-costs at most START_S at the beginning and FINISH_S + PROBE_S at the end."""
+START_S, PROBE_S, FINISH_S, UPLOAD_S = 4.0, 2.0, 4.0, 60.0
+"""Longest waits in seconds: for wandb to start, for its server to answer a probe, for wandb to
+finish, and for an upload to a server that answers. A server that does not answer delays training by
+at most START_S at the beginning and FINISH_S at the end."""
 
 WANDB_DEFAULTS = {
-    "WANDB_SILENT": "true",  # the tracker says the one line that matters
+    "WANDB_SILENT": "true",  # the tracker prints the one line that matters
     "WANDB_CONSOLE": "off",  # capturing stdout would record every redraw of the progress bar
-    "WANDB_ERROR_REPORTING": "false",  # wandb's own telemetry holds the exit for 10 s per dead host
-    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # what a killed run can lose, in seconds
-    "WANDB_INIT_TIMEOUT": "10",
-    "WANDB_FINISH_TIMEOUT": f"{UPLOAD_S:.0f}",  # the exit hook of wandb waits for ever by default
+    "WANDB_ERROR_REPORTING": "false",  # wandb's telemetry delays the exit by 10 s per dead host
+    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # a killed run loses at most its last second
+    "WANDB_INIT_TIMEOUT": "10",  # a process that ends while wandb starts waits for the rest of it
 }
-"""Set in the environment, where what the person has set wins, before wandb is first imported."""
+"""Environment variables set before wandb is imported, unless the user has set them."""
+
+SYNC = "wandb sync --include-online"
+"""Uploads unfinished runs; without the flag, `wandb sync` takes only those recorded offline."""
 
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """What to track, and where to."""
+    """Settings of the loggers."""
 
     run_dir: Path
-    """Existing folder of the run; everything is written below it."""
+    """Existing folder of the run; all files are written below it."""
     run_name: str
     """Name of the run on dashboards."""
     config: Mapping[str, Any]
     """Content of `config.json`: settings under "args", with the first member's seed."""
     total_timesteps: int
-    """Value of global_step at which the progress bar is full."""
+    """global_step at which the progress bar is full."""
     num_members: int
-    """Independent agents in the run, at least 1; each has a value of every per-member metric."""
+    """Number of independent agents, at least 1; a per-member metric has one value for each."""
     quiet: bool = False
-    """Print nothing but warnings."""
+    """Print only warnings."""
     track: bool = False
     """Log to Weights & Biases."""
     wandb_project: str = "dqn_fast"
-    """Left at this default, WANDB_PROJECT goes before it."""
+    """WANDB_PROJECT overrides this default."""
     wandb_entity: str | None = None
     wandb_group: str | None = None
-    """None: WANDB_RUN_GROUP, or with several members the name of the run."""
+    """None: WANDB_RUN_GROUP; if that is not set and there are several members, `run_name`."""
     wandb_tags: tuple[str, ...] = ()
     wandb_mode: Literal["online", "offline"] | None = None
-    """None: WANDB_MODE, or online. Without an answering server and an API key: offline."""
+    """None: WANDB_MODE, or online. If the server or the API key is missing: offline."""
     tensorboard: bool = False
     """Write event files under run_dir/tensorboard; needs the extra `tensorboard`."""
 
 
 class Tracker:
-    """What the training loop may say. A backend inherits it and overrides what it cares about."""
+    """Interface of a logger. The methods do nothing; a backend overrides those that it needs."""
 
     def progress(self, global_step: int) -> None:
-        """Say how far the run is; cheap enough for every chunk. The first call sets the start."""
+        """Update the progress bar; cheap enough for every chunk. The first call sets the start."""
 
     def log(self, global_step: int, metrics: Metrics) -> None:
-        """Record one log point: a float holds for all members, a sequence has one per member."""
+        """Record one log point: a float for all members, or a sequence of one value per member."""
 
     def message(self, text: str) -> None:
-        """Print a line for the person, above the progress bar."""
+        """Print a line above the progress bar."""
 
     def log_figures(self, global_step: int, figures: Mapping[str, go.Figure]) -> None:
-        """Show Plotly figures, by name."""
+        """Record Plotly figures by name."""
 
     def log_artifact(self, path: Path, name: str, type: str) -> None:
-        """Keep a file with the run."""
+        """Store a copy of a file with the run."""
 
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
-        """Write out what is held; `exit_code` is 0 when the run did what it was asked."""
+        """Write all pending data and close; `exit_code` is 0 for a run that succeeded."""
 
 
 class CompositeTracker(Tracker):
-    """Passes every call on to its backends; one that raises is warned about once and dropped."""
+    """Passes every call to its backends; drops a backend that raises, with one warning."""
 
     def __init__(self, backends: Sequence[Tracker], num_members: int) -> None:
         self._backends = list(backends)
@@ -130,7 +134,9 @@ class CompositeTracker(Tracker):
                 call(backend)
             except Exception as error:
                 self._backends.remove(backend)
-                _warn(f"{type(backend).__name__} failed and is off from here: {_line(error)}")
+                _warn(
+                    f"{type(backend).__name__} failed and is switched off: {_format_error(error)}"
+                )
 
     def progress(self, global_step: int) -> None:
         self._each(lambda backend: backend.progress(global_step))
@@ -139,9 +145,11 @@ class CompositeTracker(Tracker):
         """Record one log point.
 
         Raises:
-            ValueError: a metric has neither one value nor one per member.
+            ValueError: a metric has neither one value nor one value per member.
         """
-        plain = {name: _values(name, value, self._num_members) for name, value in metrics.items()}
+        plain = {
+            name: _to_values(name, value, self._num_members) for name, value in metrics.items()
+        }
         self._each(lambda backend: backend.log(global_step, plain))
 
     def message(self, text: str) -> None:
@@ -155,30 +163,30 @@ class CompositeTracker(Tracker):
 
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
         self._each(lambda backend: backend.finish(summary, exit_code))
-        self._backends.clear()  # so that a second finish does nothing
+        self._backends.clear()  # a second finish does nothing
 
 
 class JsonlTracker(Tracker):
-    """One JSON object per log point, appended to a file as whole lines.
+    """Appends one JSON object per log point to a file, always as whole lines.
 
-    Lines that the disk would not take wait in memory and are tried again at every log and at the
-    end. `wall_s` and `perf/*` are the only values that differ between two runs of one seed.
+    If a write fails, the lines stay in memory and are written at the next log point or at the end.
+    Only `wall_s` and `perf/*` differ between two runs with the same seed.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: io.FileIO | None = None
-        self._whole = 0  # bytes of the file that are whole lines
+        self._whole = 0  # bytes of the whole lines in the file
         self._waiting: deque[bytes] = deque()
         self._warned = False
         self._start = time.monotonic()
 
     def log(self, global_step: int, metrics: Metrics) -> None:
         row: dict[str, Any] = {"global_step": global_step}
-        row |= {name: _finite(_mean(value)) for name, value in metrics.items()}
+        row |= {name: _finite_or_none(_mean(value)) for name, value in metrics.items()}
         row["wall_s"] = round(time.monotonic() - self._start, 3)
         members = {
-            name: [_finite(x) for x in value]
+            name: [_finite_or_none(x) for x in value]
             for name, value in metrics.items()
             if isinstance(value, Sequence)
         }
@@ -199,10 +207,11 @@ class JsonlTracker(Tracker):
                 self._whole += len(self._waiting.popleft())
         except OSError as error:
             if self._file is not None:
-                with contextlib.suppress(OSError):  # no half line for a reader to trip over
+                with contextlib.suppress(OSError):  # a reader would fail at a partial line
                     self._file.truncate(self._whole)
             if not self._warned:
-                _warn(f"{self._path}: {_line(error)}; lines wait in memory until it can be written")
+                why = _format_error(error)
+                _warn(f"{self._path}: {why}; lines are kept in memory and written later")
             self._warned = True
 
     def _open(self) -> None:
@@ -211,7 +220,7 @@ class JsonlTracker(Tracker):
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         self._whole = self._file.read(size).rfind(b"\n") + 1
-        if self._whole < size:  # an earlier process died inside a line
+        if self._whole < size:  # an earlier process was killed while it wrote a line
             self._file.truncate(self._whole)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
@@ -223,19 +232,19 @@ class JsonlTracker(Tracker):
 
 
 class ConsoleTracker(Tracker):
-    """A progress bar on a terminal, with the figures of the last log point, and messages."""
+    """Prints messages and, on a terminal, a progress bar with values of the last log point."""
 
     def __init__(self, total_timesteps: int, quiet: bool) -> None:
         self._total = total_timesteps
         self._quiet = quiet
         self._on = not quiet and sys.stdout.isatty()
         self._bar: tqdm[Any] | None = None
-        self._figures: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
 
     def progress(self, global_step: int) -> None:
         if not self._on:
             return
-        if self._bar is None:  # made here, so that a resumed run does not count as a fast start
+        if self._bar is None:  # created here: a resumed run starts the bar at its first step
             self._bar = tqdm(
                 total=self._total,
                 initial=global_step,
@@ -255,11 +264,11 @@ class ConsoleTracker(Tracker):
             ("charts/epsilon", "epsilon {:.3f}"),
         ):
             value = _mean(metrics.get(name, math.nan))
-            if not math.isnan(value):  # no episode ended since the last log point: keep the old one
-                self._figures[name] = form.format(value)
+            if not math.isnan(value):  # NaN if no episode has ended: keep the previous value
+                self._shown[name] = form.format(value)
         self.progress(global_step)
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(self._figures.values()), refresh=False)
+            self._bar.set_postfix_str(", ".join(self._shown.values()), refresh=False)
 
     def message(self, text: str) -> None:
         if not self._quiet:
@@ -271,18 +280,18 @@ class ConsoleTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases: one run, or with several members their mean and a run for each of them.
+    """Weights & Biases: one run; with several members, one run for their mean and one for each.
 
-    Everything that touches wandb happens in a thread of its own, in order, so that neither its slow
-    import, nor its start, nor a server that stopped answering holds up training. Where the server
-    cannot be reached the runs are recorded offline, below run_dir/wandb, to be uploaded later.
+    A thread of its own makes all wandb calls, in order. Training therefore never waits for wandb's
+    slow import, its start, or a server that stopped answering. If the server is not reachable, the
+    runs are recorded offline below run_dir/wandb and can be uploaded later.
     """
 
     def __init__(self, config: TrackerConfig, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
         self._dir = config.run_dir.absolute() / "wandb"
-        self._runs: list[Run] = []  # the mean first, then members 0, 1, ...
+        self._runs: list[Run] = []  # the mean, then members 0, 1, ...
         self._base_url: str | None = None  # None: offline
         self._failed = False
         self._started = threading.Event()
@@ -301,16 +310,18 @@ class WandbTracker(Tracker):
         self._put(partial(self._log_artifact, path, name, type))
 
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
-        self._jobs.put(partial(self._finish, dict(summary), exit_code))
+        deadline = time.monotonic() + FINISH_S
+        reachable: Future[bool] = Future()
+        self._jobs.put(partial(self._finish, dict(summary), exit_code, reachable))
         self._jobs.put(None)
-        self._thread.join(FINISH_S)
-        if self._thread.is_alive() and self._base_url and _answers(self._base_url):
+        # Probe the server while the thread finishes the runs.
+        reachable.set_result(self._base_url is not None and _answers(self._base_url))
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive() and reachable.result():
             self._say(f"wandb: uploading, for at most {UPLOAD_S:.0f} s")
             self._thread.join(UPLOAD_S)
-        if stuck := self._thread.is_alive():
-            self._fail(f"did not finish; upload what is missing with `{self._sync_command}`")
-        if self._failed:
-            _release_wandb(stuck)
+        if self._thread.is_alive():
+            self._fail(self._unfinished)
 
     def _put(self, job: Callable[[], None]) -> None:
         if not self._failed:
@@ -321,7 +332,7 @@ class WandbTracker(Tracker):
             _warn(f"wandb {what}")
         self._failed = True
 
-    # Everything below runs in the thread.
+    # All methods below run in the thread.
 
     def _work(self) -> None:
         job: Callable[[], None] | None = self._start
@@ -334,28 +345,28 @@ class WandbTracker(Tracker):
         try:
             job()
         except BaseException as error:  # wandb raises SystemExit too
-            self._fail(f"failed and is off from here: {_line(error)}")
+            self._fail(_format_failure(error))
 
     def _start(self) -> None:
         for variable, value in WANDB_DEFAULTS.items():
             os.environ.setdefault(variable, value)
         import wandb
 
-        # On a full disk every line of wandb's own log would print a traceback.
+        # On a full disk, wandb would print a traceback for every line of its own log.
         logging.getLogger("wandb").setLevel(logging.CRITICAL)
         settings = wandb.setup().settings
-        mode, why = self._mode(settings)
+        mode, why = self._choose_mode(settings)
         if mode != "offline":
             self._base_url = settings.base_url
             try:
                 self._init(mode)
             except Exception as error:
-                mode, why = "offline", _line(error)
+                mode, why = "offline", _format_error(error)
                 self._base_url = None
                 self._runs.clear()
         if mode == "offline":
             self._init(mode)
-            how = f"upload it later with `{self._sync_command}`"
+            how = f"upload it later with `wandb sync {self._folders}`"
             if why:
                 _warn(f"wandb records offline, because {why}; {how}")
             else:
@@ -363,13 +374,15 @@ class WandbTracker(Tracker):
         elif self._runs[0].url:
             self._say(f"wandb: {self._runs[0].url}")
 
-    def _mode(self, settings: Settings) -> tuple[str, str]:
-        """The mode to start in, and why it is not the one that was asked for."""
+    def _choose_mode(self, settings: Settings) -> tuple[str, str]:
+        """Return the mode to start in, and the reason if the requested mode is not possible."""
         asked = self._config.wandb_mode or settings.mode  # WANDB_MODE, `wandb offline`, or online
         if asked in ("offline", "dryrun", "disabled"):
             return "offline" if asked == "dryrun" else asked, ""
-        if not (settings.api_key or settings.identity_token_file or _netrc_key(settings.base_url)):
-            return "offline", "no API key is configured"  # wandb would ask for one, and wait
+        if not (
+            settings.api_key or settings.identity_token_file or _has_netrc_key(settings.base_url)
+        ):
+            return "offline", "no API key is configured"  # wandb would prompt for one and wait
         if not _answers(settings.base_url):
             return "offline", f"{settings.base_url} does not answer"
         return asked, ""
@@ -378,11 +391,17 @@ class WandbTracker(Tracker):
         import wandb
 
         config, env = self._config, os.environ
-        members = _num_curves(config)
+        members = _count_curves(config)
         name = env.get("WANDB_NAME", config.run_name)
         project = config.wandb_project
         if project == TrackerConfig.wandb_project:
             project = env.get("WANDB_PROJECT", project)
+        # By default, `finish` and wandb's exit hook wait without limit for an unreachable server.
+        # The run is complete on disk before the wait begins.
+        settings = wandb.Settings(
+            finish_timeout=wandb.setup().settings.finish_timeout or FINISH_S - 1,
+            finish_timeout_raises=True,
+        )
         common: dict[str, Any] = {
             "dir": str(config.run_dir),
             "project": project,
@@ -391,10 +410,12 @@ class WandbTracker(Tracker):
             "tags": config.wandb_tags or None,
             "mode": mode,
             "reinit": "create_new",
+            "settings": settings,
         }
         job_type = "mean" if members else None
         mean = wandb.init(name=name, config=dict(config.config), job_type=job_type, **common)
         self._runs.append(mean)
+        settings.x_disable_stats = True  # the run of the mean records the system metrics
         for i in range(members):
             args = config.config["args"]
             own = {**config.config, "args": {**args, "seed": args["seed"] + i}, "member": i}
@@ -403,7 +424,6 @@ class WandbTracker(Tracker):
                 id=os.urandom(4).hex(),  # WANDB_RUN_ID can name one run only
                 config=own,
                 job_type="member",
-                settings=wandb.Settings(x_disable_stats=True),  # system metrics once is enough
                 **common,
             )
             self._runs.append(run)
@@ -414,11 +434,15 @@ class WandbTracker(Tracker):
             self._say(f"wandb: curves of {members} of {config.num_members} members and their mean")
 
     @property
-    def _sync_command(self) -> str:
-        return f"wandb sync {shlex.quote(str(self._dir))}/*run-*"
+    def _unfinished(self) -> str:
+        return f"did not finish; upload the rest with `{SYNC} {self._folders}`"
+
+    @property
+    def _folders(self) -> str:
+        return f"{shlex.quote(str(self._dir))}/*run-*"
 
     def _log(self, global_step: int, metrics: Metrics) -> None:
-        for run, curve in zip(self._runs, _curves(metrics, len(self._runs) - 1), strict=True):
+        for run, curve in zip(self._runs, _split_curves(metrics, len(self._runs) - 1), strict=True):
             run.log({"global_step": global_step, **curve})
 
     def _log_figures(self, global_step: int, figures: Mapping[str, go.Figure]) -> None:
@@ -426,7 +450,7 @@ class WandbTracker(Tracker):
         import wandb
 
         charts = {
-            f"figures/{name}": wandb.Plotly(go.Figure(_plain_lists(figure.to_plotly_json())))
+            f"figures/{name}": wandb.Plotly(go.Figure(_to_plain_lists(figure.to_plotly_json())))
             for name, figure in figures.items()
         }
         self._runs[0].log({"global_step": global_step, **charts})
@@ -434,8 +458,9 @@ class WandbTracker(Tracker):
     def _log_artifact(self, path: Path, name: str, type: str) -> None:
         import wandb
 
-        # wandb reads the file when it uploads it, offline perhaps days later, and the copy it would
-        # make lies in the home folder. Files of a run are replaced, not written into: link them.
+        # wandb reads the file only when it uploads it, offline perhaps days later. Its own copy
+        # would lie in the home folder. A link is enough: a run replaces its files and never
+        # modifies them.
         self._dir.mkdir(exist_ok=True)
         copy = Path(tempfile.mkdtemp(prefix="artifact-", dir=self._dir)) / path.name
         try:
@@ -446,32 +471,50 @@ class WandbTracker(Tracker):
         artifact.add_file(str(copy), policy="immutable", skip_cache=True)
         self._runs[0].log_artifact(artifact)
 
-    def _finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
-        rows = [{key: value for key, value in summary.items() if key != "members"}]
-        rows += summary.get("members") or []
-        for run, row in zip(self._runs, rows, strict=False):
-            run.summary.update(row)
-        finishing = []  # all at once, because each waits for its own uploads
-        for run in self._runs:
-            job = partial(run.finish, exit_code=exit_code)
-            finishing.append(threading.Thread(target=self._try, args=(job,), daemon=True))
-            finishing[-1].start()
-        for thread in finishing:
+    def _finish(self, summary: Mapping[str, Any], exit_code: int, reachable: Future[bool]) -> None:
+        mean = {key: value for key, value in summary.items() if key != "members"}
+        rows: list[dict[str, Any]] = [mean, *(summary.get("members") or ())]
+        late: list[Run] = []
+        errors: list[BaseException] = []
+
+        def finish(run: Run, row: dict[str, Any]) -> None:
+            try:
+                run.summary.update(row)
+                run.finish(exit_code=exit_code)
+            except TimeoutError:  # of `finish_timeout`
+                late.append(run)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = []  # all runs at the same time, because each waits for its own upload
+        for i, run in enumerate(self._runs):
+            row = rows[i] if i < len(rows) else {}
+            threads.append(threading.Thread(target=finish, args=(run, row), daemon=True))
+            threads[-1].start()
+        for thread in threads:
             thread.join()
+        if errors:  # the service has died: without teardown, wandb's exit hook prints a traceback
+            self._fail(_format_failure(errors[0]))
+            import wandb
+
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()
+        if late and not (reachable.result() and _sync(late, self._config.run_dir)):
+            self._fail(self._unfinished)
 
 
 class TensorBoardTracker(Tracker):
-    """TensorBoard event files; with several members a folder for each inside that of their mean."""
+    """Writes TensorBoard event files; each of several members has a folder inside the mean's."""
 
     def __init__(self, config: TrackerConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = config.run_dir / "tensorboard"
-        folders = [folder, *(folder / f"member_{i}" for i in range(_num_curves(config)))]
+        folders = [folder, *(folder / f"member_{i}" for i in range(_count_curves(config)))]
         self._writers: list[SummaryWriter] = [SummaryWriter(str(path)) for path in folders]
 
     def log(self, global_step: int, metrics: Metrics) -> None:
-        curves = _curves(metrics, len(self._writers) - 1)
+        curves = _split_curves(metrics, len(self._writers) - 1)
         for writer, curve in zip(self._writers, curves, strict=True):
             for name, value in curve.items():
                 writer.add_scalar(name, value, global_step)
@@ -482,10 +525,10 @@ class TensorBoardTracker(Tracker):
 
 
 def make_tracker(config: TrackerConfig) -> Tracker:
-    """The tracker that `config` asks for.
+    """Build the tracker of a run.
 
-    Never raises for a backend that cannot start, and with `track` returns after START_S at the
-    latest: where wandb takes longer, it goes on starting while the run goes on training.
+    A backend that cannot start causes a warning, not an exception. With `track`, the call takes at
+    most START_S: a slower wandb continues to start while the run trains.
     """
     console = ConsoleTracker(config.total_timesteps, config.quiet)
     backends: list[Tracker] = [JsonlTracker(config.run_dir / "metrics.jsonl"), console]
@@ -495,25 +538,29 @@ def make_tracker(config: TrackerConfig) -> Tracker:
         except ImportError:
             _warn("no TensorBoard files: `pip install tensorboard` first")
         except Exception as error:
-            _warn(f"no TensorBoard files: {_line(error)}")
+            _warn(f"no TensorBoard files: {_format_error(error)}")
     if config.track:
         backends.append(WandbTracker(config, console.message))
     return CompositeTracker(backends, config.num_members)
 
 
 def _warn(text: str) -> None:
-    """Print a warning line to stderr, quiet or not."""
+    """Print a warning to stderr, also if `quiet`."""
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def _line(error: BaseException) -> str:
-    """An exception on one line."""
+def _format_failure(error: BaseException) -> str:
+    return f"failed and is switched off: {_format_error(error)}"
+
+
+def _format_error(error: BaseException) -> str:
+    """Format an exception as one line."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _values(name: str, value: float | Sequence[float], num_members: int) -> float | list[float]:
-    """A metric as one Python float, or as a list of one per member when there are several."""
+def _to_values(name: str, value: float | Sequence[float], num_members: int) -> float | list[float]:
+    """Convert a metric to one float, or with several members to a list of one float each."""
     array = np.asarray(value, dtype=np.float64)
     if array.ndim == 0 or array.shape == (num_members,) == (1,):
         return float(array.item())
@@ -524,25 +571,28 @@ def _values(name: str, value: float | Sequence[float], num_members: int) -> floa
 
 
 def _mean(value: float | Sequence[float]) -> float:
-    """Mean over the members that have a value; NaN when none has."""
+    """Average the members that have a value; NaN if none has."""
     if not isinstance(value, Sequence):
         return value
     known = [x for x in value if not math.isnan(x)]
     return sum(known) / len(known) if known else math.nan
 
 
-def _finite(value: float) -> float | None:
-    """What strict JSON can hold of a float."""
+def _finite_or_none(value: float) -> float | None:
+    """Replace NaN and infinity by None, because strict JSON has neither."""
     return value if math.isfinite(value) else None
 
 
-def _num_curves(config: TrackerConfig) -> int:
-    """Members that get a curve beside the mean of all."""
+def _count_curves(config: TrackerConfig) -> int:
+    """Number of members with their own curves; 0 if the run has only one member."""
     return min(config.num_members, MAX_MEMBER_CURVES) if config.num_members > 1 else 0
 
 
-def _curves(metrics: Metrics, members: int) -> list[dict[str, float]]:
-    """The finite values of the mean, then of the first members (of their own metrics only)."""
+def _split_curves(metrics: Metrics, members: int) -> list[dict[str, float]]:
+    """Split metrics into the mean of all members and the per-member metrics of the first ones.
+
+    Values that are not finite are left out.
+    """
     rows = [{name: _mean(value) for name, value in metrics.items()}]
     rows += [
         {name: value[i] for name, value in metrics.items() if isinstance(value, Sequence)}
@@ -551,21 +601,21 @@ def _curves(metrics: Metrics, members: int) -> list[dict[str, float]]:
     return [{name: x for name, x in row.items() if math.isfinite(x)} for row in rows]
 
 
-def _plain_lists(value: Any) -> Any:
-    """A figure's dictionary without base64 arrays, which some wandb servers draw as nothing."""
+def _to_plain_lists(value: Any) -> Any:
+    """Replace the base64 arrays of a figure by lists: some wandb servers do not draw base64."""
     if isinstance(value, dict) and "bdata" in value:
         array = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
         shape = [int(n) for n in str(value.get("shape", array.size)).split(",")]
-        return _plain_lists(array.reshape(shape).tolist())
+        return _to_plain_lists(array.reshape(shape).tolist())
     if isinstance(value, dict):
-        return {key: _plain_lists(item) for key, item in value.items()}
+        return {key: _to_plain_lists(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_lists(item) for item in value]
+        return [_to_plain_lists(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _answers(url: str) -> bool:
-    """Whether a server answers at `url` within PROBE_S, whatever it says short of an error."""
+    """Whether a server answers at `url` within PROBE_S, with any status below 500."""
     answered: list[bool] = []
 
     def probe() -> None:
@@ -576,20 +626,20 @@ def _answers(url: str) -> bool:
             error.close()
             answered.append(error.code < 500)
         except urllib.error.URLError as error:
-            # A certificate that Python does not know may be one that wandb does.
+            # wandb may accept a certificate that Python does not know.
             answered.append(isinstance(error.reason, ssl.SSLCertVerificationError))
         except Exception:
             return
 
-    # A thread, because looking a name up knows no timeout.
+    # In a thread, because the name lookup has no timeout.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_S)
     return any(answered)
 
 
-def _netrc_key(url: str) -> bool:
-    """Whether `wandb login` has left a key for this server."""
+def _has_netrc_key(url: str) -> bool:
+    """Whether `wandb login` has stored a key for this server."""
     try:
         entries = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc")))
     except (OSError, netrc.NetrcParseError):
@@ -597,18 +647,20 @@ def _netrc_key(url: str) -> bool:
     return entries.authenticators(urlsplit(url).hostname or "") is not None
 
 
-def _release_wandb(stop: bool) -> None:
-    """Keep wandb's service process from holding up the exit of this one.
-
-    With `stop` it is ended; what it was told more than a second ago is on the disk. Without, only
-    one that has died is let go, because other runs of this process may be using it. wandb has no
-    public way to give up; should its insides change, the exit waits for WANDB_FINISH_TIMEOUT.
-    """
-    with contextlib.suppress(Exception, SystemExit):  # teardown() exits with a killed service
-        import wandb
-
-        process = wandb.setup()._connection._proc._process  # type: ignore[union-attr]
-        if stop:
-            process.terminate()
-        if stop or process.poll() is not None:
-            wandb.teardown()
+def _sync(runs: Sequence[Run], run_dir: Path) -> bool:
+    """Upload unfinished runs from their files; False if it fails or takes longer than UPLOAD_S."""
+    command = [
+        sys.executable,
+        "-m",
+        *SYNC.split(),
+        *(os.path.abspath(run.sync_dir) for run in runs),
+    ]
+    null = subprocess.DEVNULL
+    try:
+        # The command writes its log to the folder `wandb` of the working directory.
+        done = subprocess.run(
+            command, cwd=run_dir, stdin=null, stdout=null, stderr=null, timeout=UPLOAD_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.returncode == 0

@@ -61,21 +61,31 @@ times = {"start": made - start, "finish": time.monotonic() - end}
 """
 
 STAND_IN_SERVER = """
-import http.server, threading
+import gzip, http.server, re, threading
 class Server(http.server.BaseHTTPRequestHandler):
     # Knows just enough of wandb's protocol for a run to start.
     hang = threading.Event()
     posts_hang = {posts_hang}
+    slow_s = 0  # before the history is taken
+    steps = set()  # those of the history
     def do_GET(self):
         self.answer({{}})
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.posts_hang:
             threading.Event().wait()
-        bucket = {{"id": "QQ==", "name": "r", "displayName": "r", "config": "{{}}",
+        if "file_stream" in self.path:
+            time.sleep(self.slow_s)
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            self.steps.update(map(int, re.findall(rb"global_step[^0-9]+([0-9]+)", body)))
+        name = json.loads(body)["variables"].get("name") if b"variables" in body else None
+        bucket = {{"id": "QQ==", "name": name, "displayName": "r", "config": "{{}}",
                   "project": {{"name": "p", "entity": {{"name": "e"}}}}}}
-        self.answer({{"data": {{"upsertBucket": {{"bucket": bucket, "inserted": True}}}}}}
-                    if b"UpsertBucket" in body else {{"data": {{}}}})
+        answers = {{"upsertBucket": {{"bucket": bucket, "inserted": True}},
+                   "createRunFiles": {{"runID": "QQ==", "uploadHeaders": [], "files": []}}}}
+        self.answer({{"data": {{name: answer for name, answer in answers.items()
+                              if name.lower().encode() in body.lower()}}}})
     def answer(self, reply):
         if self.hang.is_set():
             threading.Event().wait()
@@ -87,6 +97,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+server.handle_error = lambda *args: None  # of a client that has given up
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:%d" % server.server_address[1]
 """
@@ -265,7 +276,7 @@ def test_failing_backend_is_dropped_with_one_warning(
     assert bad.calls.count(fail_at) == 1
     assert len(rows(tmp_path)) == 2
     assert warnings(capfd.readouterr().err) == [
-        "warning: Recorder failed and is off from here: RuntimeError: broken"
+        "warning: Recorder failed and is switched off: RuntimeError: broken"
     ]
 
 
@@ -668,18 +679,67 @@ def test_server_that_goes_away(tmp_path: Path) -> None:
     assert file.summary["eval_return_mean"] == 0.5
 
 
-def test_wandb_that_dies(tmp_path: Path) -> None:
-    """wandb's own process is killed during the run: one warning, and a clean end."""
-    kill = """
-import signal, wandb
-os.kill(wandb.setup()._connection._proc._process.pid, signal.SIGKILL)
+# Kills the children of the process: wandb has started the only one.
+KILL_WANDB = """
+import signal
+for children in Path("/proc/self/task").glob("*/children"):
+    for pid in children.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+"""
+LOG_AFTER = """
 time.sleep(0.3)
 tracker.log(2000, {"charts/epsilon": 0.0})
 """
-    done, _ = run_script(tmp_path, middle=kill, track=True, wandb_mode="offline")
-    assert len(rows(tmp_path)) == 11
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        pytest.param(KILL_WANDB + LOG_AFTER, id="while-logging"),
+        pytest.param(KILL_WANDB, id="before-finish"),
+    ],
+)
+def test_wandb_that_dies(middle: str, tmp_path: Path) -> None:
+    """wandb's own process is killed during the run: one warning, and a clean end."""
+    done, _ = run_script(tmp_path, middle=middle, track=True, wandb_mode="offline")
+    assert len(rows(tmp_path)) == 10 + middle.count("tracker.log")
     assert len(warnings(done.stderr)) == 1
     assert done.stderr.count("\n") == 1
+
+
+def test_wandb_that_dies_while_it_finishes(tmp_path: Path) -> None:
+    """wandb's own process is killed while it waits for the server: one warning, and a clean end."""
+    kill = f"""
+Server.hang.set()
+import threading
+def kill():
+    time.sleep(1)
+    {KILL_WANDB.strip().replace(chr(10), chr(10) + "    ")}
+threading.Thread(target=kill).start()
+"""
+    before = ONE_KEY + STAND_IN_SERVER.format(posts_hang=False)
+    done, seconds = run_script(
+        tmp_path, before=before, middle=kill, track=True, wandb_mode="online"
+    )
+    assert seconds < 20
+    assert len(rows(tmp_path)) == 10
+    assert len(warnings(done.stderr)) == 1
+    assert done.stderr.count("\n") == 1
+
+
+def test_slow_server_gets_everything(tmp_path: Path) -> None:
+    """The server is slower than `finish` waits: the upload is completed, and nothing warns."""
+    middle = "import atexit; atexit.register(lambda: print(sorted(Server.steps)))"
+    done, _ = run_script(
+        tmp_path,
+        before=ONE_KEY + STAND_IN_SERVER.format(posts_hang=False) + "Server.slow_s = 4",
+        middle=middle,
+        track=True,
+        wandb_mode="online",
+    )
+    assert done.stderr == ""
+    assert "wandb: uploading" in done.stdout
+    assert str(list(range(100, 1001, 100))) in done.stdout
 
 
 # --- TensorBoard -------------------------------------------------------------------------------

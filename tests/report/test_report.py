@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from scipy import stats
 
 from dqn_fast.report import __main__ as report
@@ -142,7 +142,7 @@ def test_without_a_film_the_page_says_how_to_get_one(tmp_path: Path, content: by
     out = write_report([path], tmp_path / "report.html")
     assert "data:image/gif" not in out.read_text()
     assert "--video RUN_DIR/agent.gif" in words(out)
-    assert "pip install -e &quot;.[video]&quot;" in words(out)
+    assert 'pip install -e ".[video]"' in words(out)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
