@@ -302,7 +302,7 @@ def test_what_cannot_be_drawn_says_what_to_write():
     """The message holds the method's name, argument and result, or what Gymnasium asks for."""
     with pytest.raises(ValueError, match=r"Undrawn .*render\(self, state\).*uint8 \[H, W, 3\]"):
         ready(agent(Undrawn(), 0.0, 1.0), Path("film.gif"))
-    from dqn_fast.envs.gymnasium_adapter import from_gymnasium
+    from dqn_fast.envs.from_gymnasium import from_gymnasium
 
     gymnasium = pytest.importorskip("gymnasium")
     env = from_gymnasium(lambda: gymnasium.make("CartPole-v1"))

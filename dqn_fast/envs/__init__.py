@@ -19,8 +19,7 @@ from dqn_fast.envs.core import (
     VectorState,
     check_env,
 )
-from dqn_fast.envs.gymnasium_adapter import from_gymnasium
-from dqn_fast.envs.gymnasium_sources import VectorizationMode
+from dqn_fast.envs.from_gymnasium import VectorizationMode, from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.params import cast

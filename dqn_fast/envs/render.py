@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dqn_fast.envs.core import TabularEnv, TensorEnv
-from dqn_fast.envs.gymnasium_adapter import from_gymnasium
+from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.envs.tabular import GymTable
 
 Picture = NDArray[np.uint8]
