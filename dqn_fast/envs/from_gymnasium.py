@@ -753,7 +753,7 @@ class EnvFactory:
         self.ready = source if isinstance(source, VectorEnv) else None
         make: Any = source
         self._makers: Sequence[Callable[[], Any]] | None = None
-        self._make_vector = make if self.ready is None else lambda num_envs: source
+        self._make_vector = make if self.ready is None else lambda num_envs: make
         if not _makes_vector_envs(source):
             self._makers = make if isinstance(source, Sequence) else [make]
             if mode == "vector_entry_point":
