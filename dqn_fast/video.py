@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dqn_fast.checkpoint import Agent, load_agent, write_whole
 from dqn_fast.envs import TensorEnv
-from dqn_fast.envs.render import INSTALL, MissingLibraryError, Picture, Renderer, renderer
+from dqn_fast.envs.render import INSTALL, MissingLibraryError, Picture, Renderer
 from dqn_fast.noise import Noise, Stream
 
 if TYPE_CHECKING:
@@ -94,20 +94,9 @@ def ready(agent: Agent, path: Path) -> Renderer:
                 f"--video {path}: {library} is not installed: {INSTALL}"
             ) from None
     try:
-        found = renderer(agent.env)
-    except MissingLibraryError as error:
-        raise MissingLibraryError(f"--video {path}: {error}") from None
-    if found is None:
-        raise ValueError(
-            f"--video {path}: {type(agent.env).__name__} cannot be drawn; "
-            + (
-                "it must be a registered id with the render mode rgb_array"
-                if agent.env.on_host
-                else "give it a method render(self, state) that returns a picture, "
-                "uint8 [H, W, 3], of one copy's state"
-            )
-        )
-    return found
+        return Renderer(agent.env)
+    except ValueError as error:
+        raise type(error)(f"--video {path}: {error}") from None
 
 
 def record(

@@ -247,12 +247,12 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
     def _drawn_by(self) -> Renderer:
         """What draws the environment, made when it is first needed."""
         if self._renderer is None:
-            from dqn_fast.envs.render import renderer
+            from dqn_fast.envs.render import Renderer
 
-            self._renderer = renderer(self.tensor_env)
-        if self._renderer is None:
-            name = type(self.tensor_env).__name__
-            raise ValueError(f"render_mode rgb_array: nothing can draw {name}; give it a render()")
+            try:
+                self._renderer = Renderer(self.tensor_env)
+            except ValueError as error:
+                raise type(error)(f"render_mode rgb_array: {error}") from None
         return self._renderer
 
     def _shown(self, obs: Tensor) -> Tensor:
