@@ -65,11 +65,11 @@ from dqn_fast.envs import (
     VectorizationMode,
     VectorState,
     check_env,
-    experiment,
     make_env,
 )
 from dqn_fast.envs.params import plain
 from dqn_fast.evaluate import evaluate, q_probe, solve
+from dqn_fast.experiments import experiment
 from dqn_fast.memory import check_memory, fits
 from dqn_fast.metrics import UPDATE_METRICS, ChunkRecord, Metrics
 from dqn_fast.networks import QNetwork

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
     {"background", "bellman", "device", "noise", "schedule"},
-    {"envs", "networks", "replay", "engine"},
+    {"envs", "experiments", "networks", "replay", "engine"},
     {"agent", "metrics", "tracker"},
     {"checkpoint"},
     {"evaluate", "diagnostics", "report", "video"},

@@ -23,7 +23,8 @@ from dqn_fast.envs.from_gymnasium import VectorizationMode, from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.params import cast
-from dqn_fast.envs.tabular import EXPERIMENTS, GymTable, NoTableError
+from dqn_fast.envs.tabular import GymTable, NoTableError
+from dqn_fast.experiments import EXPERIMENTS, GYMNASIUM_PREFIX, experiment
 
 __all__ = [
     "EXPERIMENTS",
@@ -60,22 +61,6 @@ class UnknownEnvError(ValueError):
     """No environment of that id."""
 
 
-GYMNASIUM = "gym:"
-"""Before an id: Gymnasium's own environment, even where there is one of tensors."""
-
-
-def experiment(env_id: str) -> Mapping[str, Any]:
-    """Settings of `train` that work for an environment; see `TensorEnv.experiment`.
-
-    Args:
-        env_id: as for `make_env`; `gym:CartPole-v1` has those of `CartPole-v1`.
-    """
-    name = env_id.removeprefix(GYMNASIUM)
-    if name in TENSOR_ENVS:
-        return TENSOR_ENVS[name].experiment
-    return EXPERIMENTS.get(name, {})
-
-
 def make_env(
     env_id: str,
     params: Mapping[str, Any] | None = None,
@@ -98,12 +83,12 @@ def make_env(
     if env_id in TENSOR_ENVS:
         return _make_tensor_env(env_id, params or {})
     values = {**experiment(env_id).get("env_params", {}), **(params or {})}
-    if not env_id.startswith(GYMNASIUM):
+    if not env_id.startswith(GYMNASIUM_PREFIX):
         try:
             return GymTable(env_id, values)
         except NoTableError:
             pass
-    name = env_id.removeprefix(GYMNASIUM)
+    name = env_id.removeprefix(GYMNASIUM_PREFIX)
     if ":" not in name and name not in gymnasium.registry:
         known = ", ".join(sorted({*TENSOR_ENVS, *EXPERIMENTS}))
         raise UnknownEnvError(
@@ -118,7 +103,7 @@ def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
     cls = TENSOR_ENVS[env_id]
     hints = get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    values: dict[str, Any] = dict(cls.experiment.get("env_params", {}))
+    values: dict[str, Any] = dict(experiment(env_id).get("env_params", {}))
     for name, value in params.items():
         if name not in fields:
             raise ValueError(

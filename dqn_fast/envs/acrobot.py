@@ -7,7 +7,6 @@ and rewards as in Gymnasium's Acrobot-v1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -76,19 +75,6 @@ class Acrobot(TensorEnv):
     reset_noise_dim: ClassVar[int] = 4
     step_noise_dim: ClassVar[int] = 1
     gymnasium_id: ClassVar[str] = "Acrobot-v1"
-    experiment: ClassVar[Mapping[str, Any]] = {
-        "num_envs": 32,
-        "total_timesteps": 200_000,
-        "train_freq": 10,
-        "batch_size": 128,
-        "buffer_size": 200_000,
-        "learning_starts": 2_000,
-        "double_q": True,
-        "target_update_interval": 10,
-        "eps_fraction": 0.1,
-        "eps_end": 0.02,
-        "eval_interval": 10_000,
-    }
 
     def __post_init__(self) -> None:
         links = ("link_length_1", "link_length_2", "link_mass_1", "link_mass_2")

@@ -6,7 +6,6 @@ Source: Barto, Sutton & Anderson (1983); dynamics, limits and rewards as in Gymn
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -64,21 +63,6 @@ class CartPole(TensorEnv):
 
     num_actions: ClassVar[int] = 2
     reset_noise_dim: ClassVar[int] = 4
-    # A target that stands still for 128 gradient steps and little exploration: the values climb to
-    # 100 sweep by sweep, and the pole is only seen near the ends of the track once it stays up.
-    experiment: ClassVar[Mapping[str, Any]] = {
-        "total_timesteps": 50_000,
-        "double_q": True,
-        "learning_rate_end": None,
-        "buffer_size": 100_000,
-        "learning_starts": 1_000,
-        "train_freq": 2,
-        "target_update_interval": 256,
-        "tau": 1.0,
-        "eps_fraction": 0.08,
-        "eps_end": 0.01,
-        "eval_interval": 2_000,
-    }
     gymnasium_id: ClassVar[str] = "CartPole-v1"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
@@ -95,15 +95,12 @@ class TensorEnv(ABC):
         max_steps: time limit of an episode in steps, >= 1.
         reset_noise_dim: uniform numbers that `reset` reads for each copy.
         step_noise_dim: uniform numbers that `step` reads for each copy.
-        experiment: settings of `train` that work for this environment, by field of its `Args`;
-            "env_params" holds parameters of the environment itself.
     """
 
     num_actions: ClassVar[int]
     max_steps: int
     reset_noise_dim: ClassVar[int] = 0
     step_noise_dim: ClassVar[int] = 0
-    experiment: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def reset(self, noise: Tensor) -> Any:

@@ -6,7 +6,6 @@ Source: Moore (1990), PhD thesis; dynamics, limits and rewards as in Gymnasium's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -59,21 +58,6 @@ class MountainCar(TensorEnv):
     num_actions: ClassVar[int] = 3
     reset_noise_dim: ClassVar[int] = 1
     gymnasium_id: ClassVar[str] = "MountainCar-v0"
-    # Dithering does not climb: a random action undoes the swing that the last one began. Held for
-    # 20 steps on average they reach the goal in one episode of fourteen.
-    experiment: ClassVar[Mapping[str, Any]] = {
-        "total_timesteps": 500_000,
-        "double_q": True,
-        "learning_starts": 10_000,
-        "buffer_size": 400_000,
-        "train_freq": 10,
-        "tau": 1.0,
-        "target_update_interval": 1_000,
-        "eps_repeat": 0.95,
-        "eps_end": 0.01,
-        "eps_fraction": 0.2,
-        "eval_interval": 20_000,
-    }
 
     def __post_init__(self) -> None:
         for name in ("min_position", "goal_position", "goal_velocity", "force", "gravity"):
