@@ -1,4 +1,4 @@
-"""Environments whose copies are tensors on one device, and Gymnasium's in both directions."""
+"""Environments as tensors on one device, and adapters from and to Gymnasium."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TENSOR_ENVS: dict[str, type[TensorEnv]] = {
     "LineWorld-v0": LineWorld,
     "MountainCar-v0": MountainCar,
 }
-"""Environments by id; a user's own joins by an assignment."""
+"""Environments by id; assign your own class to add it."""
 
 
 class UnknownEnvError(ValueError):
@@ -69,15 +69,16 @@ def make_env(
     """Make an environment by its id.
 
     Args:
-        env_id: a key of TENSOR_ENVS, or what Gymnasium knows: as a tensor environment where it has
-            a table of transitions, else adapted, as is every `gym:ID`.
+        env_id: a key of TENSOR_ENVS, or an id of Gymnasium. An environment of Gymnasium becomes a
+            tensor environment if it has a table of transitions; all others, and every `gym:ID`, are
+            adapted and step on the host.
         params: fields of the environment's dataclass, or keyword arguments of Gymnasium's
-            environment; text is cast to the type. What is not named takes the value of
-            `experiment`, then the default.
-        vectorization_mode: how copies on the host are stepped.
+            environment; text is cast to the type. A parameter that is not named has its value in
+            `experiment`, else its default.
+        vectorization_mode: how copies on the host step.
 
     Raises:
-        UnknownEnvError: the id.
+        UnknownEnvError: no environment has that id.
         ValueError: unknown parameter, or a value that cannot be cast or is out of range.
     """
     if env_id in TENSOR_ENVS:
@@ -92,7 +93,7 @@ def make_env(
     if ":" not in name and name not in gymnasium.registry:
         known = ", ".join(sorted({*TENSOR_ENVS, *EXPERIMENTS}))
         raise UnknownEnvError(
-            f"--env-id {env_id}: unknown environment; known are {known}, and what Gymnasium knows "
+            f"--env-id {env_id}: unknown environment; known are {known}, and all ids of Gymnasium "
             "(module:ID imports the module that registers it)"
         )
     return from_gymnasium(name, values, vectorization_mode)

@@ -29,15 +29,14 @@ class MountainCarState(NamedTuple):
 class MountainCar(TensorEnv):
     """A car in a valley of height sin(3 position); action 0 pushes left, 1 not at all, 2 right.
 
-    The episode starts at rest near the bottom and ends at the goal. Every step rewards -1, the last
-    one too.
+    The episode starts at rest near the bottom and ends at the goal. The reward of every step is -1,
+    the last one included.
 
     Attributes:
         min_position: the wall on the left, at which the car stops.
         max_position: the end of the road on the right, above min_position.
         max_speed: the largest speed, > 0.
-        goal_position: the episode ends here or further right ...
-        goal_velocity: ... once the velocity is at least this.
+        goal_position, goal_velocity: the episode ends when both are reached or exceeded.
         force: acceleration by a push.
         gravity: acceleration by the steepest slope.
         max_steps: time limit in steps, >= 1.
@@ -110,17 +109,17 @@ class MountainCar(TensorEnv):
         return state.physics
 
     def features(self, obs: Tensor) -> Tensor:
-        """Position and velocity as fractions of their ranges, -1 to 1, float32 [..., 2]: next to a
-        position of 1 a velocity of at most 0.07 would hardly be seen."""
+        """Position and velocity as fractions of their ranges, -1 to 1, float32 [..., 2].
+        Unscaled, a velocity of at most 0.07 has little effect compared with a position of 1."""
         position, velocity = obs.unbind(-1)
         return torch.stack(
             [(position - self.middle) / self.half_width, velocity / self.max_speed], -1
         )
 
     def shown(self, obs: Tensor) -> Tensor:
-        """Position and velocity themselves, as Gymnasium has them."""
+        """Position and velocity without scaling, as in Gymnasium."""
         return obs
 
     def gymnasium_state(self, state: MountainCarState) -> NDArray[np.float64]:
-        """What `unwrapped.state` of Gymnasium's environment holds, float64 [E, 2]."""
+        """`unwrapped.state` of Gymnasium's environment in the same state, float64 [E, 2]."""
         return state.physics.cpu().double().numpy()

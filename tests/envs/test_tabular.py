@@ -404,11 +404,11 @@ def test_arguments_reach_the_constructor():
         ("FrozenLake-v1", {"reward_schedule": "1,b,0"}, "reward_schedule 1,b,0: must be of type"),
         ("Taxi-v4", {"max_steps": 0}, "max_steps 0: must be at least 1"),
         ("Taxi-v4", {"max_steps": 1.5}, "max_steps 1.5: must be of type int"),
-        ("Taxi-v4", {"fickle_passenger": "true"}, "fickle_passenger true: must be false, .* "
-         "gym:Taxi-v4 can play it"),
+        ("Taxi-v4", {"fickle_passenger": "true"}, "fickle_passenger true: must be false: .* "
+         "passengers who change their destination; use gym:Taxi-v4"),
         ("Test/Taxed-v0", {}, "--env-id Test/Taxed-v0: does not follow its table `P` in state"),
         ("Test/Elsewhere-v0", {}, "does not follow its table `P` at the start, in state 2"),
-        ("Test/Shuffled-v0", {}, "another table each time that it is made; gym:Test/Shuffled-v0"),
+        ("Test/Shuffled-v0", {}, "different table each time that it is made; use gym:Test/Sh"),
         ("Test/Unnormalised-v0", {}, r"state 1, action 0 has probabilities \[0.5, 0.25\]"),
         ("Test/Broken-v0", {}, r"state 1, action 0 leads to .*; must be states 0 \.\. 2"),
         ("Test/Needy-v0", {}, "Test/Needy-v0 needs size"),
