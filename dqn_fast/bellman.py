@@ -282,66 +282,23 @@ def expected_return(mdp: TabularMDP, policy: Tensor, horizon: int, gamma: float 
     return float(mdp.start @ v)
 
 
-def reach_probability(mdp: TabularMDP, policy: Tensor, horizon: int | None) -> Tensor:
-    """For each state, the probability that an episode visits it: Pr(S_t = s for some t <= horizon).
-
-    Let F_h(x, s) be the probability of visiting s within h steps from x. Then
-
-        F_0 = I,  F_{h+1}(x, s) = 1 if x = s else sum_y P_pi(x, y) F_h(y, s)
-
-    Without horizon, transient states are eliminated one by one, as in Gaussian elimination but
-    without a subtraction, so that the result is right to rounding however long episodes get. Let
-    A(x, s) be the probability that s is the first state after x that is not eliminated. Then k is
-    left with probability e = sum_{s != k} A(k, s) over the states s that remain, and its removal
-    takes
-
-        A(x, s) to A(x, s) + A(x, k) A(k, s) / e
-        F(x, s) to (e F(x, s) + A(x, k) F(k, s)) / (e + A(s, k) F(k, s))
-
-    A recurrent state is visited surely once its class is entered.
-
-    Args:
-        policy: int64 [X] or float64 [X, A].
-        horizon: most steps of an episode, >= 0; None for no limit. The start and the last
-            observation of an episode count as visited, terminal states included.
-
-    Returns:
-        [X] float64. Costs O(X^3) per step, or O(X^3 log X) without horizon.
-
-    Source: Grassmann, Taksar & Heyman (1985) for elimination without subtraction.
-    """
-    chain, _ = _markov_chain(mdp, policy)
-    if horizon is not None:
-        if horizon < 0:
-            raise ValueError(f"horizon must be >= 0 or None, got {horizon}")
-        return _reach(chain, mdp.start, horizon, torch.arange(mdp.n_states, device=chain.device))
-
-    leads_to = _transitive_closure(chain > 0)
-    recurrent = (~leads_to | leads_to.T).all(1)
-    same_class = (leads_to & leads_to.T).to(chain.dtype)
-    first = torch.cat([chain, mdp.start[None]])  # A, [X + 1, X]; the last row is before the start
-    visited = torch.eye(*first.shape, dtype=chain.dtype, device=chain.device)  # F, [X + 1, X]
-    remaining = torch.ones_like(recurrent)
-    for k in (~recurrent).nonzero()[:, 0].tolist():
-        remaining[k] = False
-        into, onward = first[:, k], first[k] * remaining
-        leave = onward.sum()
-        visited = (leave * visited + into.outer(visited[k])) / (leave + into[:-1] * visited[k])
-        first = first + into.outer(onward / leave)
-    reach = torch.where(recurrent, first[-1] @ same_class, visited[-1])
-    return reach.clamp(0.0, 1.0)
-
-
 def visited_states(
     mdp: TabularMDP, policy: Tensor, horizon: int, probability: float = 0.0
 ) -> Tensor:
-    """[X] bool: `reach_probability(mdp, policy, horizon) > probability`, much sooner.
+    """States that an episode visits with a probability above `probability`, [X] bool.
 
-    With p_t(s) = Pr(S_t = s), found in O(X^2) per step, the probability of a visit is bounded:
+    Let p_t(s) = Pr(S_t = s), which costs O(X^2) per step. The probability of a visit is bounded by
 
         max_t p_t(s) <= Pr(S_t = s for some t <= horizon) <= sum_t p_t(s)
 
-    Only where `probability` lies between the bounds is the visit followed from every state.
+    It is computed exactly, in O(X^2) per step and state, only if `probability` lies between the
+    bounds.
+
+    Args:
+        policy: int64 [X] or float64 [X, A].
+        horizon: most steps of an episode, >= 0. The start and the last observation of an episode
+            count as visited, terminal states included.
+        probability: in [0, 1).
     """
     chain, _ = _markov_chain(mdp, policy)
     most = total = now = mdp.start
@@ -423,7 +380,12 @@ def _markov_chain(mdp: TabularMDP, policy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reach(chain: Tensor, start: Tensor, horizon: int, states: Tensor) -> Tensor:
-    """Pr(S_t = s for some t <= horizon) for J states s, int64 [J]: [J] float64."""
+    """Pr(S_t = s for some t <= horizon) for J states s, int64 [J]: [J] float64.
+
+    Let F_h(x, s) be the probability of visiting s within h steps from x. Then
+
+        F_0 = I,  F_{h+1}(x, s) = 1 if x = s else sum_y P_pi(x, y) F_h(y, s)
+    """
     column = torch.arange(len(states), device=states.device)
     visited = torch.zeros(len(chain), len(states), dtype=chain.dtype, device=chain.device)
     visited[states, column] = 1.0

@@ -2,9 +2,9 @@
 
     python -m dqn_fast.evaluate RUN_DIR --video agent.gif
 
-Below each picture stand the step, the return so far and the value of every action, the chosen one
-in blue. The libraries come with the extra: pip install -e ".[video]". How an environment is drawn
-stands in `envs/render.py`.
+Below each picture are the step, the return so far and the value of every action, the chosen one in
+blue. The libraries come with the extra: pip install -e ".[video]". `envs/render.py` draws the
+environments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dqn_fast.agent import Agent, load_agent
 from dqn_fast.envs import TensorEnv
-from dqn_fast.envs.render import INSTALL, MissingLibraryError, Picture, Renderer, renderer
+from dqn_fast.envs.render import INSTALL, MissingLibraryError, Picture, Renderer
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.record.checkpoint import write_whole
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LIBRARIES = {".gif": ("PIL",), ".mp4": ("PIL", "imageio_ffmpeg")}
-"""What a film needs, by the suffix of its file."""
+"""Libraries for a film, by the suffix of its file."""
 RUN_FILM = "agent.gif"
 """File in the directory of a run."""
 RUN_STEPS, RUN_FRAMES, RUN_WIDTH = 500, 80, 320
-"""Steps, pictures and pixels across at most in the film of a finished run, which has to be cheap
-and small."""
+"""Most steps, pictures and pixels across in the film of a finished run, which must be cheap and
+small."""
 
 EVALUATION_EPOCH = 2**32 - 1
-"""Number of the evaluation from the command line; a training run's own ones count from 0."""
+"""Epoch of the evaluation from the command line; evaluations of a training run count from 0."""
 HOLD_S = 1.0
 """Seconds for which the last picture of an episode stays."""
 SLOWEST_S = 0.1
-"""Seconds between two pictures at most where some are left out: more would not look like motion."""
+"""Most seconds between two pictures if some are left out: more would not look like motion."""
 SMALLEST = 160
 """Pictures whose sides are shorter, in pixels, are enlarged."""
 _INK, _SOFT, _CHOSEN = (36, 41, 47), (175, 184, 193), (0, 114, 178)
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
         q_values: float32 [A].
         step: steps taken in the episode.
         episode_return: undiscounted sum of their rewards.
-        ending: "" while the episode goes on; "terminated" or "truncated" at its end, "cut" where
+        ending: "" while the episode goes on; "terminated" or "truncated" at its end, "cut" if
             the film stops before it.
     """
 
@@ -77,7 +77,7 @@ class Shot(NamedTuple):
 
 
 def ready(agent: Agent, path: Path) -> Renderer:
-    """See that a film of `agent` can be made at `path`, before any work is done.
+    """Check that a film of `agent` can be made at `path`, before any work is done.
 
     Raises:
         MissingLibraryError: a library is not installed.
@@ -95,20 +95,9 @@ def ready(agent: Agent, path: Path) -> Renderer:
                 f"--video {path}: {library} is not installed: {INSTALL}"
             ) from None
     try:
-        found = renderer(agent.env)
-    except MissingLibraryError as error:
-        raise MissingLibraryError(f"--video {path}: {error}") from None
-    if found is None:
-        raise ValueError(
-            f"--video {path}: {type(agent.env).__name__} cannot be drawn; "
-            + (
-                "it must be a registered id with the render mode rgb_array"
-                if agent.env.on_host
-                else "give it a method render(self, state) that returns a picture, "
-                "uint8 [H, W, 3], of one copy's state"
-            )
-        )
-    return found
+        return Renderer(agent.env)
+    except ValueError as error:
+        raise type(error)(f"--video {path}: {error}") from None
 
 
 def record(
@@ -130,12 +119,12 @@ def record(
         episodes: how many, one after the other, >= 1.
         seed: of the episodes' randomness.
         max_steps: steps shown of each episode at most, >= 1.
-        max_frames: pictures at most, or nearly; where there are more, evenly spaced ones are left
-            out. The end of each episode is always kept. None: every step is shown.
+        max_frames: about the most pictures; of more, evenly spaced ones are left out. The end of
+            each episode is always kept. None: every step is shown.
         max_width: in pixels; larger pictures are made smaller. None: as they are drawn.
 
     Returns:
-        How many pictures the film has.
+        Number of pictures in the film.
 
     Raises:
         OSError: the file cannot be written.
@@ -151,15 +140,15 @@ def record(
                 kept = [(m, p) for m, p in kept if m.step % stride == 0 or m.ending]
     shots = [Shot(draws.frame(m.state) if p is None else p, m) for m, p in kept]
     seconds = min(stride / draws.fps, max(1.0 / draws.fps, SLOWEST_S))
-    images = annotated(shots, max_width)
-    encode = gif if path.suffix == ".gif" else mp4
+    images = annotate(shots, max_width)
+    encode = encode_gif if path.suffix == ".gif" else encode_mp4
     content = encode(images, seconds, [bool(shot.moment.ending) for shot in shots])
     write_whole(path, lambda file: file.write(content))
     return len(shots)
 
 
 def film_run(run_dir: Path, env: TensorEnv, seed: int) -> None:
-    """Write RUN_FILM, a short film of the run's best agent; nothing where that cannot be done."""
+    """Write RUN_FILM, a short film of the run's best agent; write nothing if that is impossible."""
     path = run_dir / RUN_FILM
     try:
         agent = load_agent(run_dir, "best", env=env, device="cpu")
@@ -175,9 +164,9 @@ def play(agent: Agent, env: TensorEnv, episode: int, seed: int, max_steps: int) 
     """The moments of an episode: one before each step, and its end.
 
     Args:
-        agent: who plays, greedily.
-        env: where; on the host, the moments have no state, and the next one comes when the one
-            before is over.
+        agent: plays greedily.
+        env: the environment. On the host a moment has no state: it must be drawn before the next
+            one is asked for.
         episode: its number in the evaluation; both draw the same noise.
         seed: of that evaluation.
         max_steps: steps after which the film is cut, >= 1.
@@ -206,7 +195,7 @@ def play(agent: Agent, env: TensorEnv, episode: int, seed: int, max_steps: int) 
             _, outcome = env.vector_step(start, action, step_noise, step_noise)
             obs, reward, terminated = outcome.next_obs, outcome.reward, outcome.terminated
             truncated = bool(outcome.truncated)
-        else:  # not `vector_step`, after which the last state is gone
+        else:  # `vector_step` would replace the last state
             state, reward, terminated = env.step(state, action, step_noise)
             obs, truncated = env.observe(state), step + 1 == env.max_steps
         episode_return += float(reward)
@@ -219,11 +208,11 @@ def play(agent: Agent, env: TensorEnv, episode: int, seed: int, max_steps: int) 
 # ---------------------------------------------------------------------------------- the pictures
 
 
-def annotated(shots: Sequence[Shot], max_width: int | None = None) -> list[Image.Image]:
-    """The pictures, all of one size, each with its moment written below.
+def annotate(shots: Sequence[Shot], max_width: int | None = None) -> list[Image.Image]:
+    """Write each moment below its picture; all results have one size.
 
-    Values are drawn as bars between the lowest and the highest of the film; at the end of an
-    episode nothing is chosen, and where it terminated there are no values.
+    Values are drawn as bars between the lowest and the highest of the film. At the end of an
+    episode no action is chosen; after a termination there are no values.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -272,15 +261,15 @@ def annotated(shots: Sequence[Shot], max_width: int | None = None) -> list[Image
     return images
 
 
-def gif(images: Sequence[Image.Image], seconds: float, holds: Sequence[bool]) -> bytes:
-    """An endless GIF.
+def encode_gif(images: Sequence[Image.Image], seconds: float, holds: Sequence[bool]) -> bytes:
+    """Encode an endless GIF.
 
     Args:
         images: of one size.
         seconds: between two pictures; GIF counts hundredths, and browsers want at least two.
         holds: which pictures stay for HOLD_S.
     """
-    frames = paletted(images)
+    frames = share_palette(images)
     pace = max(20, round(100 * seconds) * 10)
     durations = [round(1000 * HOLD_S) if hold else pace for hold in holds]
     content = io.BytesIO()
@@ -290,19 +279,22 @@ def gif(images: Sequence[Image.Image], seconds: float, holds: Sequence[bool]) ->
     return content.getvalue()
 
 
-def paletted(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """`images` with one palette for all: their commonest colours as they are, which suits drawings,
-    or a median cut of those that have too many for that, such as photographs."""
+def share_palette(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Convert images to one palette.
+
+    It has their most frequent colours unchanged, which suits drawings, or a median cut if there are
+    too many colours, as in photographs.
+    """
     from PIL import Image
 
-    def quantized(palette: Image.Image) -> list[Image.Image]:
+    def quantize(palette: Image.Image) -> list[Image.Image]:
         return [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
 
     sample = [np.asarray(images[i]) for i in np.linspace(0, len(images) - 1, 8).astype(int)]
     montage = Image.fromarray(np.concatenate(sample))
     colours: list[Any] = montage.getcolors(2**14) or []
-    # Pillow looks only at the upper six bits of a colour, and takes the others for zero: so does
-    # the palette that it gets, and the true colours come in afterwards.
+    # Pillow compares only the upper six bits of a colour and takes the others as zero. So it gets a
+    # palette of such colours, and the true colours replace them afterwards.
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     covered = 0
     for count, colour in sorted(colours, reverse=True):
@@ -311,17 +303,17 @@ def paletted(images: Sequence[Image.Image]) -> list[Image.Image]:
             found.setdefault(seen, colour)
             covered += count
     if covered < 0.98 * montage.width * montage.height:
-        return quantized(montage.quantize(256, dither=Image.Dither.NONE))
+        return quantize(montage.quantize(256, dither=Image.Dither.NONE))
     palette = Image.new("P", (1, 1))
     palette.putpalette([part for seen in found for part in seen])
-    frames = quantized(palette)
+    frames = quantize(palette)
     for frame in frames:
         frame.putpalette([part for colour in found.values() for part in colour])
     return frames
 
 
-def mp4(images: Sequence[Image.Image], seconds: float, holds: Sequence[bool]) -> bytes:
-    """An H.264 film for browsers; arguments as `gif`."""
+def encode_mp4(images: Sequence[Image.Image], seconds: float, holds: Sequence[bool]) -> bytes:
+    """Encode an H.264 film for browsers; arguments as `encode_gif`."""
     import imageio_ffmpeg
 
     with tempfile.TemporaryDirectory() as folder:

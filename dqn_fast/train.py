@@ -44,11 +44,11 @@ from dqn_fast.envs import (
     TensorEnv,
     VectorizationMode,
     check_env,
-    experiment,
     make_env,
 )
 from dqn_fast.evaluate import evaluate, q_probe
 from dqn_fast.exact import ExactValues, solve
+from dqn_fast.experiments import experiment
 from dqn_fast.heads import LossName, ScalarHead
 from dqn_fast.memory import check_memory, fits
 from dqn_fast.networks import QNetwork

@@ -23,7 +23,6 @@ from dqn_fast.bellman import (
     iterative_policy_evaluation,
     policy_evaluation,
     q_learning,
-    reach_probability,
     reachable_states,
     value_iteration,
     visited_states,
@@ -165,11 +164,8 @@ def test_frozen_lake_return_is_the_probability_of_the_goal():
     mdp = TabularMDP.from_transition_table(env.P, env.initial_state_distrib)
     policy = greedy_policy(value_iteration(mdp, gamma=0.99).q)
     for horizon in (0, 13, 14, 100, 200):
-        goal = reach_probability(mdp, policy, horizon)[63].item()
+        goal = visit_probability(mdp, policy, horizon, 63)
         assert goal == pytest.approx(expected_return(mdp, policy, horizon), abs=1e-12)
-    assert reach_probability(mdp, policy, None)[63].item() == pytest.approx(
-        expected_return(mdp, policy, horizon=5000), abs=1e-9
-    )
 
 
 def test_optimal_return_agrees_with_play_in_gymnasium():
@@ -305,6 +301,17 @@ def test_a_long_horizon_gives_the_value():
 # ---------------------------------------------------------------- visits
 
 
+def visit_probability(mdp: TabularMDP, policy: Tensor, horizon: int, state: int) -> float:
+    """Probability that an episode visits a state: its share at the end, if nothing leaves it."""
+    pi = torch.eye(mdp.n_actions, dtype=F64)[policy] if policy.ndim == 1 else policy
+    chain = torch.einsum("xa,xay->xy", pi, mdp.P)
+    chain[state] = torch.eye(mdp.n_states, dtype=F64)[state]
+    now = mdp.start
+    for _ in range(horizon):
+        now = now @ chain
+    return now[state].item()
+
+
 def fork() -> TabularMDP:
     """0 stays or goes to 1 or 3; 1 and 2 alternate for ever; 3 terminates; 4 is never entered."""
     P = torch.zeros(5, 1, 5, dtype=F64)
@@ -320,45 +327,25 @@ def fork() -> TabularMDP:
         (0, [1, 0, 0, 0, 0]),
         (1, [1, 0.125, 0, 0.375, 0]),
         (2, [1, 0.1875, 0.125, 0.5625, 0]),
-        (None, [1, 0.25, 0.25, 0.75, 0]),
     ],
 )
-def test_reach_probability_by_hand(horizon: int | None, expected: list[float]):
-    """Visits within 0, 1, 2 and any number of steps are those worked out on paper."""
-    reach = reach_probability(fork(), torch.zeros(5, dtype=torch.int64), horizon)
-    torch.testing.assert_close(reach, torch.tensor(expected, dtype=F64), atol=1e-15, rtol=0)
-
-
-@random_mdps
-@given(seed=seeds)
-def test_reach_probability_without_limit(seed: int):
-    """It is the limit of making one state absorbing and raising the chain to a huge power."""
-    mdp = random_mdp(seed)
-    policy = random_policy(mdp, seed)
-    pi = torch.eye(mdp.n_actions, dtype=F64)[policy] if policy.ndim == 1 else policy
-    reach = reach_probability(mdp, policy, None)
-    for s in range(mdp.n_states):
-        chain = torch.einsum("xa,xay->xy", pi, mdp.P)
-        chain[s] = torch.eye(mdp.n_states, dtype=F64)[s]
-        for _ in range(60):
-            chain = chain @ chain
-            chain /= chain.sum(1, keepdim=True)
-        assert reach[s].item() == pytest.approx((mdp.start @ chain)[s].item(), abs=1e-9)
-
-
-def test_reach_probability_is_right_for_very_long_episodes():
-    """Always-left takes some 10^19 steps to the goal by slips alone, and visits every state."""
-    reach = reach_probability(line_world(), torch.zeros(15, dtype=torch.int64), None)
-    torch.testing.assert_close(reach, torch.ones(15, dtype=F64), atol=1e-12, rtol=0)
+def test_visited_states_by_hand(horizon: int, expected: list[float]):
+    """Visits within 0, 1 and 2 steps are those worked out on paper, for thresholds around them."""
+    policy = torch.zeros(5, dtype=torch.int64)
+    for probability in {0.0, *(value - 1e-9 for value in expected if value), *expected} - {1}:
+        visited = visited_states(fork(), policy, horizon, probability)
+        assert visited.tolist() == [value > probability for value in expected]
 
 
 @random_mdps
 @given(seed=seeds, horizon=st.integers(0, 30))
 def test_visited_states_are_those_reached(seed: int, horizon: int):
-    """The short cut finds the states that `reach_probability` finds, whatever the threshold."""
+    """The bounds decide as the probabilities themselves do, whatever the threshold."""
     mdp = random_mdp(seed)
     policy = random_policy(mdp, seed)
-    reach = reach_probability(mdp, policy, horizon)
+    reach = torch.tensor(
+        [visit_probability(mdp, policy, horizon, s) for s in range(mdp.n_states)], dtype=F64
+    )
     for probability in (0.0, *np.random.default_rng(seed).random(20).tolist()):
         visited = visited_states(mdp, policy, horizon, probability)
         assert torch.equal(visited, reach > probability)
@@ -414,7 +401,7 @@ def test_both_forms_of_a_policy_are_one(seed: int, gamma: float):
     one_hot = torch.eye(mdp.n_actions, dtype=F64)[actions]
     for solve in (
         lambda policy: policy_evaluation(mdp, policy, gamma),
-        lambda policy: reach_probability(mdp, policy, 3),
+        lambda policy: visited_states(mdp, policy, 3, 0.3),
     ):
         assert torch.equal(solve(actions), solve(one_hot))
 
@@ -560,8 +547,6 @@ def test_bad_scalars_are_refused():
         expected_return(mdp, policy, horizon=-1)
     with pytest.raises(ValueError, match=r"got 5 and 1\.1"):
         expected_return(mdp, policy, horizon=5, gamma=1.1)
-    with pytest.raises(ValueError, match="horizon must be >= 0 or None, got -1"):
-        reach_probability(mdp, policy, horizon=-1)
     with pytest.raises(ValueError, match=r"exponent must be in \(0.5, 1\], got 0.5"):
         q_learning([], mdp.R, 0.9, exponent=0.5)
 
@@ -585,8 +570,8 @@ def test_a_cuda_device_gives_the_same_numbers():
     def solve(mdp: TabularMDP) -> list[Tensor]:
         q = value_iteration(mdp, 0.99).q
         policy = greedy_policy(q)
-        reach = [reach_probability(mdp, policy, horizon) for horizon in (40, None)]
-        return [q, policy_evaluation(mdp, policy, 0.99), reachable_states(mdp).double(), *reach]
+        visited = [visited_states(mdp, policy, 40, 0.3), reachable_states(mdp)]
+        return [q, policy_evaluation(mdp, policy, 0.99), *(states.double() for states in visited)]
 
     for on_cpu, on_cuda in zip(solve(here), solve(there), strict=True):
         assert on_cuda.is_cuda

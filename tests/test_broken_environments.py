@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dqn_fast.agent import load_agent
 from dqn_fast.envs import EnvError, TensorEnv
-from dqn_fast.envs.gymnasium_adapter import from_gymnasium
+from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.record.checkpoint import load_checkpoint
 from dqn_fast.record.run import UsageError
 from dqn_fast.train import Args, train

@@ -14,7 +14,7 @@ import pytest
 
 from dqn_fast import train as train_module
 from dqn_fast.agent import load_agent
-from dqn_fast.envs import EXPERIMENTS, TENSOR_ENVS, CartPole, experiment, make_env
+from dqn_fast.envs import EXPERIMENTS, TENSOR_ENVS, experiment, make_env
 
 TRAIN = [sys.executable, "-m", "dqn_fast.train"]
 
@@ -140,7 +140,7 @@ def test_defaults_follow_the_environment(flag, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_main(monkeypatch, *flag.split(), "--help")
     text = capsys.readouterr().out
-    table = dict(CartPole.experiment)
+    table = dict(experiment("CartPole-v1"))
     assert len(table) > 5
     args = train_module.Args.for_env("CartPole-v1", seed=3)
     assert args.seed == 3

@@ -13,11 +13,21 @@ import numpy as np
 import pytest
 import torch
 
+from dqn_fast import film
 from dqn_fast.agent import Agent
 from dqn_fast.envs import LineWorld, TensorEnv, make_env
 from dqn_fast.envs.render import headless
 from dqn_fast.evaluate import evaluate
-from dqn_fast.film import EVALUATION_EPOCH, Moment, Shot, annotated, gif, play, ready, record
+from dqn_fast.film import (
+    EVALUATION_EPOCH,
+    Moment,
+    Shot,
+    annotate,
+    encode_gif,
+    play,
+    ready,
+    record,
+)
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.train import Args, train
@@ -165,8 +175,8 @@ def test_pictures_are_left_out_evenly(tmp_path, monkeypatch):
     """Of two times 390 steps few are shown, evenly spaced, with the start and end of both."""
     left = agent(LineWorld(max_steps=390), 1.0, 0.0)
     kept: list[Shot] = []
-    monkeypatch.setattr(film, "annotated", lambda shots, width: kept.extend(shots) or [width])
-    monkeypatch.setattr(film, "gif", lambda images, seconds, holds: b"")
+    monkeypatch.setattr(film, "annotate", lambda shots, width: kept.extend(shots) or [width])
+    monkeypatch.setattr(film, "encode_gif", lambda images, seconds, holds: b"")
     path = tmp_path / "film.gif"
     assert record(left, ready(left, path), path, episodes=2, max_frames=30) <= 31
     steps = [s.moment.step for s in kept]
@@ -211,7 +221,7 @@ def test_values_stand_below_the_picture():
     picture = np.full((200, 300, 3), 255, np.uint8)
     shots = [shot(picture, 1.0, 3.0, 2.0), shot(picture, 3.0, 0.5, 2.0), shot(picture, 1, 2, 3)]
     shots += [shot(picture, 1, 2, 3, ending=ending) for ending in ("terminated", "cut")]
-    images = annotated(shots)
+    images = annotate(shots)
     assert len({image.size for image in images}) == 1
     middles = [pixels(image, film._CHOSEN).mean() for image in images[:3]]
     assert 200 < middles[1] < middles[0] < middles[2] < images[0].height
@@ -225,7 +235,7 @@ def test_values_stand_below_the_picture():
 def test_many_actions_fit():
     """18 actions, as in Atari games, stand in columns of six, all of them inside."""
     picture = np.zeros((210, 160, 3), np.uint8)
-    (image,) = annotated([shot(picture, *np.arange(18.0))])
+    (image,) = annotate([shot(picture, *np.arange(18.0))])
     assert image.width >= 450
     assert image.height <= 210 + 7 * film._LINE + 2 * film._MARGIN + 1
     assert pixels(image, film._SOFT)[-1] < image.height - 2
@@ -235,11 +245,11 @@ def test_pictures_become_bearable():
     """Tiny ones are enlarged in whole pixels, wide ones made smaller, odd sides made even."""
     tiny = np.zeros((10, 8, 3), np.uint8)
     tiny[3, 2] = 200
-    (image,) = annotated([shot(tiny, 0.0, 1.0)])
+    (image,) = annotate([shot(tiny, 0.0, 1.0)])
     rows, _ = np.nonzero((np.asarray(image) == 200).all(-1))
     assert len(rows) == 16 * 16
     assert rows.min() == 3 * 16
-    (image,) = annotated([shot(np.zeros((401, 599, 3), np.uint8), 0.0)], max_width=320)
+    (image,) = annotate([shot(np.zeros((401, 599, 3), np.uint8), 0.0)], max_width=320)
     assert 300 <= image.width <= 320
     assert image.width % 2 == image.height % 2 == 0
 
@@ -249,8 +259,8 @@ def test_drawings_keep_their_colours():
     right = agent(LineWorld(), 0.0, 1.0)
     draws = ready(right, Path("x.gif"))
     shots = [Shot(draws.frame(m.state), m) for m in play(right, draws.env, 0, 0, 500)]
-    images = annotated(shots)
-    for image, seen in zip(images, decoded(gif(images, 0.1, [False] * 15)), strict=True):
+    images = annotate(shots)
+    for image, seen in zip(images, decoded(encode_gif(images, 0.1, [False] * 15)), strict=True):
         difference = np.abs(np.asarray(image).astype(int) - seen)
         assert difference.max() <= 3
         assert (difference == 0).mean() > 0.98
@@ -259,7 +269,9 @@ def test_drawings_keep_their_colours():
         Image.fromarray(np.dstack([smooth, np.full((256, 256), blue, np.uint8)]))
         for blue in (0, 100)
     ]
-    for image, seen in zip(colourful, decoded(gif(colourful, 0.1, [False] * 2)), strict=True):
+    for image, seen in zip(
+        colourful, decoded(encode_gif(colourful, 0.1, [False] * 2)), strict=True
+    ):
         assert np.abs(np.asarray(image).astype(int) - seen).mean() < 12
 
 
@@ -301,7 +313,7 @@ def test_what_cannot_be_drawn_says_what_to_write():
     """The message holds the method's name, argument and result, or what Gymnasium asks for."""
     with pytest.raises(ValueError, match=r"Undrawn .*render\(self, state\).*uint8 \[H, W, 3\]"):
         ready(agent(Undrawn(), 0.0, 1.0), Path("film.gif"))
-    from dqn_fast.envs.gymnasium_adapter import from_gymnasium
+    from dqn_fast.envs.from_gymnasium import from_gymnasium
 
     gymnasium = pytest.importorskip("gymnasium")
     env = from_gymnasium(lambda: gymnasium.make("CartPole-v1"))

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
     {"bellman", "device", "noise", "plan", "settings", "sweep", "tree"},
-    {"envs"},
+    {"envs", "experiments"},
     {"algorithm", "heads", "networks", "replay"},
     {"dqn", "engines"},
     {"exact"},

@@ -10,7 +10,7 @@ import torch
 
 from dqn_fast.agent import load_agent
 from dqn_fast.envs import make_env
-from dqn_fast.envs.gymnasium_adapter import GymnasiumEnv, from_gymnasium
+from dqn_fast.envs.from_gymnasium import GymnasiumEnv, from_gymnasium
 from dqn_fast.noise import Noise
 from dqn_fast.record.run import UsageError
 from dqn_fast.train import Args, Learner, chunk_, make_learner, make_plan, planned, train

@@ -1,4 +1,4 @@
-"""Environments whose copies are tensors on one device, and Gymnasium's in both directions."""
+"""Environments as tensors on one device, and adapters from and to Gymnasium."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dqn_fast.envs.core import (
     VectorState,
     check_env,
 )
-from dqn_fast.envs.gymnasium_adapter import from_gymnasium
-from dqn_fast.envs.gymnasium_sources import VectorizationMode
+from dqn_fast.envs.from_gymnasium import VectorizationMode, from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.params import cast
-from dqn_fast.envs.tabular import EXPERIMENTS, GymTable, NoTableError
+from dqn_fast.envs.tabular import GymTable, NoTableError
+from dqn_fast.experiments import EXPERIMENTS, GYMNASIUM_PREFIX, experiment
 
 __all__ = [
     "EXPERIMENTS",
@@ -54,27 +54,11 @@ TENSOR_ENVS: dict[str, type[TensorEnv]] = {
     "LineWorld-v0": LineWorld,
     "MountainCar-v0": MountainCar,
 }
-"""Environments by id; a user's own joins by an assignment."""
+"""Environments by id; assign your own class to add it."""
 
 
 class UnknownEnvError(ValueError):
     """No environment of that id."""
-
-
-GYMNASIUM = "gym:"
-"""Before an id: Gymnasium's own environment, even where there is one of tensors."""
-
-
-def experiment(env_id: str) -> Mapping[str, Any]:
-    """Settings of `train` that work for an environment; see `TensorEnv.experiment`.
-
-    Args:
-        env_id: as for `make_env`; `gym:CartPole-v1` has those of `CartPole-v1`.
-    """
-    name = env_id.removeprefix(GYMNASIUM)
-    if name in TENSOR_ENVS:
-        return TENSOR_ENVS[name].experiment
-    return EXPERIMENTS.get(name, {})
 
 
 def make_env(
@@ -85,30 +69,31 @@ def make_env(
     """Make an environment by its id.
 
     Args:
-        env_id: a key of TENSOR_ENVS, or what Gymnasium knows: as a tensor environment where it has
-            a table of transitions, else adapted, as is every `gym:ID`.
+        env_id: a key of TENSOR_ENVS, or an id of Gymnasium. An environment of Gymnasium becomes a
+            tensor environment if it has a table of transitions; all others, and every `gym:ID`, are
+            adapted and step on the host.
         params: fields of the environment's dataclass, or keyword arguments of Gymnasium's
-            environment; text is cast to the type. What is not named takes the value of
-            `experiment`, then the default.
-        vectorization_mode: how copies on the host are stepped.
+            environment; text is cast to the type. A parameter that is not named has its value in
+            `experiment`, else its default.
+        vectorization_mode: how copies on the host step.
 
     Raises:
-        UnknownEnvError: the id.
+        UnknownEnvError: no environment has that id.
         ValueError: unknown parameter, or a value that cannot be cast or is out of range.
     """
     if env_id in TENSOR_ENVS:
         return _make_tensor_env(env_id, params or {})
     values = {**experiment(env_id).get("env_params", {}), **(params or {})}
-    if not env_id.startswith(GYMNASIUM):
+    if not env_id.startswith(GYMNASIUM_PREFIX):
         try:
             return GymTable(env_id, values)
         except NoTableError:
             pass
-    name = env_id.removeprefix(GYMNASIUM)
+    name = env_id.removeprefix(GYMNASIUM_PREFIX)
     if ":" not in name and name not in gymnasium.registry:
         known = ", ".join(sorted({*TENSOR_ENVS, *EXPERIMENTS}))
         raise UnknownEnvError(
-            f"--env-id {env_id}: unknown environment; known are {known}, and what Gymnasium knows "
+            f"--env-id {env_id}: unknown environment; known are {known}, and all ids of Gymnasium "
             "(module:ID imports the module that registers it)"
         )
     return from_gymnasium(name, values, vectorization_mode)
@@ -119,7 +104,7 @@ def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
     cls = TENSOR_ENVS[env_id]
     hints = get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    values: dict[str, Any] = dict(cls.experiment.get("env_params", {}))
+    values: dict[str, Any] = dict(experiment(env_id).get("env_params", {}))
     for name, value in params.items():
         if name not in fields:
             raise ValueError(

@@ -7,7 +7,6 @@ and rewards as in Gymnasium's Acrobot-v1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -36,7 +35,7 @@ class Acrobot(TensorEnv):
 
     The episode starts near the rest position and ends when the free end of two links of length 1
     is 1 above the fixed end: -cos(theta1) - cos(theta1 + theta2) > 1, whatever the link lengths
-    are. Every step rewards -1, the one that ends the episode 0.
+    are. The reward of a step is -1, of the one that ends the episode 0.
 
     Attributes:
         dt: seconds of a step, > 0; one step of fourth-order Runge-Kutta.
@@ -49,7 +48,7 @@ class Acrobot(TensorEnv):
         max_vel_1, max_vel_2: limits of the angular velocities, rad/s, > 0.
         avail_torque: torques of the three actions, N m.
         torque_noise_max: largest noise added to the torque, uniform on both sides of 0, >= 0.
-        book_or_nips: "book", or "nips" for the equations printed in Sutton (1996), which lack the
+        book_or_nips: "book", or "nips" for the equations printed in Sutton (1996), which omit the
             centrifugal torque of the first joint's rotation.
         max_steps: time limit in steps, >= 1.
 
@@ -76,19 +75,6 @@ class Acrobot(TensorEnv):
     reset_noise_dim: ClassVar[int] = 4
     step_noise_dim: ClassVar[int] = 1
     gymnasium_id: ClassVar[str] = "Acrobot-v1"
-    experiment: ClassVar[Mapping[str, Any]] = {
-        "num_envs": 32,
-        "total_timesteps": 200_000,
-        "train_freq": 10,
-        "batch_size": 128,
-        "buffer_size": 200_000,
-        "learning_starts": 2_000,
-        "double_q": True,
-        "target_update_interval": 10,
-        "eps_fraction": 0.1,
-        "eps_end": 0.02,
-        "eval_interval": 10_000,
-    }
 
     def __post_init__(self) -> None:
         links = ("link_length_1", "link_length_2", "link_mass_1", "link_mass_2")
@@ -112,29 +98,29 @@ class Acrobot(TensorEnv):
 
     @property
     def inertia_1(self) -> float:
-        """Of all that turns with the first link, around the fixed end, kg m^2."""
+        """Inertia about the fixed end of all masses that turn with the first link, kg m^2."""
         first = self.link_mass_1 * self.link_com_pos_1**2 + self.link_moi
         return first + self.link_mass_2 * self.link_length_1**2
 
     @property
     def inertia_2(self) -> float:
-        """Of the second link around the joint, kg m^2."""
+        """Inertia of the second link about the joint, kg m^2."""
         return self.link_mass_2 * self.link_com_pos_2**2 + self.link_moi
 
     @property
     def coupling(self) -> float:
-        """Of the two rotations where the links are aligned, kg m^2."""
+        """Coupling of the two rotations when the links are aligned, kg m^2."""
         return self.link_mass_2 * self.link_length_1 * self.link_com_pos_2
 
     @property
     def weight_1(self) -> float:
-        """Torque of gravity on the first link where it is level, N m."""
+        """Torque of gravity on the first link when it is level, N m."""
         mass_times_arm = self.link_mass_1 * self.link_com_pos_1
         return GRAVITY * (mass_times_arm + self.link_mass_2 * self.link_length_1)
 
     @property
     def weight_2(self) -> float:
-        """Torque of gravity on the second link where it is level, N m."""
+        """Torque of gravity on the second link when it is level, N m."""
         return GRAVITY * self.link_mass_2 * self.link_com_pos_2
 
     @property
@@ -154,8 +140,8 @@ class Acrobot(TensorEnv):
         if self.torque_noise_max > 0.0:
             torque = torque + self.torque_noise_max * (2.0 * noise[:, 0] - 1.0)
 
-        # Measured from the vertical, not from the other link, the angles have equations half as
-        # long; Runge-Kutta gives the same in both. Its stages are written out for q'' = f(q, q').
+        # With both angles measured from the vertical the equations are half as long, and
+        # Runge-Kutta gives the same result. Its stages are written out for q'' = f(q, q').
         q1, relative, v1, v2 = state.physics.unbind(-1)
         q, v = torch.stack([q1, q1 + relative]), torch.stack([v1, v1 + v2])
         h = self.dt
@@ -191,7 +177,7 @@ class Acrobot(TensorEnv):
         c, s = bend.cos(), bend.sin()
         sin1, sin2 = q.sin().unbind()
         square1, square2 = v.square().unbind()
-        # Each line over its inertia, which leaves a unit matrix but for the coupling.
+        # Each line is divided by its inertia, so that the matrix has a unit diagonal.
         f1 = torch.add(torque / -j1, sin1, alpha=-self.weight_1 / j1)
         f2 = torch.add(torque / j2, sin2, alpha=-self.weight_2 / j2)
         if self.book_or_nips == "book":
@@ -213,11 +199,11 @@ class Acrobot(TensorEnv):
         return torch.cat([torch.stack([angles.cos(), angles.sin()], -1).flatten(1), velocities], 1)
 
     def gymnasium_state(self, state: AcrobotState) -> NDArray[np.float64]:
-        """What `unwrapped.state` of Gymnasium's environment holds, float64 [E, 4]."""
+        """`unwrapped.state` of Gymnasium's environment in the same state, float64 [E, 4]."""
         return state.physics.cpu().double().numpy()
 
 
 def _wrap(angle: Tensor) -> Tensor:
-    """`angle` less whole turns, in [-pi, pi]; one that is there already, either end included, stays
-    as it is, since halves are rounded to even."""
+    """`angle` minus whole turns, in [-pi, pi]. An angle in that interval does not change, not even
+    at its ends, because halves are rounded to even."""
     return torch.sub(angle, (angle / math.tau).round(), alpha=math.tau)

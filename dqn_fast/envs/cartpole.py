@@ -6,7 +6,6 @@ Source: Barto, Sutton & Anderson (1983); dynamics, limits and rewards as in Gymn
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -30,8 +29,9 @@ class CartPoleState(NamedTuple):
 class CartPole(TensorEnv):
     """A pole hinged on a cart; action 0 pushes the cart left, 1 right.
 
-    The episode ends when the cart leaves the track or the pole leans too far. Every step rewards 1,
-    the last one too. With `sutton_barto_reward` it is 0, and -1 for the step that ends the episode.
+    The episode ends when the cart leaves the track or the pole leans too far. The reward of
+    every step is 1, the last one included. With `sutton_barto_reward` it is 0, and -1 for the step
+    that ends the episode.
 
     Attributes:
         gravity: m/s^2, finite.
@@ -43,7 +43,7 @@ class CartPole(TensorEnv):
             or with the new ones.
         theta_threshold_radians: lean at which the episode ends, > 0.
         x_threshold: distance from the middle at which the episode ends, > 0.
-        sutton_barto_reward: which of the two rewards.
+        sutton_barto_reward: whether rewards are 0 and -1.
         max_steps: time limit in steps, >= 1.
 
     Raises:
@@ -64,21 +64,6 @@ class CartPole(TensorEnv):
 
     num_actions: ClassVar[int] = 2
     reset_noise_dim: ClassVar[int] = 4
-    # A target that stands still for 128 gradient steps and little exploration: the values climb to
-    # 100 sweep by sweep, and the pole is only seen near the ends of the track once it stays up.
-    experiment: ClassVar[Mapping[str, Any]] = {
-        "total_timesteps": 50_000,
-        "double_q": True,
-        "learning_rate_end": None,
-        "buffer_size": 100_000,
-        "learning_starts": 1_000,
-        "train_freq": 2,
-        "target_update_interval": 256,
-        "tau": 1.0,
-        "eps_fraction": 0.08,
-        "eps_end": 0.01,
-        "eval_interval": 2_000,
-    }
     gymnasium_id: ClassVar[str] = "CartPole-v1"
 
     def __post_init__(self) -> None:
@@ -120,9 +105,9 @@ class CartPole(TensorEnv):
     ) -> tuple[CartPoleState, Tensor, Tensor]:
         x, x_dot, theta, theta_dot = state.physics.unbind(-1)
         push = self.force_mag / self.total_mass
-        swing = self.polemass_length / self.total_mass  # share of the pole in the cart's motion
+        swing = self.polemass_length / self.total_mass  # effect of the pole on the cart
         cos, sin = theta.cos(), theta.sin()
-        # The cart's acceleration if the pole's rotation did not accelerate.
+        # Acceleration of the cart if the pole had no angular acceleration.
         temp = torch.where(action == 1, push, -push).addcmul(theta_dot.square(), sin, value=swing)
         theta_acc = (self.gravity * sin).addcmul(cos, temp, value=-1.0) / torch.rsub(
             cos.square(), self.length * 4.0 / 3.0, alpha=swing
@@ -144,5 +129,5 @@ class CartPole(TensorEnv):
         return state.physics
 
     def gymnasium_state(self, state: CartPoleState) -> NDArray[np.float64]:
-        """What `unwrapped.state` of Gymnasium's environment holds, float64 [E, 4]."""
+        """`unwrapped.state` of Gymnasium's environment in the same state, float64 [E, 4]."""
         return state.physics.cpu().double().numpy()

@@ -1,9 +1,9 @@
 """Batched environments as pure functions of tensors.
 
-An environment writes its dynamics only: `reset`, `step`, `observe` and, where the network reads
-something else than what is stored, `features`. The base class owns what is the same for all:
-autoreset (Gymnasium's SAME_STEP), the time limit and episode statistics. Nothing is random inside:
-noise comes in as uniform floats, so a step can be repeated, compiled, captured and checked by hand.
+An environment implements its dynamics: `reset`, `step`, `observe` and, if the network does not read
+the stored observation itself, `features`. The base class implements autoreset (Gymnasium's
+SAME_STEP), the time limit and episode statistics. Environments draw no random numbers: noise comes
+in as uniform floats, so a step can be repeated, compiled, captured and checked by hand.
 
 The leading axis E counts env copies: M members times N copies each.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
@@ -27,7 +27,7 @@ from dqn_fast.envs.params import plain
 
 
 class VectorState(NamedTuple):
-    """What E env copies carry from step to step.
+    """State of E env copies between two steps.
 
     Attributes:
         env: the environment's own state, a NamedTuple of tensors [E, ...].
@@ -57,7 +57,7 @@ class VectorState(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one vector step did, before the reset of the copies that finished.
+    """Results of one vector step, before the copies that finished are reset.
 
     Attributes:
         reward: float32 [E].
@@ -66,8 +66,8 @@ class Outcome(NamedTuple):
         truncated: the time limit was reached, bool [E]; may be true together with `terminated`.
         episode_return: return of the episode up to and with this step, float32 [E].
         episode_length: its length in steps, int32 [E].
-        valid: bool [E], False where a copy took no step but was reset, as Gymnasium's NEXT_STEP
-            environments do: no transition, nothing to store. None: all copies took a step.
+        valid: bool [E]; False for a copy that was only reset, as in Gymnasium's NEXT_STEP mode, so
+            that it has no transition to store. None: all copies took a step.
     """
 
     reward: Tensor
@@ -87,30 +87,27 @@ class Outcome(NamedTuple):
 class TensorEnv(ABC):
     """Base of all tensor environments; subclass it as a frozen dataclass of parameters.
 
-    One that also has a method `render(self, state)`, uint8 [H, W, 3] of one copy's state, can be
-    filmed; see `dqn_fast.envs.render`.
+    An environment with a method `render(self, state)`, which returns uint8 [H, W, 3] for one copy's
+    state, can be filmed; see `dqn_fast.envs.render`.
 
     Attributes:
         num_actions: actions are the int64 numbers 0 .. num_actions - 1.
         max_steps: time limit of an episode in steps, >= 1.
         reset_noise_dim: uniform numbers that `reset` reads for each copy.
         step_noise_dim: uniform numbers that `step` reads for each copy.
-        experiment: settings of `train` that work for this environment, by field of its `Args`;
-            "env_params" holds parameters of the environment itself.
     """
 
     num_actions: ClassVar[int]
     max_steps: int
     reset_noise_dim: ClassVar[int] = 0
     step_noise_dim: ClassVar[int] = 0
-    experiment: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def reset(self, noise: Tensor) -> Any:
         """First states of E episodes.
 
         Args:
-            noise: uniform in [0, 1), float32 [E, reset_noise_dim]; also tells E and the device.
+            noise: uniform in [0, 1), float32 [E, reset_noise_dim]; the states are on its device.
 
         Returns:
             NamedTuple of tensors [E, ...].
@@ -134,15 +131,15 @@ class TensorEnv(ABC):
         """Observation [E, ...] of `state`, in the dtype in which the replay stores it."""
 
     def features(self, obs: Tensor) -> Tensor:
-        """What the network reads: float32 [..., F] of observations [..., *obs_shape]."""
+        """Inputs of the network, float32 [..., F], from observations [..., *obs_shape]."""
         return obs.float()
 
     def example_obs(self) -> Tensor:
-        """An observation [1, ...] that shows how they are stored: shape and dtype."""
+        """An observation [1, ...] in the shape and dtype of stored observations."""
         return self.observe(self.reset(torch.zeros(1, self.reset_noise_dim)))
 
     def shown(self, obs: Tensor) -> Tensor:
-        """What `observation_space` holds of observations, where that is no Discrete."""
+        """Observations as elements of `observation_space`, if that is not Discrete."""
         return self.features(obs)
 
     @property
@@ -152,17 +149,17 @@ class TensorEnv(ABC):
 
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
-        """Space, in Gymnasium's terms, of what one copy shows to the outside: its features, or the
-        number of its state where the space is Discrete."""
+        """Gymnasium's space of one copy's observation: a Box of its features, or Discrete for the
+        number of its state."""
         features = self.features(self.example_obs())
         return Box(-math.inf, math.inf, features.shape[1:], np.float32)
 
-    # What only environments that live on the host have: the rest of the class is for tensors.
+    # For environments on the host; the rest of the class is for tensors.
 
     on_host: ClassVar[bool] = False
-    """Whether the copies live outside torch."""
+    """Whether the copies are outside torch."""
     background: bool = False
-    """Whether a step runs beside the learner, between `send` and `vector_step`."""
+    """Whether a step runs while the learner learns, between `send` and `vector_step`."""
 
     def send(self, action: Tensor) -> None:
         """Begin the step that the next `vector_step` ends; action int64 [E]."""
@@ -173,7 +170,7 @@ class TensorEnv(ABC):
         return self
 
     def close(self) -> None:  # noqa: B027 - nothing to do unless something is held
-        """Give back what is held outside: processes, windows."""
+        """Release resources outside torch, such as processes and windows."""
 
     def vector_reset(self, noise: Tensor) -> VectorState:
         """Start E episodes; arguments as `reset`."""
@@ -184,7 +181,7 @@ class TensorEnv(ABC):
     def vector_step(
         self, vector: VectorState, action: Tensor, step_noise: Tensor, reset_noise: Tensor
     ) -> tuple[VectorState, Outcome]:
-        """One step of all copies; those that finish start their next episode in the same step.
+        """Step all copies; those that finish start their next episode in the same step.
 
         Args:
             vector: current state; not changed.
@@ -193,7 +190,7 @@ class TensorEnv(ABC):
             reset_noise: float32 [E, reset_noise_dim], read for the copies that finish.
 
         Returns:
-            The state to go on from, and what the step did.
+            The next state, and the results of the step.
         """
         state, reward, terminated = self.step(vector.env, action, step_noise)
         elapsed = vector.elapsed + 1
@@ -219,10 +216,10 @@ class TensorEnv(ABC):
 
 
 class TabularEnv(TensorEnv):
-    """A tensor environment whose states can be counted, so that it can be solved exactly.
+    """A tensor environment with a finite number of states, which can be solved exactly.
 
     Attributes:
-        grid_shape: rows and columns in which the states stand, for pictures; None: no grid.
+        grid_shape: rows and columns of the grid that the states form, for pictures; None: no grid.
     """
 
     grid_shape: tuple[int, int] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -51,8 +50,6 @@ class LineWorld(TabularEnv):
 
     num_actions: ClassVar[int] = 2
     step_noise_dim: ClassVar[int] = 1
-    # What `train` sets where the user does not: a little noise makes the values worth learning.
-    experiment: ClassVar[Mapping[str, Any]] = {"env_params": {"slip_prob": 0.05}}
 
     def __post_init__(self) -> None:
         if self.n_states < 2:

@@ -6,7 +6,6 @@ Source: Moore (1990), PhD thesis; dynamics, limits and rewards as in Gymnasium's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,15 +29,14 @@ class MountainCarState(NamedTuple):
 class MountainCar(TensorEnv):
     """A car in a valley of height sin(3 position); action 0 pushes left, 1 not at all, 2 right.
 
-    The episode starts at rest near the bottom and ends at the goal. Every step rewards -1, the last
-    one too.
+    The episode starts at rest near the bottom and ends at the goal. The reward of every step is -1,
+    the last one included.
 
     Attributes:
         min_position: the wall on the left, at which the car stops.
         max_position: the end of the road on the right, above min_position.
         max_speed: the largest speed, > 0.
-        goal_position: the episode ends here or further right ...
-        goal_velocity: ... once the velocity is at least this.
+        goal_position, goal_velocity: the episode ends when both are reached or exceeded.
         force: acceleration by a push.
         gravity: acceleration by the steepest slope.
         max_steps: time limit in steps, >= 1.
@@ -59,21 +57,6 @@ class MountainCar(TensorEnv):
     num_actions: ClassVar[int] = 3
     reset_noise_dim: ClassVar[int] = 1
     gymnasium_id: ClassVar[str] = "MountainCar-v0"
-    # Dithering does not climb: a random action undoes the swing that the last one began. Held for
-    # 20 steps on average they reach the goal in one episode of fourteen.
-    experiment: ClassVar[Mapping[str, Any]] = {
-        "total_timesteps": 500_000,
-        "double_q": True,
-        "learning_starts": 10_000,
-        "buffer_size": 400_000,
-        "train_freq": 10,
-        "tau": 1.0,
-        "target_update_interval": 1_000,
-        "eps_repeat": 0.95,
-        "eps_end": 0.01,
-        "eps_fraction": 0.2,
-        "eval_interval": 20_000,
-    }
 
     def __post_init__(self) -> None:
         for name in ("min_position", "goal_position", "goal_velocity", "force", "gravity"):
@@ -126,17 +109,17 @@ class MountainCar(TensorEnv):
         return state.physics
 
     def features(self, obs: Tensor) -> Tensor:
-        """Position and velocity as fractions of their ranges, -1 to 1, float32 [..., 2]: next to a
-        position of 1 a velocity of at most 0.07 would hardly be seen."""
+        """Position and velocity as fractions of their ranges, -1 to 1, float32 [..., 2].
+        Unscaled, a velocity of at most 0.07 has little effect compared with a position of 1."""
         position, velocity = obs.unbind(-1)
         return torch.stack(
             [(position - self.middle) / self.half_width, velocity / self.max_speed], -1
         )
 
     def shown(self, obs: Tensor) -> Tensor:
-        """Position and velocity themselves, as Gymnasium has them."""
+        """Position and velocity without scaling, as in Gymnasium."""
         return obs
 
     def gymnasium_state(self, state: MountainCarState) -> NDArray[np.float64]:
-        """What `unwrapped.state` of Gymnasium's environment holds, float64 [E, 2]."""
+        """`unwrapped.state` of Gymnasium's environment in the same state, float64 [E, 2]."""
         return state.physics.cpu().double().numpy()

@@ -1,4 +1,4 @@
-"""Parameters of environments: as a file can hold them, and from the text of a command line."""
+"""Parameters of environments: conversion for files and from the text of a command line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON and a checkpoint can hold it: numbers and arrays of NumPy and torch become
-    Python's, nested ones too; what is no number, text, sequence or mapping becomes its text."""
+    """Convert `value` to types that JSON and a checkpoint can hold.
+
+    Numbers and arrays of NumPy and torch become Python's, also when nested. A value that is no
+    number, text, sequence or mapping becomes its text.
+    """
     if isinstance(value, np.generic | np.ndarray | Tensor):  # before float, which np.float64 is
         return value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
@@ -25,28 +28,28 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, PurePath) else repr(value)
 
 
-def frozen(value: Any) -> Any:
-    """`value` with tuples for lists, so that it can be hashed.
+def freeze(value: Any) -> Any:
+    """Convert lists in `value` to tuples, so that it can be hashed.
 
     Raises:
         TypeError: it is no number, text, None or sequence of them.
     """
     if isinstance(value, list | tuple):
-        return tuple(map(frozen, value))
+        return tuple(map(freeze, value))
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(value)
 
 
 def cast(name: str, value: Any, *hints: Any) -> Any:
-    """`value`, which may be text, as the first of some type hints that takes it.
+    """Convert `value`, which may be text, to the first of some type hints that accepts it.
 
-    Only a whole number becomes an int, only true and false a bool, and none None where that is
-    allowed; "1,2,3" is a sequence, held as a tuple, and in one of int other numbers stay as they
-    are. `Any` takes what `frozen` does.
+    An int must be a whole number, a bool true or false; none is None if a hint allows that. "1,2,3"
+    is a sequence and becomes a tuple; a sequence of int may hold other numbers. `Any` accepts the
+    values that `freeze` accepts.
 
     Raises:
-        ValueError: none of them takes it; the message names the parameter.
+        ValueError: no hint accepts it; the message names the parameter.
     """
     options = [
         option
@@ -64,10 +67,10 @@ def cast(name: str, value: Any, *hints: Any) -> Any:
 
 
 def _as(value: Any, hint: Any) -> Any:
-    """`value` as one type; raises where it is none."""
+    """Convert `value` to one type; raises if that type does not accept it."""
     kind = get_origin(hint) or hint
     if kind is Any:
-        return frozen(value)
+        return freeze(value)
     if kind is NoneType:
         return {"none": None}[str(value).lower()]
     if kind is Literal:
@@ -76,7 +79,7 @@ def _as(value: Any, hint: Any) -> Any:
     if kind in (list, tuple):
         item = next(iter(get_args(hint)), Any)
         converters: dict[Any, Callable[[Any], Any]] = {int: _number, float: float}
-        convert = converters.get(item, frozen)
+        convert = converters.get(item, freeze)
         return tuple(
             convert(part) for part in (value.split(",") if isinstance(value, str) else value)
         )
@@ -99,7 +102,7 @@ def _number(value: Any) -> int | float:
 
 
 def _allowed(hint: Any) -> str:
-    """A hint, for people."""
+    """A hint in words."""
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if hint is NoneType:

@@ -1,10 +1,9 @@
-"""Pictures of what environments are doing, without a display.
+"""Pictures of environments, without a display.
 
-`renderer` finds out how an environment can be drawn: by its own method `render`, by the renderer of
-the Gymnasium environment that it is or whose dynamics it has, as a grid of states where it is
-tabular.
+`Renderer(env)` finds out how an environment can be drawn: by its own method `render`, by the
+Gymnasium environment that it is or whose dynamics it has, or as a grid of states if it is tabular.
 
-A method is all that an environment of one's own needs:
+A method is all that an environment of your own needs:
 
     def render(self, state) -> NDArray[np.uint8]:
         # One copy's state, tensors on the CPU without the leading axis E; a picture [H, W, 3].
@@ -12,7 +11,8 @@ A method is all that an environment of one's own needs:
         picture[state.row, state.column] = 0
         return picture
 
-Small pictures are enlarged. `render_fps`, a number beside it, says how many steps a second are.
+Small pictures are enlarged in films. The attribute `render_fps`, a number, says how many steps of
+the environment make a second.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
 from dqn_fast.envs.core import TabularEnv, TensorEnv
-from dqn_fast.envs.gymnasium_adapter import from_gymnasium
+from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.envs.tabular import GymTable
 
 Picture = NDArray[np.uint8]
@@ -37,206 +37,184 @@ Picture = NDArray[np.uint8]
 INSTALL = 'pip install -e ".[video]"'
 DEFAULT_FPS = 10.0
 GRID_COLUMNS = 32
-"""Cells in a row of states that have no shape of their own."""
+"""Cells in a row of states, unless the environment has a `grid_shape`."""
 
 
 class MissingLibraryError(ValueError):
-    """Pictures need a library that is not installed; the message says how to get it."""
+    """Pictures need a library that is not installed; the message says how to install it."""
 
 
-class Renderer(Protocol):
+class Renderer:
     """Draws the copies of one environment.
 
     Attributes:
+        env: the environment to play. On the host it is one more copy, with a camera.
         fps: steps of the environment in a second of its own time.
-        live: whether pictures can only be taken of what `env` is doing now; `frame` does not look
-            at the state then.
-    """
-
-    fps: float
-    live: bool
-
-    @property
-    def env(self) -> TensorEnv:
-        """What has to be played to be seen: the environment itself, or one more with a camera of
-        those that live on the host."""
-
-    def frame(self, state: Any, i: int = 0) -> Picture:
-        """Picture of copy `i` of an environment state, a NamedTuple of tensors [E, ...]."""
-
-    def close(self) -> None:
-        """Give back what the renderer holds."""
-
-
-def renderer(env: TensorEnv) -> Renderer | None:
-    """What draws `env`; None if nothing can.
+        live: pictures show what `env` does now; `frame` does not read the state then.
 
     Raises:
-        MissingLibraryError: it could be drawn if a library were there.
+        MissingLibraryError: a library is not installed.
+        ValueError: nothing can draw the environment; the message says what is needed.
     """
-    if callable(getattr(env, "render", None)):
-        return OwnRenderer(env)
-    if env.on_host:
-        try:
-            return HostRenderer(env)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, MissingLibraryError):
-                raise
-            return None
-    if isinstance(env, GymTable):
-        # Without pygame, or of an environment that draws nothing, a grid of states is left.
-        with contextlib.suppress(MissingLibraryError, TypeError, ValueError):
-            return TableRenderer(env)
-    elif hasattr(env, "gymnasium_id"):
-        return ClassicRenderer(env)
-    return GridRenderer(env) if isinstance(env, TabularEnv) else None
 
+    WHITE, LINE, AGENT, TERMINAL = (255, 255, 255), (208, 215, 222), (0, 114, 178), (0, 158, 115)
+    CELL: ClassVar[int] = 20
+    """Side of a grid's cell in pixels, with the line on its left."""
 
-class OwnRenderer:
-    """The pictures that an environment draws by itself, by a method `render`."""
+    def __init__(self, env: TensorEnv) -> None:
+        self.env, self.fps, self.live = env, DEFAULT_FPS, False
+        self._drawn: Any = None  # Gymnasium's environment that draws
+        draw: Callable[[Any, int], Picture] | None = None
+        if callable(getattr(env, "render", None)):
+            draw, self.fps = self._draw_own, float(getattr(env, "render_fps", DEFAULT_FPS))
+        elif env.on_host:
+            draw, self.live = self._draw_camera, True
+            self._drawn = camera = _open_camera(env)
+            self.env = from_gymnasium(lambda: camera)
+        elif isinstance(env, GymTable):
+            arguments = {name: value for name, value in env.params.items() if name != "max_steps"}
+            # Without pygame, or if the environment draws nothing, it becomes a grid.
+            with contextlib.suppress(MissingLibraryError, TypeError, ValueError):
+                self._drawn = _make_drawing(env.env_id, arguments)
+                draw = self._draw_table
+        elif hasattr(env, "gymnasium_id"):
+            draw, self._drawn = self._draw_classic, _make_drawing(env.gymnasium_id, {})
+            for name, value in env.params.items():
+                for attribute in (name, name.upper()):  # Acrobot's lengths are class constants
+                    if hasattr(self._drawn, attribute):
+                        setattr(self._drawn, attribute, value)
+        if draw is None and isinstance(env, TabularEnv):
+            draw = self._draw_grid
+            self._make_grid(env)
+        if draw is None:
+            raise ValueError(
+                f"{type(env).__name__} cannot be drawn; give it a method render(self, state) that "
+                "returns a picture, uint8 [H, W, 3], of one copy's state"
+            )
+        if self._drawn is not None:
+            self.fps = float(self._drawn.metadata.get("render_fps", DEFAULT_FPS))
+        self._draw = draw
 
-    live = False
-
-    def __init__(self, env: Any) -> None:
-        self.env: TensorEnv = env
-        self._render = env.render
-        self.fps = float(getattr(env, "render_fps", DEFAULT_FPS))
-
-    def frame(self, state: Any, i: int = 0) -> Picture:
-        """See `Renderer`.
+    def frame(self, state: Any = None, i: int = 0) -> Picture:
+        """Picture of copy `i` of an environment state, a NamedTuple of tensors [E, ...].
 
         Raises:
-            ValueError: the method gave something else than a picture.
+            ValueError: the environment's own method returns no picture.
         """
-        picture = np.asarray(self._render(type(state)(*(t[i].cpu() for t in state))))
+        return self._draw(state, i)
+
+    def close(self) -> None:
+        """Close the environment that draws."""
+        if self.live:
+            self.env.close()
+        if self._drawn is not None:
+            self._drawn.close()
+
+    def _draw_own(self, state: Any, i: int) -> Picture:
+        """By the environment's method `render`."""
+        env: Any = self.env
+        picture = np.asarray(env.render(type(state)(*(t[i].cpu() for t in state))))
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(
-                f"{type(self.env).__name__}.render must give uint8 [H, W, 3], "
+                f"{type(env).__name__}.render must give uint8 [H, W, 3], "
                 f"got {picture.dtype} {list(picture.shape)}"
             )
         return picture
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def _draw_camera(self, state: Any, i: int) -> Picture:
+        """By the environment itself; after the end of an episode, its last picture."""
+        last = self._drawn.last
+        return self._picture() if last is None else np.array(last)
 
+    def _draw_classic(self, state: Any, i: int) -> Picture:
+        """By Gymnasium's environment with the same dynamics, set to the same state.
 
-class ClassicRenderer:
-    """Gymnasium's own pictures of an environment with the same dynamics and another state.
-
-    The environment says in `gymnasium_id` which one that is, in `gymnasium_state` what its state is
-    in Gymnasium's terms, and by its parameters how it differs from the standard.
-    """
-
-    live = False
-
-    def __init__(self, env: Any) -> None:
-        """Make the environment that draws.
-
-        Raises:
-            MissingLibraryError: pygame is not there.
+        `gymnasium_id` names it, `gymnasium_state` converts the state, and the parameters say how
+        the environment differs from the standard.
         """
-        self.env, self._drawn = env, _drawing(env.gymnasium_id, {})
-        for name, value in env.params.items():
-            for attribute in (name, name.upper()):  # Acrobot's lengths are constants of its class
-                if hasattr(self._drawn, attribute):
-                    setattr(self._drawn, attribute, value)
-        self.fps = float(self._drawn.metadata.get("render_fps", DEFAULT_FPS))
+        env: Any = self.env
+        self._drawn.state = env.gymnasium_state(state)[i]
+        return self._picture()
 
-    def frame(self, state: Any, i: int = 0) -> Picture:
-        """See `Renderer`."""
-        self._drawn.state = self.env.gymnasium_state(state)[i]
-        with headless():
-            return np.array(self._drawn.render())
-
-    def close(self) -> None:
-        """Close the environment that draws."""
-        self._drawn.close()
-
-
-class TableRenderer:
-    """Gymnasium's own pictures of an environment that is played from its table."""
-
-    live = False
-
-    def __init__(self, env: GymTable) -> None:
-        """Make the environment that draws.
-
-        Raises:
-            MissingLibraryError: pygame is not there.
-            TypeError, ValueError: the environment draws nothing.
-        """
-        arguments = {name: value for name, value in env.params.items() if name != "max_steps"}
-        self.env, self._drawn = env, _drawing(env.env_id, arguments)
-        self.fps = float(self._drawn.metadata.get("render_fps", DEFAULT_FPS))
-
-    def frame(self, state: Any, i: int = 0) -> Picture:
-        """See `Renderer`; whoever can look into several directions looks into the first one."""
+    def _draw_table(self, state: Any, i: int) -> Picture:
+        """By Gymnasium's environment that the table is of. An agent that can face several
+        directions is drawn facing the first."""
         self._drawn.s, self._drawn.lastaction = int(state.number[i]), None
+        return self._picture()
+
+    def _picture(self) -> Picture:
         with headless():
             return np.array(self._drawn.render())
 
-    def close(self) -> None:
-        """Close the environment that draws."""
-        self._drawn.close()
+    def _draw_grid(self, state: Any, i: int) -> Picture:
+        """By a grid of states in the order of the table: the agent is a disc, terminal states are
+        filled."""
+        env: Any = self.env
+        one = type(state)(*(tensor[i : i + 1] for tensor in state))
+        y, x = self._corner(int(env.state_index(env.observe(one))))
+        picture = self._grid.copy()
+        picture[y + 1 : y + self.CELL, x + 1 : x + self.CELL][self._disc] = self.AGENT
+        return picture
 
+    def _make_grid(self, env: TabularEnv) -> None:
+        """Draw the grid without the agent; its rows are as in `grid_shape`."""
+        terminal = env.mdp().terminal.cpu().numpy()
+        shape = env.grid_shape
+        self._columns = shape[1] if shape else min(len(terminal), GRID_COLUMNS)
+        rows = -(-len(terminal) // self._columns)
+        size = (rows * self.CELL + 1, self._columns * self.CELL + 1, 3)
+        self._grid = np.full(size, self.WHITE, np.uint8)
+        for cell in range(len(terminal)):
+            y, x = self._corner(cell)
+            self._grid[y : y + self.CELL + 1, x : x + self.CELL + 1] = self.LINE
+            inside = self.TERMINAL if terminal[cell] else self.WHITE
+            self._grid[y + 1 : y + self.CELL, x + 1 : x + self.CELL] = inside
+        offset = np.arange(1, self.CELL) - self.CELL / 2
+        self._disc = np.hypot(offset[:, None], offset) <= self.CELL / 3
 
-class HostRenderer:
-    """Pictures of an environment on the host: `env` is one more of them, that draws."""
-
-    live = True
-
-    def __init__(self, env: Any) -> None:
-        """Make the environment and see that it gives pictures.
-
-        Raises:
-            MissingLibraryError: what it draws with is not there.
-            TypeError, ValueError: it was not made from a registered id, or draws nothing.
-        """
-        options = {"disable_env_checker": True, **env.params, "render_mode": "rgb_array"}
-        try:
-            with headless():
-                self._camera = _Camera(gymnasium.make(env.name, **options))
-                self._camera.reset(seed=0)
-                first = self._camera.render()
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise MissingLibraryError(str(error)) from None
-        except gymnasium.error.Error as error:
-            raise ValueError(str(error)) from None
-        if not isinstance(first, np.ndarray):
-            raise ValueError(f"{env.name} draws no pictures")
-        self.env = from_gymnasium(lambda: self._camera)
-        self.fps = float(self._camera.metadata.get("render_fps", DEFAULT_FPS))
-
-    def frame(self, state: Any = None, i: int = 0) -> Picture:
-        """What the camera sees; where an episode has just ended, its end."""
-        with headless():
-            seen = self._camera.render() if self._camera.last is None else self._camera.last
-        return np.array(seen)
-
-    def close(self) -> None:
-        """Close the environment that draws."""
-        self.env.close()
-        self._camera.close()
+    def _corner(self, cell: int) -> tuple[int, int]:
+        """Top and left of a cell in pixels."""
+        return cell // self._columns * self.CELL, cell % self._columns * self.CELL
 
 
 class _Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Keeps the last picture of an episode: its end is followed by a reset at once."""
+    """Keeps the last picture of an episode, because a reset follows at once."""
 
-    over, last = False, None
+    is_over, last = False, None
 
     def step(self, action: Any) -> Any:
         result = super().step(action)
-        self.over = result[2] or result[3]
+        self.is_over = result[2] or result[3]
         return result
 
     def reset(self, **options: Any) -> Any:
-        self.last = self.env.render() if self.over else None
-        self.over = False
+        self.last = self.env.render() if self.is_over else None
+        self.is_over = False
         return super().reset(**options)
 
 
-def _drawing(env_id: str, arguments: Mapping[str, Any]) -> Any:
-    """Gymnasium's environment, unwrapped, that gives its pictures as arrays."""
+def _open_camera(env: Any) -> _Camera:
+    """One more copy of an environment on the host, which gives pictures."""
+    options = {"disable_env_checker": True, **env.params, "render_mode": "rgb_array"}
+    error: Exception | None = None
+    try:
+        with headless():
+            camera = _Camera(gymnasium.make(env.name, **options))
+            camera.reset(seed=0)
+            if isinstance(camera.render(), np.ndarray):
+                return camera
+    except gymnasium.error.DependencyNotInstalled as missing:
+        raise MissingLibraryError(str(missing)) from None
+    except (TypeError, ValueError, gymnasium.error.Error) as refused:
+        error = refused
+    raise ValueError(
+        f"{type(env).__name__} cannot be drawn; "
+        "it must be a registered id with the render mode rgb_array"
+    ) from error
+
+
+def _make_drawing(env_id: str, arguments: Mapping[str, Any]) -> Any:
+    """Gymnasium's environment, unwrapped, which gives its pictures as arrays."""
     with headless():
         try:
             import pygame  # noqa: F401
@@ -250,53 +228,9 @@ def _drawing(env_id: str, arguments: Mapping[str, Any]) -> Any:
     return env
 
 
-class GridRenderer:
-    """A tabular environment as a grid of states: the agent a disc, terminal states filled.
-
-    The states stand in the order of the table, in rows as `grid_shape` of the environment says, or
-    of GRID_COLUMNS.
-    """
-
-    fps, live = DEFAULT_FPS, False
-    WHITE, LINE, AGENT, TERMINAL = (255, 255, 255), (208, 215, 222), (0, 114, 178), (0, 158, 115)
-    CELL = 20
-    """Side of a cell in pixels, with the line on its left."""
-
-    def __init__(self, env: TabularEnv) -> None:
-        self.env = env
-        terminal = env.mdp().terminal.cpu().numpy()
-        shape: tuple[int, int] | None = getattr(env, "grid_shape", None)
-        columns = shape[1] if shape else min(len(terminal), GRID_COLUMNS)
-        rows = -(-len(terminal) // columns)
-        self._columns = columns
-        self._empty = np.full((rows * self.CELL + 1, columns * self.CELL + 1, 3), self.WHITE, "u1")
-        for cell in range(len(terminal)):
-            y, x = self._corner(cell)
-            self._empty[y : y + self.CELL + 1, x : x + self.CELL + 1] = self.LINE
-            inside = self.TERMINAL if terminal[cell] else self.WHITE
-            self._empty[y + 1 : y + self.CELL, x + 1 : x + self.CELL] = inside
-        offset = np.arange(1, self.CELL) - self.CELL / 2
-        self._disc = np.hypot(offset[:, None], offset) <= self.CELL / 3
-
-    def _corner(self, cell: int) -> tuple[int, int]:
-        """Top and left of a cell."""
-        return cell // self._columns * self.CELL, cell % self._columns * self.CELL
-
-    def frame(self, state: Any, i: int = 0) -> Picture:
-        """See `Renderer`."""
-        one = type(state)(*(tensor[i : i + 1] for tensor in state))
-        y, x = self._corner(int(self.env.state_index(self.env.observe(one))))
-        picture = self._empty.copy()
-        picture[y + 1 : y + self.CELL, x + 1 : x + self.CELL][self._disc] = self.AGENT
-        return picture
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 @contextlib.contextmanager
 def headless() -> Iterator[None]:
-    """Let pygame, in here, ask for no display and warn of nothing. Gymnasium hides its banner."""
+    """Keep pygame from opening a display and from warnings; Gymnasium hides its banner."""
     before = os.environ.get("SDL_VIDEODRIVER")
     os.environ["SDL_VIDEODRIVER"] = "dummy"
     try:

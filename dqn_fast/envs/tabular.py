@@ -1,9 +1,8 @@
 """Gymnasium's environments that have a table of transitions, such as FrozenLake, on the device.
 
-Toy-text environments hold all there is to know in `P[s][a] = [(probability, next state, reward,
-terminated), ...]`. Any other environment whose `unwrapped` has such a `P` and an
-`initial_state_distrib` does as well: registered with Gymnasium, it runs as tensors and can be
-solved exactly.
+Toy-text environments have a table `P[s][a] = [(probability, next state, reward, terminated), ...]`.
+Any other registered environment whose `unwrapped` has such a `P` and an `initial_state_distrib`
+runs as tensors, too, and can be solved exactly.
 
     env = GymTable("FrozenLake8x8-v1", {"is_slippery": False})
 """
@@ -28,77 +27,13 @@ from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP, ends_elsewhere
 from dqn_fast.envs.core import TabularEnv
-from dqn_fast.envs.params import cast, frozen
+from dqn_fast.envs.params import cast, freeze
 
 DEFAULT_MAX_STEPS = 200
-"""Time limit in steps where Gymnasium has none, as for CliffWalking."""
+"""Time limit in steps if Gymnasium has none, as for CliffWalking."""
 
-EXPERIMENTS: dict[str, Mapping[str, Any]] = {
-    # The goal is rarely found by chance, and most of what a step earns is noise: many copies,
-    # large batches. With this discount the most valuable policy also has the best return within
-    # the time limit, so that evaluations, of many episodes each, pick the right agent.
-    "FrozenLake8x8-v1": {
-        "gamma": 0.995,
-        "num_envs": 512,
-        "total_timesteps": 12_000_000,
-        "learning_rate": 1e-3,
-        "buffer_size": 1_000_000,
-        "batch_size": 256,
-        "train_freq": 400,
-        "target_update_interval": 400,
-        "tau": 0.02,
-        "eps_end": 0.3,
-        "hidden_sizes": (64, 64),
-        "eval_interval": 1_000_000,
-        "eval_episodes": 1_000,
-    },
-    "FrozenLake-v1": {
-        "num_envs": 128,
-        "total_timesteps": 500_000,
-        "learning_rate": 2e-3,
-        "buffer_size": 200_000,
-        "batch_size": 128,
-        "train_freq": 128,
-        "target_update_interval": 128,
-        "tau": 0.05,
-        "eps_end": 0.2,
-        "hidden_sizes": (64, 64),
-        "eval_interval": 100_000,
-        "eval_episodes": 1_000,
-    },
-    "CliffWalking-v1": {
-        "total_timesteps": 131_072,
-        "buffer_size": 50_000,
-        "train_freq": 32,
-        "target_update_interval": 32,
-        "tau": 0.05,
-        "eps_end": 0.1,
-        "hidden_sizes": (64, 64),
-        "eval_interval": 16_384,
-        "eval_episodes": 1,
-    },
-    # With a higher discount, wandering is worth -100 before the first passenger is delivered.
-    "Taxi-v4": {
-        "gamma": 0.95,
-        "num_envs": 128,
-        "total_timesteps": 1_500_000,
-        "learning_rate": 2e-3,
-        "buffer_size": 500_000,
-        "batch_size": 256,
-        "train_freq": 75,
-        "target_update_interval": 75,
-        "tau": 0.05,
-        "eps_end": 0.1,
-        "max_grad_norm": 100.0,
-        "hidden_sizes": (64, 64),
-        "loss": "squared",
-        "eval_interval": 150_000,
-    },
-}
-"""Settings of `train` that work, by id; see `TensorEnv.experiment`."""
-
-# Arguments with which the next step depends on more than the state that `P` is a table of.
-_BEYOND_THE_TABLE = {"fickle_passenger": "that the passenger's mind may change is not in its table"}
+# Arguments with which a step depends on more than the state in `P`, and on what.
+_BEYOND_THE_TABLE = {"fickle_passenger": "passengers who change their destination"}
 _CHECK_STEPS = 200
 
 
@@ -116,25 +51,25 @@ class TableState(NamedTuple):
 class GymTable(TabularEnv):
     """A Gymnasium environment played from its table: the same states, rewards and terminations.
 
-    States are Gymnasium's 0 .. n - 1. Where a step may terminate in a state in which other episodes
-    go on, as in Taxi, the MDP has one state more, n: the end. `observe` never shows it, but what
-    Gymnasium shows; it is in `states` and `mdp` only.
+    States are Gymnasium's 0 .. n - 1. If a step may terminate in a state in which other episodes
+    continue, as in Taxi, the MDP has one more state, n: the end. Only `states` and `mdp` contain
+    it; `observe` returns Gymnasium's state.
 
     Attributes:
         env_id: id registered with Gymnasium.
         arguments: of its constructor, by name, and "max_steps"; text is cast to the type that the
-            constructor names. What is not given takes the registered value, then the constructor's
-            own, and for the time limit DEFAULT_MAX_STEPS if none is registered. Held as pairs, all
-            of them.
+            constructor names. An argument that is not given has the registered value, else the
+            constructor's default; the time limit has DEFAULT_MAX_STEPS if none is registered. The
+            attribute holds all arguments, as pairs.
         max_steps: time limit in steps, >= 1.
         num_actions: Gymnasium's.
         num_states: n.
-        grid_shape: rows and columns, where the environment says that its states stand so.
+        grid_shape: rows and columns, if the environment says that its states form a grid.
 
     Raises:
         NoTableError: the id is unknown or its environment has no table, whatever the arguments.
         ValueError: an argument is unknown, of another type or refused by the constructor; or the
-            environment does not do what its table says.
+            environment does not follow its table.
     """
 
     env_id: str
@@ -149,10 +84,10 @@ class GymTable(TabularEnv):
     step_noise_dim: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        spec, given = _spec(self.env_id), dict(self.arguments)
+        spec, given = _find_spec(self.env_id), dict(self.arguments)
         try:
-            arguments = _arguments(spec, given)
-            cells, start, grid_shape = _read(spec, arguments, given)
+            arguments = _cast_arguments(spec, given)
+            cells, start, grid_shape = _read_env(spec, arguments, given)
         except ValueError as error:
             if given and not isinstance(error, NoTableError):
                 _ensure_table(self.env_id)
@@ -223,8 +158,8 @@ class GymTable(TabularEnv):
         return TableState(torch.arange(self._table.mdp_states, dtype=torch.int32))
 
     def state_index(self, obs: Tensor) -> Tensor:
-        """Row of the table, int64; of a terminated successor, the row of the state that Gymnasium
-        shows, where the MDP may have the end."""
+        """Row of the table, int64. A terminated successor has the row of the state that Gymnasium
+        shows, although the MDP may be in the end."""
         return obs.long()
 
 
@@ -243,7 +178,7 @@ class _Tensors(NamedTuple):
         reward: float32 [R, K].
         terminated: bool [R, K].
         first: states in which episodes start, int32 [S].
-        first_bounds: which of them noise draws, float32 [S - 1].
+        first_bounds: as `bounds`, for the states of `first`, float32 [S - 1].
     """
 
     bounds: Tensor
@@ -255,7 +190,7 @@ class _Tensors(NamedTuple):
 
 
 class _Table:
-    """A table of transitions and its tensors, on every device where they were asked for.
+    """A table of transitions and its tensors, cached for each device.
 
     Attributes:
         cells: outcomes in state s of action a, at s * num_actions + a.
@@ -271,7 +206,7 @@ class _Table:
         self.num_actions = len(cells) // self.num_states
         width = max(map(len, cells))
         end: Cell = [(1.0, self.num_states, 0.0, True)]
-        # Rows are filled up with their last outcome again, which no noise draws.
+        # Shorter rows repeat their last outcome with probability 0.
         rows = [
             cell + [(0.0, *cell[-1][1:])] * (width - len(cell))
             for cell in [*cells, *[end] * self.num_actions]
@@ -280,12 +215,12 @@ class _Table:
         probability = torch.tensor(columns[0], dtype=torch.float64)
         first = (start > 0).nonzero()[:, 0]
         tensors = _Tensors(
-            bounds=_bounds(probability),
+            bounds=_noise_bounds(probability),
             next_state=torch.tensor(columns[1], dtype=torch.int32),
             reward=torch.tensor(columns[2], dtype=torch.float32),
             terminated=torch.tensor(columns[3], dtype=torch.bool),
             first=first.int(),
-            first_bounds=_bounds(start[first]),
+            first_bounds=_noise_bounds(start[first]),
         )
         self._tensors = {torch.device("cpu"): tensors}
         state = torch.arange(len(cells)).repeat_interleave(width) // self.num_actions
@@ -313,11 +248,11 @@ def _ensure_table(env_id: str) -> None:
         return
 
 
-def _bounds(probability: Tensor) -> Tensor:
-    """Where uniform noise goes from one outcome to the next: [..., K] to float32 [..., K - 1].
+def _noise_bounds(probability: Tensor) -> Tensor:
+    """Thresholds of uniform noise between K outcomes: [..., K] to float32 [..., K - 1].
 
-    Sums are rounded up, so that a number of float32 draws what it draws from the sums in float64,
-    as Gymnasium has them.
+    Sums are rounded up, so that a float32 number draws the same outcome as from Gymnasium's float64
+    sums.
     """
     total = np.cumsum(probability.numpy(), -1)[..., :-1]
     nearest = total.astype(np.float32)
@@ -325,7 +260,7 @@ def _bounds(probability: Tensor) -> Tensor:
     return torch.from_numpy(np.where(nearest < total, up, nearest))
 
 
-def _read(
+def _read_env(
     spec: EnvSpec, arguments: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[list[Cell], Tensor, tuple[int, int] | None]:
     """Cells, start distribution and grid of the environment made with `arguments`.
@@ -333,14 +268,14 @@ def _read(
     Args:
         spec: Gymnasium's.
         arguments: all arguments.
-        given: those that the user gave, to name in errors.
+        given: those that the user gave, for error messages.
     """
     asked = f"--env-id {spec.id}"
     if given:
         asked = "--env-params " + " ".join(f"{name} {value}" for name, value in given.items())
     kwargs = {name: value for name, value in arguments.items() if name != "max_steps"}
     try:
-        with np.errstate(invalid="ignore"):  # a map without start is told below
+        with np.errstate(invalid="ignore"):  # a map without a start raises below
             envs = [spec.make(disable_env_checker=True, **kwargs) for _ in range(2)]
     except Exception as error:
         if not given:
@@ -349,13 +284,13 @@ def _read(
             f"{asked}: {spec.id} cannot be made with that "
             f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
-    grid_shape = _grid_shape(envs[0].unwrapped)
+    grid_shape = _read_grid_shape(envs[0].unwrapped)
     try:
-        (cells, start), again = (_cells(env.unwrapped, asked) for env in envs)
+        (cells, start), again = (_read_cells(env.unwrapped, asked) for env in envs)
         if cells != again[0] or not torch.equal(start, again[1]):
             raise ValueError(
-                f"{asked}: {spec.id} has another table each time that it is made; "
-                f"gym:{spec.id} can play it"
+                f"{asked}: {spec.id} has a different table each time that it is made; "
+                f"use gym:{spec.id}"
             )
         _check_play(envs[0].unwrapped, cells, start, spec.id)
     finally:
@@ -365,7 +300,7 @@ def _read(
     return cells, start, grid_shape if on_grid else None
 
 
-def _grid_shape(env: Any) -> tuple[int, int] | None:
+def _read_grid_shape(env: Any) -> tuple[int, int] | None:
     """Rows and columns of toy-text grids, which name them in one of two ways."""
     if hasattr(env, "nrow"):
         return int(env.nrow), int(env.ncol)
@@ -373,7 +308,7 @@ def _grid_shape(env: Any) -> tuple[int, int] | None:
     return (int(shape[0]), int(shape[1])) if len(shape) == 2 else None
 
 
-def _cells(env: Any, asked: str) -> tuple[list[Cell], Tensor]:
+def _read_cells(env: Any, asked: str) -> tuple[list[Cell], Tensor]:
     """Table and start distribution of an unwrapped environment, checked."""
     spaces = (env.observation_space, env.action_space)
     try:
@@ -406,13 +341,12 @@ def _cells(env: Any, asked: str) -> tuple[list[Cell], Tensor]:
 
 
 def _check_play(env: Any, cells: list[Cell], start: Tensor, env_id: str) -> None:
-    """Play some steps: a `step` that was overridden may do what `P` does not tell."""
+    """Play some steps, because an overridden `step` may differ from `P`."""
 
     def ensure(follows: bool, where: str) -> None:
         if not follows:
             raise ValueError(
-                f"--env-id {env_id}: does not follow its table `P` {where}; "
-                f"gym:{env_id} can play it"
+                f"--env-id {env_id}: does not follow its table `P` {where}; use gym:{env_id}"
             )
 
     def reset(**seed: int) -> int:
@@ -445,7 +379,7 @@ class _Argument(NamedTuple):
 _MISSING = inspect.Parameter.empty
 
 
-def _spec(env_id: str) -> EnvSpec:
+def _find_spec(env_id: str) -> EnvSpec:
     """Gymnasium's entry of an id; of "module:id", after the import of the module."""
 
     module, _, name = env_id.rpartition(":")
@@ -456,13 +390,13 @@ def _spec(env_id: str) -> EnvSpec:
     except (ImportError, gymnasium.error.Error) as error:
         raise NoTableError(f"--env-id {env_id}: {error}") from error
     if spec.additional_wrappers or spec.entry_point is None:
-        raise NoTableError(f"--env-id {env_id}: has wrappers around what a table could tell")
+        raise NoTableError(f"--env-id {env_id}: has wrappers, which a table does not describe")
     return spec
 
 
-def _arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+def _cast_arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments by name: the given ones cast, the others as registered or by default."""
-    known = _known_arguments(spec)
+    known = _list_arguments(spec)
     values = {name: argument.default for name, argument in known.items()}
     for name, value in given.items():
         if name not in known:
@@ -470,11 +404,11 @@ def _arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"--env-params {name} {value}: {spec.id} has no such parameter; "
                 f"it has {', '.join(known)}"
             )
-        values[name] = cast(name, value, *_hints(known[name]))
+        values[name] = cast(name, value, *_choose_hints(known[name]))
         if name in _BEYOND_THE_TABLE and values[name]:
             raise ValueError(
-                f"--env-params {name} {value}: must be false, for {_BEYOND_THE_TABLE[name]}; "
-                f"gym:{spec.id} can play it"
+                f"--env-params {name} {value}: must be false: the table `P` does not describe "
+                f"{_BEYOND_THE_TABLE[name]}; use gym:{spec.id}"
             )
     if values["max_steps"] < 1:
         raise ValueError(f"--env-params max_steps {values['max_steps']}: must be at least 1")
@@ -483,8 +417,8 @@ def _arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _known_arguments(spec: EnvSpec) -> dict[str, _Argument]:
-    """What the constructor takes, as far as it can be held in a file, and "max_steps"."""
+def _list_arguments(spec: EnvSpec) -> dict[str, _Argument]:
+    """Arguments of the constructor that a file can hold, and "max_steps"."""
     entry_point = spec.entry_point
     try:
         create = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
@@ -492,7 +426,7 @@ def _known_arguments(spec: EnvSpec) -> dict[str, _Argument]:
         parameters = inspect.signature(create).parameters
     except Exception as error:  # of the module that is imported, such as a missing dependency
         raise NoTableError(f"--env-id {spec.id}: cannot be made ({error})") from error
-    with contextlib.suppress(NameError):  # a hint for type checkers only: the default has to do
+    with contextlib.suppress(NameError):  # a hint for type checkers only
         parameters = inspect.signature(create, eval_str=True).parameters
     known = {
         name: _Argument(p.annotation, spec.kwargs.get(name, p.default))
@@ -505,7 +439,7 @@ def _known_arguments(spec: EnvSpec) -> dict[str, _Argument]:
     for name, argument in known.items():
         if argument.default is not _MISSING:
             try:
-                argument = argument._replace(default=frozen(argument.default))
+                argument = argument._replace(default=freeze(argument.default))
             except TypeError:
                 continue
         plain[name] = argument
@@ -513,9 +447,8 @@ def _known_arguments(spec: EnvSpec) -> dict[str, _Argument]:
     return {**plain, "max_steps": _Argument(int, max_steps)}
 
 
-def _hints(argument: _Argument) -> list[Any]:
-    """What `cast` is to make of text: what the hint names of what a file can hold, else what the
-    default is."""
+def _choose_hints(argument: _Argument) -> list[Any]:
+    """Types for `cast`: those of the hint that a file can hold, else the type of the default."""
     hint, default = argument
     union = get_origin(hint) in (Union, UnionType)
     known = (bool, int, float, str, list, tuple, Literal)

@@ -1,12 +1,12 @@
-"""Tensor environments for everyone else: as Gymnasium's vector environment, and as its single one.
+"""Tensor environments for other libraries: as a Gymnasium vector environment or a single one.
 
     import dqn_fast, gymnasium
     gymnasium.make("dqn_fast/LineWorld-v0", slip_prob=0.1)
     gymnasium.make_vec("dqn_fast/CartPole-v1", num_envs=64, output="torch", device="cuda")
 
-`TensorVectorEnv` steps all copies at once and speaks all three autoreset modes; `TensorSingleEnv`
-is one copy of it that resets when told to. Copy i of a vector environment that was seeded with s is
-the single environment that was seeded with s + i, draw for draw, in every mode, on every device.
+`TensorVectorEnv` steps all copies at once and supports all three autoreset modes; `TensorSingleEnv`
+is one copy without autoreset. Copy i of a vector environment with the seed s plays the episodes of
+the single environment with the seed s + i, in every mode and on every device.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
     Args:
         env: the environment, or its id with its parameters as further keyword arguments.
         num_envs: N, >= 1.
-        device: where the copies live.
+        device: of the copies.
         output: "numpy" or "torch".
         autoreset_mode: of `gymnasium.vector`; with DISABLED, finished copies are reset by
             `reset(options={"reset_mask": mask})`, mask bool [N], NumPy or torch.
-        render_mode: "rgb_array": `render` draws every copy, as `dqn_fast.envs.render` can.
-        max_episode_steps: with an id: a time limit that is shorter than its `max_steps`, as that of
-            `gymnasium.make` is.
+        render_mode: "rgb_array": `render` draws every copy; see `dqn_fast.envs.render`.
+        max_episode_steps: for an id only: a time limit up to its `max_steps`, like that of
+            `gymnasium.make`.
 
     Raises:
-        ValueError: an argument is out of range or names nothing; nothing can draw the environment.
-        TypeError: the environment lives on the host, or its states cannot be numbered though its
-            observation space is Discrete.
+        ValueError: an argument is out of range or unknown, or nothing can draw the environment.
+        TypeError: the environment is on the host, or its observation space is Discrete although it
+            is no TabularEnv.
     """
 
     _renderer: Renderer | None = None
@@ -79,7 +79,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         max_episode_steps: int | None = None,
         **params: Any,
     ) -> None:
-        given, env = env, _tensor_env(env, params)
+        given, env = env, _make_tensor_env(env, params)
         if max_episode_steps is not None:
             if not isinstance(given, str):
                 raise ValueError("max_episode_steps: goes with an id, not with an environment")
@@ -88,7 +88,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
                     f"max_episode_steps {max_episode_steps}: must be in 1 .. {env.max_steps}; "
                     "max_steps sets a longer time limit"
                 )
-            env = _tensor_env(given, {**params, "max_steps": max_episode_steps})
+            env = _make_tensor_env(given, {**params, "max_steps": max_episode_steps})
         if num_envs < 1:
             raise ValueError(f"num_envs {num_envs}: must be at least 1")
         if output not in ("numpy", "torch"):
@@ -101,7 +101,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         self.autoreset_mode, self.render_mode = AutoresetMode(autoreset_mode), render_mode
         self.metadata = {**_METADATA, "autoreset_mode": self.autoreset_mode}
         if render_mode is not None:
-            self.metadata["render_fps"] = self._drawn_by().fps
+            self.metadata["render_fps"] = self._get_renderer().fps
 
         self.single_observation_space = env.observation_space
         self.single_action_space = Discrete(env.num_actions)
@@ -111,8 +111,8 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         self._step_draws = _Draws(Stream.ENV_STEP, env.step_noise_dim, num_envs, self.device)
         self._reset_draws = _Draws(Stream.ENV_RESET, env.reset_noise_dim, num_envs, self.device)
         self._all = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        # The base environment has put finished copies at the start of their next episode by the end
-        # of the step, whatever the mode; the other two modes only show that start later.
+        # In every mode the base environment starts the next episode of a finished copy in the same
+        # step; NEXT_STEP and DISABLED only show that start later.
         self._vector: VectorState | None = None
         self._arguments: tuple[Any, Tensor, Tensor] | None = None  # of the last `env.step`
         self._obs = torch.empty(0)  # as last shown, before `features`
@@ -127,10 +127,10 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         """Start an episode in every copy, or in those of `options["reset_mask"]`.
 
         Args:
-            seed: copy i is seeded with seed + i, or with the i-th of a sequence. None goes on with
-                the copy's random numbers, which at first are seeded from the system's entropy.
-            options: "reset_mask", bool [N]: which copies to reset; the others stay, and show what
-                they showed last.
+            seed: copy i is seeded with seed + i, or with the i-th of a sequence. None continues the
+                copy's random numbers, which are first seeded from the system's entropy.
+            options: "reset_mask", bool [N]: which copies to reset; the others keep their state and
+                their last observation.
 
         Returns:
             The observations and an empty info.
@@ -139,13 +139,13 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             ValueError, TypeError: seed or mask do not fit.
             ResetNeeded: a mask before the first reset of all.
         """
-        mask = self._reset_mask(options)
-        seeds = self._seeds(seed)
+        mask = self._read_mask(options)
+        seeds = self._list_seeds(seed)
         super().reset(seed=None if isinstance(seed, Sequence | np.ndarray) else seed)
         if self._vector is None:
             if mask is not self._all:
                 raise ResetNeeded("reset_mask: all copies have to be reset once before some are")
-            entropy = _entropy(self)
+            entropy = _draw_entropy(self)
             seeds = [entropy + i if given is None else given for i, given in enumerate(seeds)]
         if any(given is not None for given in seeds):
             self._step_draws.seed_(seeds, mask)
@@ -159,7 +159,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             self._vector = _choose(mask, fresh, self._vector)
             self._obs = _where(mask, fresh.obs, self._obs)
         self._ended = self._ended & ~mask
-        return self._out(self._shown(self._obs)), {}
+        return self._export(self._to_space(self._obs)), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """One step of every copy.
@@ -182,9 +182,9 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             raise ResetNeeded("step: call reset first")
         if self.autoreset_mode is AutoresetMode.DISABLED:
             message = "step: an episode has ended and was not reset"
-            if not self._all_hold(~ended, message):
+            if not self._check_all(~ended, message):
                 raise ResetNeeded(message)
-        action = self._checked(actions, ended)
+        action = self._check_actions(actions, ended)
         noise = self._step_draws.peek()
         vector, outcome = self.tensor_env.vector_step(
             before, action, noise, self._reset_draws.peek()
@@ -193,7 +193,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         done, infos = outcome.done, {}
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             obs, stepped, started = vector.obs, self._all, done
-            infos = self._final(outcome.next_obs, done)
+            infos = self._final_infos(outcome.next_obs, done)
         elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
             obs, stepped, started = _where(ended, before.obs, outcome.next_obs), ~ended, ended
             vector = _choose(ended, before, vector)
@@ -209,15 +209,15 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         if self.output == "numpy":
             reward = reward.double()
         return (
-            self._out(self._shown(obs)),
-            self._out(reward),
-            self._out(terminated),
-            self._out(truncated),
+            self._export(self._to_space(obs)),
+            self._export(reward),
+            self._export(terminated),
+            self._export(truncated),
             infos,
         )
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
-        """Pictures of what the copies show, uint8 [H, W, 3] each; None without a render mode.
+        """Pictures of the copies, uint8 [H, W, 3] each; None without a render mode.
 
         Raises:
             ResetNeeded: before the first reset.
@@ -228,57 +228,57 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             raise ResetNeeded("render: call reset first")
         state = self._vector.env
         if self.autoreset_mode is not AutoresetMode.SAME_STEP and self._arguments is not None:
-            # Where an episode has just ended the state has gone on to the next one: step again.
+            # After the end of an episode the state is already that of the next one: step again.
             last, _, _ = self.tensor_env.step(*self._arguments)
             state = type(state)(
                 *(_where(self._ended, a, b) for a, b in zip(last, state, strict=True))
             )
-        renderer = self._drawn_by()
+        renderer = self._get_renderer()
         return tuple(renderer.frame(state, i) for i in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Close what draws."""
+        """Close the renderer."""
         if self._renderer is not None:
             self._renderer.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_renderer": None}  # a picture's surface cannot be copied
 
-    def _drawn_by(self) -> Renderer:
-        """What draws the environment, made when it is first needed."""
+    def _get_renderer(self) -> Renderer:
+        """The renderer, made at its first use."""
         if self._renderer is None:
-            from dqn_fast.envs.render import renderer
+            from dqn_fast.envs.render import Renderer
 
-            self._renderer = renderer(self.tensor_env)
-        if self._renderer is None:
-            name = type(self.tensor_env).__name__
-            raise ValueError(f"render_mode rgb_array: nothing can draw {name}; give it a render()")
+            try:
+                self._renderer = Renderer(self.tensor_env)
+            except ValueError as error:
+                raise type(error)(f"render_mode rgb_array: {error}") from None
         return self._renderer
 
-    def _shown(self, obs: Tensor) -> Tensor:
-        """Observations as the space has them: features, or numbers of states."""
+    def _to_space(self, obs: Tensor) -> Tensor:
+        """Observations as elements of the space: features, or numbers of states."""
         if isinstance(self.single_observation_space, Discrete):
             assert isinstance(self.tensor_env, TabularEnv)
             return self.tensor_env.state_index(obs)
         return self.tensor_env.shown(obs)
 
-    def _out(self, tensor: Tensor) -> Any:
-        """A copy of `tensor` that the caller may write into, as the output asked for."""
+    def _export(self, tensor: Tensor) -> Any:
+        """A copy of `tensor` for the caller, in the form that `output` names."""
         copy = tensor.clone()
         return copy if self.output == "torch" else copy.cpu().numpy()
 
-    def _final(self, next_obs: Tensor, done: Tensor) -> dict[str, Any]:
+    def _final_infos(self, next_obs: Tensor, done: Tensor) -> dict[str, Any]:
         """Infos of a step with SAME_STEP: the last observations of the episodes that ended."""
         if self.output == "torch":
-            final = {"final_obs": self._out(self._shown(next_obs)), "final_info": {}}
+            final = {"final_obs": self._export(self._to_space(next_obs)), "final_info": {}}
             return {**final, "_final_obs": done.clone(), "_final_info": done.clone()}
         copies = done.nonzero()[:, 0].tolist()
         if not copies:
             return {}
         final_obs = np.full(self.num_envs, None, dtype=object)
-        for i, row in zip(copies, self._out(self._shown(next_obs[done])), strict=True):
+        for i, row in zip(copies, self._export(self._to_space(next_obs[done])), strict=True):
             final_obs[i] = row
-        mask = self._out(done)
+        mask = self._export(done)
         return {
             "final_obs": final_obs,
             "_final_obs": mask,
@@ -286,7 +286,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             "_final_info": mask.copy(),
         }
 
-    def _checked(self, actions: Any, ended: Tensor) -> Tensor:
+    def _check_actions(self, actions: Any, ended: Tensor) -> Tensor:
         """Actions as int64 [N] on the device."""
         if not isinstance(actions, Tensor):
             actions = torch.tensor(np.asarray(actions))
@@ -296,23 +296,25 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(
                 f"actions: must have shape ({self.num_envs},), got {tuple(actions.shape)}"
             )
-        action = self._here(actions.long())
+        action = self._to_device(actions.long())
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
             action = action.masked_fill(ended, 0)
         most = self.tensor_env.num_actions - 1
-        if not self._all_hold((action >= 0) & (action <= most), f"actions: must be in 0 .. {most}"):
+        if not self._check_all(
+            (action >= 0) & (action <= most), f"actions: must be in 0 .. {most}"
+        ):
             value = next(value for value in action.tolist() if not 0 <= value <= most)
             raise ValueError(f"action {value}: must be in 0 .. {most}")
         return action
 
-    def _all_hold(self, ok: Tensor, message: str) -> bool:
-        """Whether `ok` [N] is true everywhere; where reading it would wait, it is asserted."""
+    def _check_all(self, ok: Tensor, message: str) -> bool:
+        """Whether `ok` [N] is true everywhere; asserted on the device if reading would wait."""
         if self.output == "torch" and self.device.type not in ("cpu", "mps"):  # MPS asserts nothing
             torch._assert_async(ok.all(), message)
             return True
         return bool(ok.all())
 
-    def _here(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Tensor) -> Tensor:
         """`tensor` on the device, without waiting for it."""
         if tensor.device == self.device:
             return tensor
@@ -320,8 +322,8 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             upload(tensor, self.device) if tensor.device.type == "cpu" else tensor.to(self.device)
         )
 
-    def _reset_mask(self, options: dict[str, Any] | None) -> Tensor:
-        """Which copies to reset, bool [N] on the device; the object `_all` where not told."""
+    def _read_mask(self, options: dict[str, Any] | None) -> Tensor:
+        """Which copies to reset, bool [N] on the device; the object `_all` if there is no mask."""
         mask = (options or {}).get("reset_mask")
         if mask is None:
             return self._all
@@ -335,9 +337,9 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             if not mask.any():
                 raise ValueError("reset_mask: must be true for at least one copy")
             mask = torch.tensor(mask)
-        return self._here(mask)
+        return self._to_device(mask)
 
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+    def _list_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         """A seed or None for every copy."""
         if seed is None:
             return [None] * self.num_envs
@@ -361,7 +363,7 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
     Args:
         env: the environment, or its id with its parameters as further keyword arguments.
         device: where it is computed; a GPU is slower for one copy.
-        render_mode: "rgb_array": `render` draws the state, as `dqn_fast.envs.render` can.
+        render_mode: "rgb_array": `render` draws the state; see `dqn_fast.envs.render`.
 
     Raises:
         ValueError, TypeError: as `TensorVectorEnv`.
@@ -399,15 +401,15 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         """Start an episode; `options` are not read.
 
         Args:
-            seed: of all episodes from here on. None goes on with the random numbers of the last
-                seed, which at first is `np_random_seed`, from the system's entropy.
+            seed: of all episodes from here on. None continues the random numbers of the last seed,
+                which at first is `np_random_seed`, from the system's entropy.
 
         Returns:
             The observation, float32 [F] or the number of the state, and an empty info.
         """
         super().reset(seed=seed)
         if seed is None and not self._started:
-            seed = _entropy(self)
+            seed = _draw_entropy(self)
         self._started = True
         obs, _ = self._one.reset(seed=seed)
         return obs[0], {}
@@ -434,15 +436,15 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         return None if pictures is None else pictures[0]
 
     def close(self) -> None:
-        """Close what draws."""
+        """Close the renderer."""
         self._one.close()
 
 
 class _Draws:
-    """Uniform numbers of one stream for N copies, each with a seed and a place of its own.
+    """Uniform numbers of one stream for N copies, each with its own seed and index.
 
-    Draw i of a copy is what `dqn_fast.noise.Noise` draws at index i for a member with that seed.
-    They are made in blocks of many draws, which is most of what makes Philox cheap.
+    Draw i of a copy equals the draw of `dqn_fast.noise.Noise` at index i for a member with that
+    seed. Draws are generated in blocks, because one call of Philox for many draws is much cheaper.
 
     Attributes:
         keys: Philox keys, int64 [N, 2].
@@ -457,7 +459,7 @@ class _Draws:
         self._rows = max(1, min(256, 2**16 // num_envs))
         self._blocks = torch.arange(-(-dim // 4), device=device)
         self._first, self._block = self.index, torch.zeros(0, num_envs, dim, device=device)
-        self._left = 0  # peeks that the block is certain to serve
+        self._left = 0  # calls of `peek` that the block still serves
 
     def seed_(self, seeds: Sequence[int | None], mask: Tensor) -> None:
         """Start again with new seeds, in the copies of `mask` that are given one."""
@@ -492,14 +494,14 @@ class _Draws:
         self._first, self._left = self.index, self._rows
 
 
-def _entropy(env: TensorVectorEnv | TensorSingleEnv) -> int:
-    """The seed of `env.np_random`; of a generator that the user has put there, a draw from it."""
+def _draw_entropy(env: TensorVectorEnv | TensorSingleEnv) -> int:
+    """The seed of `env.np_random`, or a draw from it if the user has set that generator."""
     seed = env.np_random_seed
     return seed if seed is not None and seed >= 0 else int(env.np_random.integers(2**31))
 
 
-def _tensor_env(env: TensorEnv | str, params: dict[str, Any]) -> TensorEnv:
-    """The environment meant by one or by an id and parameters."""
+def _make_tensor_env(env: TensorEnv | str, params: dict[str, Any]) -> TensorEnv:
+    """The environment itself, or one made from an id and parameters."""
     if isinstance(env, str):
         if env not in TENSOR_ENVS:
             raise ValueError(f"env {env}: must be one of {', '.join(sorted(TENSOR_ENVS))}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dqn_fast.envs import Acrobot, make_env
-from dqn_fast.envs.params import cast, frozen, plain
+from dqn_fast.envs.params import cast, freeze, plain
 
 
 def test_plain_values_are_pythons_own():
@@ -98,9 +98,9 @@ def test_what_does_not_fit_is_refused(value, hint, allowed):
 
 def test_frozen_values_can_be_hashed():
     """Sequences of plain values; anything else is refused."""
-    assert hash(frozen([1, [2, "a"], None])) == hash((1, (2, "a"), None))
+    assert hash(freeze([1, [2, "a"], None])) == hash((1, (2, "a"), None))
     with pytest.raises(TypeError):
-        frozen([{}])
+        freeze([{}])
 
 
 def test_torques_can_be_given_as_text():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.envs import Acrobot, CartPole, LineWorld, MountainCar, TensorEnv, make_env
-from dqn_fast.envs.render import GridRenderer, MissingLibraryError, headless, renderer
+from dqn_fast.envs.render import MissingLibraryError, Renderer, headless
 
 with headless():
     gymnasium = pytest.importorskip("gymnasium")
@@ -76,7 +76,7 @@ def test_pixels_are_gymnasiums(env):
     """Copy i of a batch looks exactly as the original does in the same state, along a walk."""
     theirs = original(env.gymnasium_id)
     theirs.reset(seed=1)
-    ours = renderer(env)
+    ours = Renderer(env)
     assert ours.fps == theirs.metadata["render_fps"]
     kind = type(env.reset(torch.zeros(1, 4)))
     pictures = []
@@ -94,7 +94,7 @@ def test_pixels_are_gymnasiums(env):
 
 def cart_column(env: CartPole, x: float) -> float:
     """Where the middle of the cart is drawn, from its black pixels below the axle."""
-    drawn = renderer(env).frame(type(env.reset(torch.zeros(1, 4)))(torch.tensor([[x, 0, 0, 0.0]])))
+    drawn = Renderer(env).frame(type(env.reset(torch.zeros(1, 4)))(torch.tensor([[x, 0, 0, 0.0]])))
     (columns,) = np.nonzero((drawn[310] == 0).all(-1))
     return columns.mean()
 
@@ -105,12 +105,12 @@ def test_parameters_reach_the_picture():
     assert cart_column(CartPole(x_threshold=4.8), 1.2) == pytest.approx(375, abs=1)
     poles = []
     for env in (CartPole(), CartPole(length=0.8)):
-        drawn = renderer(env).frame(env.reset(torch.full((1, 4), 0.5)))
+        drawn = Renderer(env).frame(env.reset(torch.full((1, 4), 0.5)))
         poles.append((drawn == (202, 152, 101)).all(-1).any(1).sum())
     assert poles[1] / poles[0] == pytest.approx(1.6, abs=0.1)
     env = Acrobot(link_length_1=0.5)
-    drawn = renderer(env).frame(env.reset(torch.full((1, 4), 0.5)))
-    assert not np.array_equal(drawn, renderer(Acrobot()).frame(env.reset(torch.full((1, 4), 0.5))))
+    drawn = Renderer(env).frame(env.reset(torch.full((1, 4), 0.5)))
+    assert not np.array_equal(drawn, Renderer(Acrobot()).frame(env.reset(torch.full((1, 4), 0.5))))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_tables_look_as_in_gymnasium(env_id, arguments):
     theirs = original(env_id, **arguments)
     theirs.reset(seed=3)
     env = make_env(env_id, arguments)
-    ours = renderer(env)
+    ours = Renderer(env)
     kind = type(env.states())
     shown = []
     for step in range(8):
@@ -150,25 +150,25 @@ def filled(drawn: NDArray[np.uint8], colour: tuple[int, int, int]) -> tuple[floa
 def test_line_world_is_a_row_of_cells():
     """The agent is in the middle of its own cell, the goal in the last, and nothing else moves."""
     env = LineWorld(n_states=7)
-    draws = renderer(env)
-    size = GridRenderer.CELL
+    draws = Renderer(env)
+    size = Renderer.CELL
     pictures = [draws.frame(env.states(), i) for i in range(7)]
     assert pictures[0].shape == (size + 1, 7 * size + 1, 3)
     assert pictures[0].dtype == np.uint8
     for i, drawn in enumerate(pictures):
-        assert filled(drawn, GridRenderer.AGENT) == (size / 2, (i + 0.5) * size)
+        assert filled(drawn, Renderer.AGENT) == (size / 2, (i + 0.5) * size)
         away = drawn.reshape(-1, 3)[(drawn == pictures[i - 1]).all(-1).flatten()]
         assert len(away) > 0.8 * drawn[..., 0].size
-    assert filled(pictures[0], GridRenderer.TERMINAL) == (size / 2, 6.5 * size)
+    assert filled(pictures[0], Renderer.TERMINAL) == (size / 2, 6.5 * size)
     np.testing.assert_array_equal(pictures[2], draws.frame(env.states(), 2))
 
 
 def test_states_fill_rows():
     """Many states wrap; an environment that knows its shape is drawn in it."""
     env = LineWorld(n_states=40)
-    size = GridRenderer.CELL
-    assert renderer(env).frame(env.states(), 0).shape == (2 * size + 1, 32 * size + 1, 3)
-    assert filled(renderer(env).frame(env.states(), 33), GridRenderer.AGENT) == (
+    size = Renderer.CELL
+    assert Renderer(env).frame(env.states(), 0).shape == (2 * size + 1, 32 * size + 1, 3)
+    assert filled(Renderer(env).frame(env.states(), 33), Renderer.AGENT) == (
         1.5 * size,
         1.5 * size,
     )
@@ -176,18 +176,19 @@ def test_states_fill_rows():
     class Grid(LineWorld):
         grid_shape = (5, 8)
 
-    drawn = renderer(Grid(n_states=40)).frame(env.states(), 19)
+    drawn = Renderer(Grid(n_states=40)).frame(env.states(), 19)
     assert drawn.shape == (5 * size + 1, 8 * size + 1, 3)
-    assert filled(drawn, GridRenderer.AGENT) == (2.5 * size, 3.5 * size)
+    assert filled(drawn, Renderer.AGENT) == (2.5 * size, 3.5 * size)
 
 
 def test_an_own_method_draws_one_copy():
     """`render` gets one copy's state without the leading axis; `render_fps` is how fast it is."""
-    draws = renderer(DrawnDot())
+    draws = Renderer(DrawnDot())
     state = DotState(torch.tensor([0, 3]), torch.zeros(2, 2))
     assert draws.frame(state, 1)[0, :, 0].tolist() == [0, 0, 0, 255, 0]
     assert draws.fps == 7.0
-    assert renderer(Dot()) is None
+    with pytest.raises(ValueError, match=r"Dot cannot be drawn; give it a method render"):
+        Renderer(Dot())
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3))])
@@ -200,18 +201,19 @@ def test_an_own_picture_is_checked(wrong):
 
     env = Wrong()
     with pytest.raises(ValueError, match=r"Wrong\.render must give uint8 \[H, W, 3\], got"):
-        renderer(env).frame(env.reset(torch.zeros(1, 0)))
+        Renderer(env).frame(env.reset(torch.zeros(1, 0)))
 
 
 def test_without_pygame(monkeypatch):
     """Gymnasium's pictures say what to install; tables are drawn as grids; LineWorld as ever."""
     monkeypatch.setitem(sys.modules, "pygame", None)
     with pytest.raises(MissingLibraryError, match=r'pip install -e "\.\[video\]"'):
-        renderer(CartPole())
+        Renderer(CartPole())
     with pytest.raises(MissingLibraryError, match="pygame"):
-        renderer(make_env("gym:CartPole-v1"))
-    assert isinstance(renderer(make_env("FrozenLake-v1")), GridRenderer)
-    assert isinstance(renderer(LineWorld()), GridRenderer)
+        Renderer(make_env("gym:CartPole-v1"))
+    for env in (make_env("FrozenLake-v1"), LineWorld(n_states=16)):
+        drawn = Renderer(env).frame(env.states())
+        assert filled(drawn, Renderer.AGENT) == (Renderer.CELL / 2, Renderer.CELL / 2)
 
 
 def test_silent_without_display():
@@ -220,11 +222,11 @@ def test_silent_without_display():
 import os, sys
 import dqn_fast.film
 from dqn_fast.envs import CartPole
-from dqn_fast.envs.render import renderer
+from dqn_fast.envs.render import Renderer
 heavy = {"pygame", "PIL", "imageio_ffmpeg"} & set(sys.modules)
 assert not heavy, heavy
 import torch
-draws = renderer(CartPole())
+draws = Renderer(CartPole())
 assert draws.frame(CartPole().reset(torch.zeros(1, 4))).shape == (400, 600, 3)
 draws.close()
 assert os.environ["SDL_VIDEODRIVER"] == "nonsense"

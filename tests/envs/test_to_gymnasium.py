@@ -440,7 +440,7 @@ def test_bad_input_is_named():
         (ValueError, "render_mode human", lambda: TensorVectorEnv(line, render_mode="human")),
         (
             ValueError,
-            "nothing can draw Walk",
+            "Walk cannot be drawn",
             lambda: TensorSingleEnv(Walk(), render_mode="rgb_array"),
         ),
         (
@@ -514,14 +514,14 @@ def test_a_finished_episode_is_not_played_on():
 def test_pictures_show_what_the_observations_say(mode):
     """Also in the step that ends an episode, whose state the base environment has left behind."""
     pytest.importorskip("dqn_fast.envs.render")
-    from dqn_fast.envs.render import renderer
+    from dqn_fast.envs.render import Renderer
 
     env = LineWorld(n_states=4)
     envs = TensorVectorEnv(env, 2, autoreset_mode=mode, render_mode="rgb_array")
     assert TensorVectorEnv(env).render() is None
     with pytest.raises(ResetNeeded):
         envs.render()
-    pictures = [renderer(env).frame(env.states(), i) for i in range(4)]
+    pictures = [Renderer(env).frame(env.states(), i) for i in range(4)]
     obs, _ = envs.reset(seed=0)
     seen = set()
     for _ in range(9):

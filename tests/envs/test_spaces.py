@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqn_fast.envs.core import EnvError
-from dqn_fast.envs.gymnasium_adapter import from_gymnasium
+from dqn_fast.envs.from_gymnasium import from_gymnasium
 
 E = 3
 

@@ -20,7 +20,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers import TimeLimit
 
 from dqn_fast.envs.core import EnvError
-from dqn_fast.envs.gymnasium_adapter import GymnasiumEnv, _pack, _unpack, from_gymnasium
+from dqn_fast.envs.from_gymnasium import GymnasiumEnv, _pack, _unpack, from_gymnasium
 from dqn_fast.evaluate import evaluate
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
@@ -552,7 +552,7 @@ def test_a_wrong_number_of_copies_names_the_flag():
         (("CartPole-v1", None, "threads"), "--vectorization-mode threads: must be sync or async"),
         (("Acrobot-v1", None, "vector_entry_point"), "--env-id Acrobot-v1: .*vector entry point"),
         ((limited, None, "vector_entry_point"), "--vectorization-mode vector_entry_point"),
-        ((limited, {"a": 1}), "only an environment made by its id"),
+        ((limited, {"a": 1}), "must be empty unless the source is an id"),
         ((dict,), "not a gymnasium.Env"),
         ((3,), "must be an id, a callable or a VectorEnv"),
         ((limited, None, "sync", None, 0), "max_steps 0"),
@@ -573,7 +573,7 @@ def test_parameters_are_cast_and_come_back(tmp_path, monkeypatch):
     assert env.params == {"map_name": "8x8", "is_slippery": False}
     assert env.observation_space == spaces.Discrete(64)
     assert from_gymnasium(limited).params == {}
-    text = "import gymnasium\nfrom tests.envs.test_gymnasium_adapter import Episodes\n"
+    text = "import gymnasium\nfrom tests.envs.test_from_gymnasium import Episodes\n"
     text += "gymnasium.register('Registered-v0', Episodes, max_episode_steps=7)\n"
     (tmp_path / "registers_one.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,0 +1,269 @@
+"""Gymnasium's observation spaces: how observations are checked, stored and read by a network."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor
+
+ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+"""Spaces whose observations are arrays of a fixed shape and dtype."""
+_SMALL = tuple(map(np.dtype, (np.bool_, np.uint8, np.int8, np.int16, np.float16)))
+
+
+class Violation(Exception):
+    """An environment broke its contract.
+
+    Attributes:
+        text: the fault, in one line.
+        index: which env copy, if that is known.
+        error: the exception that the environment raised, if it raised one.
+    """
+
+    def __init__(
+        self, text: str, index: int | None = None, error: BaseException | None = None
+    ) -> None:
+        super().__init__(text)
+        self.text, self.index, self.error = text, index, error
+
+
+class _Leaf(NamedTuple):
+    """A part of an observation that is no Tuple or Dict.
+
+    Attributes:
+        path: keys that lead to it.
+        space: its space.
+        columns: where it is stored, if there are several parts.
+    """
+
+    path: tuple[Any, ...]
+    space: spaces.Space[Any]
+    columns: slice
+
+
+class ObservationEncoder:
+    """Encodes the observations of a space as arrays, and these as features of a network.
+
+    Observations are stored as [E, *shape]. A space without parts keeps its shape: a Box of at most
+    two bytes an element keeps its dtype, any other becomes float32; Discrete and MultiDiscrete are
+    stored as integers of the smallest sufficient dtype. The parts of a Tuple or Dict become columns
+    of one row, in the smallest dtype that holds all of them. Other spaces are stored as
+    `gymnasium.spaces.flatten` encodes them.
+
+    Attributes:
+        shape, dtype: of one stored observation.
+        num_features: F.
+        arrays_only: every part is an array, so processes can share observations as memory.
+
+    Raises:
+        ValueError: the space is empty or has no fixed size.
+    """
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        self._leaves = leaves = list(_leaves(space))
+        width = leaves[-1].columns.stop if leaves else 0
+        if width == 0:
+            raise ValueError("is empty")
+        self.arrays_only = all(isinstance(leaf.space, ARRAYS) for leaf in leaves)
+        self._nested = isinstance(space, (spaces.Tuple, spaces.Dict)) or not self.arrays_only
+        self.shape: tuple[int, ...] = (width,) if self._nested else space.shape or ()
+        common = np.result_type(*(_stored_dtype(leaf.space) for leaf in leaves))
+        self.dtype = np.dtype(np.float32) if common == np.float64 else common
+        columns, values, scales = map(
+            np.concatenate, zip(*map(_feature_table, leaves), strict=True)
+        )
+        self.num_features = len(columns)
+        one_hot = ~np.isnan(values)
+        # Without one-hot features and with one scale for all, no table is needed.
+        self._scale: float | None = None
+        if not one_hot.any() and (scales == scales[0]).all():
+            self._scale = float(scales[0])
+        kind = np.float32 if self.dtype.kind == "f" else np.int64
+        table = (columns, np.where(one_hot, values, 0).astype(kind), scales, one_hot)
+        self._tables = {torch.device("cpu"): list(map(torch.from_numpy, table))}
+
+    def parts(self, batch: Any) -> list[Any]:
+        """The parts of a batch as a VectorEnv returns it."""
+        return [functools.reduce(operator.getitem, leaf.path, batch) for leaf in self._leaves]
+
+    def parts_of(self, items: Sequence[Any]) -> list[Any]:
+        """The parts of a batch that comes as a list of single observations."""
+        rows = zip(*map(self.parts, items), strict=True) if self._nested else [items]
+        try:
+            return [
+                np.array(row) if isinstance(leaf.space, ARRAYS) else row
+                for row, leaf in zip(rows, self._leaves, strict=True)
+            ]
+        except ValueError as error:
+            text = f"observations differ in shape: {describe_error(error)}"
+            raise Violation(text, error=error) from error
+
+    def encode(self, parts: Sequence[Any], num_rows: int) -> NDArray[Any]:
+        """Check a batch of observations and encode it as a new array [num_rows, *shape].
+
+        Raises:
+            Violation: a row is not in the space or not finite; `index` is the row.
+        """
+        arrays = [
+            _batch(leaf.space, part, num_rows)
+            for leaf, part in zip(self._leaves, parts, strict=True)
+        ]
+        if not self._nested and arrays[0].dtype == self.dtype:
+            stored = arrays[0].copy()
+        else:
+            stored = np.empty((num_rows, *self.shape), self.dtype)
+            with np.errstate(over="ignore"):
+                for array, leaf in zip(arrays, self._leaves, strict=True):
+                    if self._nested:
+                        stored[:, leaf.columns] = array.reshape(num_rows, -1)
+                    else:
+                        stored[:] = array
+        if self.dtype.kind == "f" and not np.isfinite(stored).all():
+            row = first_true(~np.isfinite(stored))
+            value = stored[row][~np.isfinite(stored[row])][0]
+            raise Violation(f"its observation holds {value}", row)
+        return stored
+
+    def features(self, obs: Tensor) -> Tensor:
+        """float32 [..., F] of stored observations [..., *shape]."""
+        flat = obs.flatten(-len(self.shape)) if self.shape else obs.unsqueeze(-1)
+        if self._scale is not None:
+            return flat.float() if self._scale == 1.0 else flat.float() / self._scale
+        if obs.device not in self._tables:
+            tables = self._tables[torch.device("cpu")]
+            self._tables[obs.device] = [table.to(obs.device) for table in tables]
+        columns, values, scales, one_hot = self._tables[obs.device]
+        spread = flat[..., columns]
+        return torch.where(one_hot, (spread == values).float(), spread.float() / scales)
+
+
+def _leaves(
+    space: spaces.Space[Any], path: tuple[Any, ...] = (), start: int = 0
+) -> Iterator[_Leaf]:
+    """The parts that are no Tuple or Dict, in Gymnasium's order, from column `start` on."""
+    if isinstance(space, (spaces.Tuple, spaces.Dict)):
+        parts = space.spaces
+        for key, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
+            for leaf in _leaves(part, (*path, key), start):
+                yield leaf
+                start = leaf.columns.stop
+    elif isinstance(space, ARRAYS):
+        yield _Leaf(path, space, slice(start, start + math.prod(space.shape or ())))
+    else:
+        try:
+            yield _Leaf(path, space, slice(start, start + spaces.flatdim(space)))
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"has no fixed size because of {shorten(str(space))}") from error
+
+
+def _stored_dtype(space: spaces.Space[Any]) -> np.dtype[Any]:
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        first, last = _bounds(space)
+        least, most = np.min(first), np.max(last)
+        for kind in (np.uint8, np.int8, np.int16, np.int32):
+            if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max:
+                return np.dtype(kind)
+        return np.dtype(np.int64)
+    if isinstance(space, spaces.MultiBinary):
+        return np.dtype(np.uint8)
+    if isinstance(space, spaces.Box) and space.dtype in _SMALL:
+        return np.dtype(space.dtype)
+    return np.dtype(np.float32)
+
+
+def _bounds(space: spaces.Discrete | spaces.MultiDiscrete) -> tuple[Any, Any]:
+    """Lowest and highest value, each as one number or as an array of the space's shape."""
+    size = space.n if isinstance(space, spaces.Discrete) else space.nvec
+    return space.start, space.start + size - 1
+
+
+def _feature_table(leaf: _Leaf) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """For each feature of a part: its column, int64; the value that a one-hot feature stands for,
+    NaN if it is not one-hot; the divisor of one that is not, float32."""
+    space, columns = leaf.space, np.arange(leaf.columns.start, leaf.columns.stop, dtype=np.int64)
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        first, last = map(np.ravel, _bounds(space))
+        values = [np.arange(low, high + 1.0) for low, high in zip(first, last, strict=True)]
+        sizes = list(map(len, values))
+        return np.repeat(columns, sizes), np.concatenate(values), np.ones(sum(sizes), np.float32)
+    is_image = (
+        isinstance(space, spaces.Box)
+        and space.dtype == np.uint8
+        and bool((space.low == 0).all() and (space.high == 255).all())
+    )
+    shape = len(columns)
+    return columns, np.full(shape, np.nan), np.full(shape, 255.0 if is_image else 1.0, np.float32)
+
+
+def _batch(space: spaces.Space[Any], part: Any, num_rows: int) -> NDArray[Any]:
+    """A part of all observations as an array [num_rows, ...] whose values are in the space."""
+    if not isinstance(space, ARRAYS):
+        return np.stack([np.asarray(spaces.flatten(space, item)) for item in part])
+    array = np.asarray(part)
+    shape = (num_rows, *(space.shape or ()))
+    if array.shape != shape:
+        raise Violation(f"observations have the shape {array.shape}, not {shape}")
+    array = as_dtype(array, np.dtype(space.dtype))
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        first, last = _bounds(space)
+        wrong = (array < first) | (array > last)
+        if wrong.any():
+            row = first_true(wrong)
+            text = f"its observation {array[row]} is not in {shorten(str(space))}"
+            raise Violation(text, row)
+    return array
+
+
+def as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """`array` in the dtype of its space.
+
+    Raises:
+        Violation: it holds no numbers, or whole numbers would change.
+    """
+    if array.dtype == dtype:
+        return array
+    if array.dtype.kind not in "biuf":
+        raise Violation(f"its observation has the dtype {array.dtype}, its space {dtype}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if dtype.kind != "f" and not np.array_equal(cast, array):
+        raise Violation(
+            f"its observation is {array.dtype} and does not fit the {dtype} of its space"
+        )
+    return cast
+
+
+def first_true(mask: NDArray[np.bool_]) -> int:
+    """First row of `mask` [E, ...] that holds a True."""
+    return int(mask.reshape(len(mask), -1).any(1).argmax())
+
+
+def describe_value(value: Any) -> str:
+    """A value's type and content, for an error message."""
+    if value is None:
+        return "None"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{shorten(repr(value))} ({type(value).__name__})"
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line."""
+    text = shorten(str(error))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """`text` in one line of at most `most` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."
