@@ -63,8 +63,10 @@ def sweep_error(sweep: Sweep, num_random: int) -> str | None:
     for name, values in sweep.items():
         if name not in SWEPT:
             return f"{name}: must be one of {', '.join(SWEPT)}"
+        if not isinstance(values, (list, tuple)) or None in values:
+            return f"{name} {values!r}: must have a tuple of numbers"
         if not values or len(set(values)) < len(values):
-            return f"{name} {' '.join(f'{v:g}' for v in values)}: must have different values"
+            return f"{name} {' '.join(map(str, values))}: must have different values"
         if num_random and len(values) != 2:
             return f"{name}: must have two values with --sweep-random, the ends of a range"
         if num_random and not all(map(math.isfinite, values)):

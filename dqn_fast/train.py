@@ -300,9 +300,13 @@ def check(args: Args) -> Args:
     )
     if wrong := sweep_error(args.sweep, args.sweep_random):
         raise UsageError(f"--sweep {wrong}")
+    sweep: dict[str, tuple[float, ...]] = {}
     for name, values in args.sweep.items():
-        for value in values:
-            check_value(Args, name, value)
+        try:
+            sweep[name] = tuple(float(check_value(Args, name, value)) for value in values)
+        except UsageError as error:
+            raise UsageError(str(error).replace(flag(name), f"--sweep {name}", 1)) from error
+    args = dataclasses.replace(args, sweep=sweep)
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
     return args
 

@@ -38,7 +38,7 @@ INTS = {
          "chunk_steps", "eval_episodes"),
         ([1], [0, -1], "at least 1"),
     ),
-    **dict.fromkeys(("seed", "learning_starts", "gradient_steps"), ([0], [-1], "at least 0")),
+    **dict.fromkeys(("seed", "learning_starts", "gradient_steps", "sweep_random"), ([0], [-1], "at least 0")),
     "num_threads": ([0], [-1], "at least 0 (0: torch's own choice)"),
     **dict.fromkeys(
         ("target_update_interval", "log_interval", "eval_interval", "checkpoint_interval"),
@@ -69,7 +69,7 @@ CHOICES = {
 }
 BOOLS = ("double_q", "stop_when_optimal", "report", "quiet", "track", "tensorboard")
 TEXTS = ("env_id", "device", "name", "wandb_project", "wandb_entity", "wandb_group")
-OTHERS = ("env_params", "hidden_sizes", "run_dir", "wandb_tags")
+OTHERS = ("env_params", "hidden_sizes", "run_dir", "wandb_tags", "sweep")
 OPTIONAL = {
     "learning_rate_end", "run_dir", "log_interval", "eval_interval", "stop_at_return",
     "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode",
@@ -102,6 +102,7 @@ def wrong_types() -> list[tuple[str, Any, str]]:
     cases += [("wandb_tags", v, "a tuple of texts") for v in ("tag", (1,), None)]
     parameters = "a dict from names to numbers, texts or truth values"
     cases += [("env_params", v, parameters) for v in (3, "n 5", [("n", 5)], {1: 2}, {"f": abs})]
+    cases += [("sweep", v, parameters) for v in (3, "gamma 0.9", [("gamma", [0.9])], {1: [2]})]
     return cases
 
 

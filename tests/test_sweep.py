@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from dqn_fast import tree
+from dqn_fast.agent import load_agent
+from dqn_fast.algorithm import ChunkRecord
+from dqn_fast.settings import UsageError
 from dqn_fast.sweep import SCALES, SWEPT, label_of, members_of, points_of, read_sweep, sweep_error
+from dqn_fast.train import Args, Training, check, setup, train
 
 
 def test_a_command_line_is_names_with_their_values():
     """Names may have hyphens; numbers may be infinite."""
-    words = "learning-rate 1e-4 3e-4 max_grad_norm inf".split()
+    words = ["learning-rate", "1e-4", "3e-4", "max_grad_norm", "inf"]
     assert read_sweep(words) == {"learning_rate": (1e-4, 3e-4), "max_grad_norm": (math.inf,)}
     assert read_sweep([]) == {}
     with pytest.raises(ValueError, match=r"0\.9: must come after the name of a setting"):
@@ -69,6 +78,30 @@ def test_a_sweep_that_makes_no_sense_is_refused(sweep, num_random, message):
     assert str(sweep_error(sweep, num_random)).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.9, 1.5], "--sweep gamma 1.5: must be in [0, 1]"),
+        (0.9, "--sweep gamma 0.9: must have a tuple of numbers"),
+        (["0.9"], "--sweep gamma '0.9': must be a number, in [0, 1]"),
+        ([True], "--sweep gamma True: must be a number, in [0, 1]"),
+        ([None], "--sweep gamma [None]: must have a tuple of numbers"),
+    ],
+)
+def test_values_are_those_that_the_setting_allows(values, message):
+    """One line, with the ranges that the setting itself declares."""
+    with pytest.raises(UsageError) as caught:
+        check(Args(sweep={"gamma": values}))
+    assert str(caught.value) == message
+
+
+def test_numbers_of_numpy_become_pythons():
+    """A list or an array from a script is a tuple of floats in the files of the run."""
+    args = check(Args(sweep={"tau": np.array([0.5, 1.0]), "gamma": [1, np.float32(0.5)]}))
+    assert args.sweep == {"tau": (0.5, 1.0), "gamma": (1.0, 0.5)}
+    assert all(type(v) is float for values in args.sweep.values() for v in values)
+
+
 def test_right_sweeps_pass():
     """Every setting alone, and none at all."""
     assert sweep_error({}, 0) is None
@@ -85,3 +118,82 @@ def test_a_label_names_a_members_own_settings():
         == "learning_rate 0.0003, gamma 0.99"
     )
     assert label_of({"seed": 3}) == ""
+
+
+SHORT = Args(
+    total_timesteps=1_500,
+    num_envs=16,
+    hidden_sizes=(16,),
+    log_interval=320,
+    eval_interval=640,
+    eval_episodes=3,
+    engine="eager",
+    quiet=True,
+    report=False,
+)
+OTHER_VALUES = {
+    "learning_rate": 3e-3,
+    "learning_rate_end": 1e-3,
+    "gamma": 0.9,
+    "eps_start": 0.5,
+    "eps_end": 0.2,
+    "eps_fraction": 0.1,
+    "eps_repeat": 0.5,
+    "tau": 1.0,
+    "max_grad_norm": 0.01,
+}
+
+
+def run(args: Args) -> tuple[Training, list[ChunkRecord]]:
+    """A whole run, and what its chunks recorded."""
+    training = setup(args)
+    records = [tree.clone(record) for _, record in training.chunks()]
+    training.close()
+    return training, records
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_member_is_the_single_run_of_its_settings(name):
+    """Bit for bit: state and losses of all members of a sweep, with two seeds (trap 13)."""
+    values = (getattr(SHORT, name), OTHER_VALUES[name])
+    population, records = run(replace(SHORT, sweep={name: values}, num_seeds=2, seed=3))
+    seen = []
+    for i, member in enumerate(population.args.members):
+        single, own = run(replace(SHORT, **{**member, "seed": member["seed"]}))
+        ours = tree.member(population.state, i, 4)
+        if single.state.held is None:  # members that hold no action are greedy or random alike
+            ours = ours._replace(held=None)
+        for a, b in zip(tree.leaves(ours), tree.leaves(single.state), strict=True):
+            assert torch.equal(a.view(b.shape), b)
+        for record, alone in zip(records, own, strict=True):
+            assert torch.equal(record.updates[..., i], alone.updates[..., 0])
+            assert torch.equal(record.episode_length[:, i], alone.episode_length[:, 0])
+        seen.append(ours.params[0])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_every_file_names_each_members_settings(tmp_path):
+    """config.json, summary.json and the agent; the best member is what `load_agent` gives."""
+    sweep = {"learning_rate": (1e-6, 5e-3), "gamma": (0.9, 0.99)}
+    args = replace(SHORT, sweep=sweep, run_dir=tmp_path / "run", total_timesteps=12_000)
+    summary = train(args).summary
+    expected = [
+        {"seed": 0, "learning_rate": a, "gamma": b}
+        for a in sweep["learning_rate"]
+        for b in sweep["gamma"]
+    ]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["derived"]["members"] == expected
+    own = [{name: row[name] for name in ("seed", *sweep)} for row in summary["members"]]
+    assert own == expected
+    assert summary["num_members"] == 4
+    # Values are exact at each member's own discount.
+    start = [row["optimal_start_value"] for row in summary["members"]]
+    assert start == pytest.approx([0.1, 0.72054] * 2, abs=0.2)
+    assert start[0] != start[1]
+    agent = load_agent(tmp_path / "run", device="cpu")
+    returns = [row["eval_return_mean"] for row in summary["members"]]
+    assert agent.members == expected
+    assert agent.member == int(np.argmax(agent.eval_return_mean))
+    assert max(returns) <= max(agent.eval_return_mean)
+    assert load_agent(tmp_path / "run", member=1, device="cpu").member == 1
