@@ -73,12 +73,12 @@ class Experiment:
 
     Attributes:
         env_id: environment.
-        settings: flags of the training command that differ from the environment's defaults.
+        success: of each run.
         seeds: number of seeds, from 0 on.
         takes_s: seconds of one seed on one core, all sides together, roughly.
+        settings: flags of the training command that differ from the environment's defaults.
         published: quantities of a run's record that the table shows with their extremes.
         medians: quantities of which the table shows the median alone.
-        success: of each run.
         sides: programs that are trained in turns, name and module.
         population: the training command trains all seeds in one run.
         read: more quantities of each member's record, from the run's files.
@@ -86,13 +86,13 @@ class Experiment:
     """
 
     env_id: str
-    settings: Mapping[str, Any]
+    success: Success
     seeds: int
     takes_s: float
-    published: tuple[str, ...]
-    success: Success
-    sides: Mapping[str, str] = field(default_factory=lambda: {"dqn_fast": TRAIN})
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    published: tuple[str, ...] = ("return", "exit_s")
     medians: tuple[str, ...] = ()
+    sides: Mapping[str, str] = field(default_factory=lambda: {"dqn_fast": TRAIN})
     population: bool = False
     read: Callable[[RecordedRun], list[dict[str, Any]]] | None = None
     statistic: Callable[[Runs, Runs], dict[str, Any]] | None = None
@@ -100,31 +100,39 @@ class Experiment:
 
 # ---------------------------------------------------------------------------------- the table
 
-EXACT = ("eval_return_mean", "q_error_max")
-TO_THE_GOAL = {"device": "cpu", "num_threads": 1, "checkpoint_interval": 0, "report": False}
+OPTIMAL, EXACT = Success("policy_optimal"), ("eval_return_mean", "q_error_max")
 
 
 def default(num_envs: int, seeds: int, takes_s: float) -> Experiment:
     """The default command on LineWorld with another number of env copies."""
     settings = {"num_envs": num_envs, "eval_episodes": 1_000}
-    success = Success("policy_optimal")
-    return Experiment("LineWorld-v0", settings, seeds, takes_s, (*EXACT, "exit_s"), success)
+    return Experiment("LineWorld-v0", OPTIMAL, seeds, takes_s, settings, (*EXACT, "exit_s"))
 
 
 def throughput(args: Args, updates: int, takes_s: float) -> Experiment:
     """The settings of a row of `benchmarks.throughput`, judged by the exact solution."""
     total = updates * args.train_freq // args.gradient_steps
-    settings = {
-        **{name: value for name, value in vars(args).items() if value != getattr(Args(), name)},
-        "total_timesteps": total,
-        "log_interval": total // 16,
-        "eval_interval": 0,
-        "checkpoint_interval": 0,
-        "eval_episodes": 1_000,
-        "report": False,
-    }
-    success = Success("policy_optimal")
-    return Experiment("LineWorld-v0", settings, 10, takes_s, EXACT, success, population=True)
+    run = {"total_timesteps": total, "log_interval": total // 16, "eval_interval": 0}
+    run |= {"checkpoint_interval": 0, "eval_episodes": 1_000, "report": False}
+    settings = {name: v for name, v in vars(args).items() if v != getattr(Args(), name)} | run
+    return Experiment("LineWorld-v0", OPTIMAL, 10, takes_s, settings, EXACT, population=True)
+
+
+def wall(
+    env_id: str, success: Success, takes_s: float, sides: Sequence[str], **settings: Any
+) -> Experiment:
+    """Time to the goal of the training command and of peers, on one thread of a CPU."""
+    settings |= {"device": "cpu", "num_threads": 1, "checkpoint_interval": 0, "report": False}
+    return Experiment(
+        env_id,
+        success,
+        seeds=10,
+        takes_s=takes_s,
+        settings=settings,
+        published=("goal_s",),
+        medians=(*PARTS, "exit_s", "ratio"),
+        sides={"dqn_fast": TRAIN} | dict.fromkeys(sides, TO_GOAL),
+    )
 
 
 TABLE: dict[str, dict[str, Experiment]] = {
@@ -137,45 +145,27 @@ TABLE: dict[str, dict[str, Experiment]] = {
     "cartpole": {
         "to_475": Experiment(
             "CartPole-v1",
-            {"stop_at_return": 475.0},
+            Success("solved", seconds=60),
             seeds=10,
             takes_s=33,
+            settings={"stop_at_return": 475.0},
             published=("goal_s", "exit_s"),
-            success=Success("solved", seconds=60),
         ),
-        "to_the_end": Experiment(
-            "CartPole-v1",
-            {},
-            seeds=10,
-            takes_s=53,
-            published=("return", "exit_s"),
-            success=Success("return", 475),
-        ),
+        "to_the_end": Experiment("CartPole-v1", Success("return", 475), seeds=10, takes_s=53),
     },
     "environments": {
         "Acrobot-v1": Experiment(
-            "Acrobot-v1",
-            {},
-            seeds=5,
-            takes_s=67,
-            published=("return", "exit_s"),
-            success=Success("return", -85, seconds=180, share=0.8),
+            "Acrobot-v1", Success("return", -85, 180, share=0.8), seeds=5, takes_s=67
         ),
         "MountainCar-v0": Experiment(
-            "MountainCar-v0",
-            {},
-            seeds=5,
-            takes_s=92,
-            published=("return", "exit_s"),
-            success=Success("return", -115, seconds=180, share=0.8),
+            "MountainCar-v0", Success("return", -115, 180, share=0.8), seeds=5, takes_s=92
         ),
         "FrozenLake8x8-v1": Experiment(
             "FrozenLake8x8-v1",
-            {},
+            Success("value", 0.98, 180, share=0.8),
             seeds=5,
             takes_s=86,
             published=("value", "return", "exit_s"),
-            success=Success("value", 0.98, seconds=180, share=0.8),
         ),
     },
     "throughput": {
@@ -186,47 +176,35 @@ TABLE: dict[str, dict[str, Experiment]] = {
         "equal_work": throughput(equal_work_args(), updates=16_384, takes_s=10),
     },
     "wall": {
-        "LineWorld-v0": Experiment(
+        "LineWorld-v0": wall(
             "LineWorld-v0",
-            {
-                **TO_THE_GOAL,
-                "total_timesteps": 65_536,
-                "eval_interval": 1_024,
-                "eval_episodes": 1,  # the exact solution is checked
-                "stop_when_optimal": True,
-            },
-            seeds=10,
+            Success("solved", seconds=5, until="goal_s"),
             takes_s=23,
-            published=("goal_s",),
-            medians=(*PARTS, "exit_s", "ratio"),
-            success=Success("solved", seconds=5, until="goal_s"),
-            sides={"dqn_fast": TRAIN, "reference": TO_GOAL, "sb3": TO_GOAL, "jax": TO_GOAL},
+            sides=("reference", "sb3", "jax"),
+            total_timesteps=65_536,
+            eval_interval=1_024,
+            eval_episodes=1,  # the exact solution is checked
+            stop_when_optimal=True,
         ),
-        "CartPole-v1": Experiment(
+        "CartPole-v1": wall(
             "CartPole-v1",
-            {
-                **TO_THE_GOAL,
-                "total_timesteps": 50_000,
-                "eval_interval": 2_000,
-                "eval_episodes": 100,
-                "stop_at_return": 475.0,
-            },
-            seeds=10,
+            Success("solved"),
             takes_s=62,
-            published=("goal_s",),
-            medians=(*PARTS, "exit_s", "ratio"),
-            success=Success("solved"),
-            sides={"dqn_fast": TRAIN, "sb3": TO_GOAL, "jax": TO_GOAL},
+            sides=("sb3", "jax"),
+            total_timesteps=50_000,
+            eval_interval=2_000,
+            eval_episodes=100,
+            stop_at_return=475.0,
         ),
     },
     "reference": {
         "LineWorld-v0": Experiment(
             "LineWorld-v0",
-            scalar_settings(),
+            Success("became_optimal"),
             seeds=20,
             takes_s=25,
+            settings=scalar_settings(),
             published=("optimal_at",),
-            success=Success("became_optimal"),
             sides={"dqn_fast": TRAIN, "reference": "benchmarks.peers.scalar"},
             population=True,
             read=time_to_optimum,
@@ -236,11 +214,11 @@ TABLE: dict[str, dict[str, Experiment]] = {
     "peers": {
         "CartPole-v1": Experiment(
             "CartPole-v1",
-            ZOO_CARTPOLE,
+            Success("eval_return_mean", 475),
             seeds=10,
             takes_s=120,
+            settings=ZOO_CARTPOLE,
             published=("eval_return_mean", "exit_s"),
-            success=Success("eval_return_mean", 475),
             sides={"dqn_fast": TRAIN, "sb3": "benchmarks.peers.sb3"},
             read=learning_curve,
             statistic=compare_curves,

@@ -27,8 +27,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import tyro
+
 from benchmarks.peers.to_goal import ToGoal
 from dqn_fast.report.recorded import RecordedRun, read_run
+from dqn_fast.run import UsageError
+from dqn_fast.train import Args, asked_env_id
 
 TRAIN, TO_GOAL = "dqn_fast.train", "benchmarks.peers.to_goal"
 PACKAGES = {"sb3": "stable_baselines3", "jax": "jax"}
@@ -135,6 +140,18 @@ def read_members(run: RecordedRun) -> list[dict[str, Any]]:
             record["value"] = record["start_value"] / optimum
         records.append(record)
     return records
+
+
+def peer_main(train: Callable[[Args], object]) -> int:
+    """Body of a peer's program: train at the flags of the training command; the exit status."""
+    args = tyro.cli(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
+    torch.set_num_threads(args.num_threads)
+    try:
+        train(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def saved_returns(run_dir: Path, episodes: int) -> list[float]:

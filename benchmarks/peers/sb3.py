@@ -19,7 +19,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-import tyro
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
@@ -35,7 +34,7 @@ from dqn_fast.noise import Noise
 from dqn_fast.run import UsageError
 from dqn_fast.schedule import crossed, linear_schedule
 from dqn_fast.tracker import JsonlTracker
-from dqn_fast.train import Args, asked_env_id, intervals, make_plan
+from dqn_fast.train import Args, intervals, make_plan
 
 
 def sb3_settings(args: Args) -> dict[str, Any]:
@@ -255,17 +254,7 @@ def train_sb3(args: Args) -> DQN:
     return model
 
 
-def main() -> int:
-    """Train at the given settings; returns the exit status."""
-    args = tyro.cli(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
-    torch.set_num_threads(args.num_threads)
-    try:
-        train_sb3(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks.runs import peer_main
+
+    sys.exit(peer_main(train_sb3))

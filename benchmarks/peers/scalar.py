@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from benchmarks.reference import QNetwork, ReferenceConfig, train_reference
+from benchmarks.runs import peer_main
 from dqn_fast.checkpoint import write_json
 from dqn_fast.run import UsageError
 from dqn_fast.tracker import JsonlTracker
@@ -98,17 +98,5 @@ def train_scalar(args: Args) -> None:
     write_json(args.run_dir / "summary.json", summary)
 
 
-def main() -> int:
-    """Train at the given settings; returns the exit status."""
-    args = tyro.cli(Args)
-    torch.set_num_threads(1)
-    try:
-        train_scalar(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(peer_main(train_scalar))
