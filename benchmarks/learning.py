@@ -355,7 +355,8 @@ def run_group(args: LearningArgs, flags: Sequence[str] = ()) -> dict[str, Any]:
                     path for side in e.sides for path in sorted(folder.glob(f"{name}-{side}-*"))
                 ]
                 write_png(learning_curves(dirs), RESULTS / f"{args.out}.png")
-    return {"args": vars(args), "flags": [*flags], "rows": rows, **comparisons}
+    asked = {**vars(args), "run_dirs": str(args.run_dirs) if args.run_dirs else None}
+    return {"args": asked, "flags": [*flags], "rows": rows, **comparisons}
 
 
 def train_seeds(

@@ -135,7 +135,7 @@ def test_the_saved_agent_is_judged_by_fresh_episodes(tmp_path, capsys):
     assert 5 < run["return"] == row["return"]["mean"] < 475
     assert row["goal_s"]["median"] == math.inf
     assert (tmp_path / "runs/to_the_end-dqn_fast-0/summary.json").is_file()
-    json.dumps({**result, "args": None})
+    json.dumps(result)
     with pytest.raises(UsageError, match="exists; it must be new"):
         run_group(args, FLAGS)
 
