@@ -6,17 +6,21 @@ import json
 import math
 import os
 import platform
+import queue
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dqn_fast.record.checkpoint import finite
 from dqn_fast.record.describe import software
 from dqn_fast.record.run import UsageError
+
+Result = TypeVar("Result")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -86,6 +90,31 @@ def pin(cores: tuple[int, ...]) -> None:
     among_cores(cores)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+
+
+def on_cores(
+    run: Callable[[int], Result], seeds: Sequence[int], cores: Sequence[int]
+) -> Iterator[Result]:
+    """Results in the order of the seeds; one run at a time on each core, or one anywhere.
+
+    Each worker is a thread that is pinned to its core, and so are the processes that it starts.
+    """
+    free: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
+    for core in cores:
+        free.put((core,))
+    if not cores:
+        free.put(())
+    with ThreadPoolExecutor(max(1, len(cores)), initializer=lambda: pin(free.get())) as pool:
+        yield from pool.map(run, seeds)
+
+
+def print_row(columns: Mapping[str, int], *cells: str) -> None:
+    """Print a row of a table, without cells its head; a negative width aligns to the left."""
+    line = [
+        f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}"
+        for cell, width in zip(cells or columns, columns.values(), strict=True)
+    ]
+    print("".join(line).rstrip(), flush=True)
 
 
 def finish(benchmark: str, result: Mapping[str, Any], out: str | None) -> None:

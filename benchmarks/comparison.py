@@ -1,217 +1,165 @@
-"""Learning curves of CartPole-v1 here and in Stable-Baselines3's DQN, at equal settings.
+"""Statistics that compare the runs of two sides of an experiment, and the figures of it.
 
-python -m benchmarks.learning peers --out cartpole-sb3
-
-Both train plain DQN at the settings that SB3's own collection of tuned settings gives for CartPole,
-and are evaluated alike. `benchmarks.peers.sb3` says what equal means, and what remains different.
+`compare_curves` compares learning curves on CartPole-v1 with Stable-Baselines3's DQN;
+`benchmarks.peers.sb3` says what equal settings mean there, and what remains different.
+`compare_times` compares the transitions until the optimum with those of the reference loop.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import multiprocessing
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-import tyro
 from numpy.typing import NDArray
 
-from benchmarks.common import RESULTS, pin
-from dqn_fast.record.run import UsageError
-from dqn_fast.report.recorded import read_run
+from benchmarks.common import print_row
+from dqn_fast.report.recorded import RecordedRun, read_run
 from dqn_fast.report.statistics import bootstrap_mean_interval
-from dqn_fast.train import Args, train
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Array = NDArray[np.float64]
+Runs = Sequence[Mapping[str, Any]]
+"""Records of `benchmarks.runs`."""
 
-SIDES = ("dqn_fast", "sb3")
-NUM_POINTS = 10
 RESAMPLES = 10_000
+CHECKS_IN_A_ROW = 5
+
+ZOO_CARTPOLE: dict[str, Any] = {
+    "num_envs": 1,
+    "total_timesteps": 51_200,
+    "gamma": 0.99,
+    "learning_rate": 2.3e-3,
+    "learning_rate_end": None,
+    "buffer_size": 100_000,
+    "batch_size": 64,
+    "learning_starts": 1_000,
+    "train_freq": 256,
+    "gradient_steps": 128,
+    "target_update_interval": 256,
+    "tau": 1.0,
+    "eps_start": 1.0,
+    "eps_end": 0.04,
+    "eps_fraction": 0.16,
+    "max_grad_norm": 10.0,
+    "hidden_sizes": (256, 256),
+    "double_q": False,
+    "loss": "huber",
+    "device": "cpu",
+    "num_threads": 1,
+    "log_interval": 0,
+    "eval_interval": 5_120,
+    "eval_episodes": 100,
+    "checkpoint_interval": 0,
+    "report": False,
+}
+"""RL Baselines3 Zoo's tuned settings of DQN for CartPole-v1, evaluated at ten points.
+
+Two numbers are written differently and mean the same. The Zoo copies the target network every 10
+transitions: between two blocks of gradient steps, 256 transitions apart, the copies are all equal,
+so every 256 is the same. And its 50 000 transitions are rounded up to 51 200, so that ten
+evaluations fall on ends of blocks.
+
+Source: RL Baselines3 Zoo, hyperparams/dqn.yml.
+"""
 
 
-@dataclass
-class Peers:
-    """CartPole-v1 at equal settings here and in Stable-Baselines3's DQN.
+# ------------------------------------------------------------------ time to the optimal policy
 
-    Plain DQN, evaluated at ten evenly spaced points over 100 greedy episodes each.
+
+def time_to_optimum(run: RecordedRun) -> list[dict[str, Any]]:
+    """Transitions until the greedy policy goes right in every state, which is optimal on LineWorld.
+
+    The first of five log points in a row counts; without five the time is infinite.
     """
-
-    seeds: int = 10
-    """Seeds of each side; >= 1."""
-    num_envs: int = 1
-    """Env copies on both sides; divides 256. SB3 tosses one exploration coin for all of them."""
-    transitions: int = 51_200
-    """Length of a run; a multiple of 2,560."""
-    processes: int = 2
-    """Runs at a time, each in a process of its own with one thread; >= 1."""
-    cores: tuple[int, ...] = ()
-    """Cores that the processes share; none: any."""
-    run_dirs: Path | None = None
-    """Folder for the run directories, new; `python -m dqn_fast.report` compares them. None: they
-    are thrown away."""
-    out: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Write results/NAME.json and the learning curves, results/NAME.png, as well."""
+    q_values, terminal = run.diagnostics["q_values"], run.diagnostics["terminal"].astype(bool)
+    optimal = (q_values.argmax(-1) == 1)[..., ~terminal].all(-1)  # [L, M]
+    times = [first_of_a_row(run.diagnostics["global_step"], member) for member in optimal.T]
+    return [{"optimal_at": time, "became_optimal": time < math.inf} for time in times]
 
 
-def cartpole_args(num_envs: int = 1, transitions: int = 51_200) -> Args:
-    """RL Baselines3 Zoo's tuned settings of DQN for CartPole-v1.
+def compare_times(ours: Runs, reference: Runs) -> dict[str, Any]:
+    """Transitions until the greedy policy is optimal on two sides, by the Mann-Whitney test.
 
-    Two numbers are written differently and mean the same. The Zoo copies the target network every
-    10 transitions: between two blocks of gradient steps, 256 transitions apart, the copies are all
-    equal, so every 256 is the same. And its 50 000 transitions are rounded up to 51 200, so that
-    ten evaluations fall on ends of blocks.
-
-    Source: RL Baselines3 Zoo, hyperparams/dqn.yml.
+    Runs that never get there count as later than all others, equal among themselves.
     """
-    return Args(
-        env_id="CartPole-v1",
-        num_envs=num_envs,
-        total_timesteps=transitions,
-        gamma=0.99,
-        learning_rate=2.3e-3,
-        learning_rate_end=None,
-        buffer_size=100_000,
-        batch_size=64,
-        learning_starts=1_000,
-        train_freq=256,
-        gradient_steps=128,
-        target_update_interval=256,
-        tau=1.0,
-        eps_start=1.0,
-        eps_end=0.04,
-        eps_fraction=0.16,
-        max_grad_norm=10.0,
-        hidden_sizes=(256, 256),
-        double_q=False,
-        loss="huber",
-        device="cpu",
-        num_threads=1,
-        log_interval=0,
-        eval_interval=transitions // NUM_POINTS,
-        eval_episodes=100,
-        checkpoint_interval=0,
-        report=False,
-        quiet=True,
-    )
+    from scipy import stats
 
-
-def run_peers(args: Peers) -> dict[str, Any]:
-    """Train both sides and compare their learning curves.
-
-    Raises:
-        UsageError: the settings cannot be equal, `run_dirs` exists, or SB3 is not installed.
-    """
-    try:
-        from benchmarks.peers.sb3 import sb3_settings
-    except ImportError as error:
-        raise UsageError(f"peers: needs the package stable-baselines3 ({error})") from error
-    settings = cartpole_args(args.num_envs, args.transitions)
-    multiple = NUM_POINTS * settings.train_freq
-    if args.transitions < 1 or args.transitions % multiple:
-        raise UsageError(f"--transitions {args.transitions}: must be a multiple of {multiple:,}")
-    if args.run_dirs is not None and args.run_dirs.exists():
-        raise UsageError(f"--run-dirs {args.run_dirs}: exists; it must be new")
-    theirs = sb3_settings(settings)
-
-    place = nullcontext(args.run_dirs) if args.run_dirs else tempfile.TemporaryDirectory()
-    with place as folder:
-        runs = {
-            side: [
-                dataclasses.replace(
-                    settings, name=side, seed=seed, run_dir=Path(folder) / f"{side}-{seed}"
-                )
-                for seed in range(args.seeds)
-            ]
-            for side in SIDES
-        }
-        train_all([run for pair in zip(*runs.values(), strict=True) for run in pair], args)
-        records = {side: [read_curve(run) for run in runs[side]] for side in SIDES}
-        if args.out is not None:
-            RESULTS.mkdir(exist_ok=True)
-            folders = [run.run_dir for side in SIDES for run in runs[side] if run.run_dir]
-            write_png(learning_curves(folders), RESULTS / f"{args.out}.png")
-
-    step = np.array(records[SIDES[0]][0]["global_step"])
-    ours, peer = (np.array([r["return_mean"] for r in records[side]]) for side in SIDES)
-    points = [
-        {"global_step": int(s), **compared._asdict()}
-        for s, compared in zip(step, compare(ours, peer), strict=True)
-    ]
-    (over_all,) = compare(ours.mean(1, keepdims=True), peer.mean(1, keepdims=True))
-    result = {
-        "args": {**vars(args), "run_dirs": str(args.run_dirs) if args.run_dirs else None},
-        "settings": {**vars(settings), "run_dir": None},
-        "sb3_settings": {name: str(value) for name, value in theirs.items()},
-        "points": points,
-        "mean_of_points": over_all._asdict(),
-        "not_worse": all(point["not_worse"] for point in points),
-        "runs": records,
+    times = [[run["optimal_at"] for run in side] for side in (ours, reference)]
+    medians = [float(np.median(side)) for side in times]
+    p = float(stats.mannwhitneyu(*times).pvalue)
+    print("transitions until the greedy policy is optimal")
+    for name, side, median in zip(("dqn_fast", "reference"), times, medians, strict=True):
+        low, high = np.percentile(side, [25, 75], method="lower")  # no mean with infinity
+        print(f"{name:<10} median {median:,.0f}, quartiles {low:,.0f} .. {high:,.0f}")
+    ratio = medians[0] / medians[1]
+    print(f"ratio of medians {ratio:.3f}, Mann-Whitney p = {p:.3f}")
+    return {
+        "fast": times[0],
+        "reference": times[1],
+        "fast_median": medians[0],
+        "reference_median": medians[1],
+        "ratio_of_medians": ratio,
+        "fast_never": int(np.isinf(times[0]).sum()),
+        "reference_never": int(np.isinf(times[1]).sum()),
+        "mann_whitney_p": p,
     }
-    print_comparison(result, args.seeds)
-    return result
 
 
-# --------------------------------------------------------------------------------- the runs
+def first_of_a_row(
+    steps: Sequence[int] | NDArray[Any], optimal: Sequence[bool] | NDArray[Any]
+) -> float:
+    """Transitions at the first of five successful checks in a row; infinity if there are none."""
+    for i in range(len(optimal) - CHECKS_IN_A_ROW + 1):
+        if all(optimal[i : i + CHECKS_IN_A_ROW]):
+            return float(steps[i])
+    return math.inf
 
 
-def train_all(runs: Sequence[Args], args: Peers) -> None:
-    """Train every run in a process of its own, `args.processes` at a time, in order."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        args.processes, context, prepare_worker, (args.cores,), max_tasks_per_child=1
-    ) as pool:
-        for run, last in zip(runs, pool.map(train_one, runs), strict=True):
-            print(f"{run.name:<10} seed {run.seed:>2}: last return {last:.1f}", file=sys.stderr)
+# ------------------------------------------------------------------------------ learning curves
 
 
-def prepare_worker(cores: tuple[int, ...]) -> None:
-    """One thread, on the given cores: more are slower with networks of this size."""
-    pin(cores)
-    torch.set_num_threads(1)
-
-
-def train_one(args: Args) -> float:
-    """Train one side and write its run directory; returns the last evaluation's mean return."""
-    assert args.run_dir is not None
-    if args.name != "sb3":
-        return float(train(args).summary["eval_return_mean"])
-    from benchmarks.peers.sb3 import train_sb3
-
-    args.run_dir.mkdir(parents=True)
-    train_sb3(args)
-    return float(read_run(args.run_dir).final_returns[0])
-
-
-def read_curve(args: Args) -> dict[str, Any]:
-    """Seed, seconds, gradient steps, and mean return at every evaluation of a finished run."""
-    assert args.run_dir is not None
-    run = read_run(args.run_dir)
+def learning_curve(run: RecordedRun) -> list[dict[str, Any]]:
+    """Mean return at every evaluation of each member."""
     series = run.series("eval/return_mean")
     assert series is not None
-    known = np.isfinite(series[1][:, 0])
-    return {
-        "seed": args.seed,
-        "wall_s": run.number("wall_s"),
-        "num_updates": run.number("num_updates"),
-        "global_step": series[0][known].tolist(),
-        "return_mean": series[1][known, 0].tolist(),
-    }
+    known = [np.isfinite(member) for member in series[1].T]
+    return [
+        {"evaluated_at": series[0][where].tolist(), "return_mean": member[where].tolist()}
+        for where, member in zip(known, series[1].T, strict=True)
+    ]
 
 
-# --------------------------------------------------------------------------- the comparison
+def compare_curves(ours: Runs, peer: Runs) -> dict[str, Any]:
+    """Mean returns of two sides at every evaluation, with bootstrap intervals and a verdict."""
+    step = ours[0]["evaluated_at"]
+    curves = [np.array([run["return_mean"] for run in side]) for side in (ours, peer)]
+    points = [
+        {"global_step": int(s), **compared._asdict()}
+        for s, compared in zip(step, compare(*curves), strict=True)
+    ]
+    (mean,) = compare(*(side.mean(1, keepdims=True) for side in curves))
+    columns = {"transitions": 14, "dqn_fast": 24, "peer": 24, "difference": 26, "not worse": 11}
+    print(f"mean greedy return over {len(ours)} seeds (95 % bootstrap interval)")
+    print_row(columns)
+    rows = [(f"{point['global_step']:,}", point) for point in points]
+    for name, row in [*rows, ("mean of points", mean._asdict())]:
+        cells = [
+            f"{row[side]:.1f} ({row[f'{side}_low']:.1f} .. {row[f'{side}_high']:.1f})"
+            for side in ("ours", "peer", "difference")
+        ]
+        print_row(columns, name, *cells, "yes" if row["not_worse"] else "no")
+    not_worse = [point["not_worse"] for point in points]
+    print(f"not worse beyond the interval at {sum(not_worse)} of {len(points)} points")
+    return {"points": points, "mean_of_points": mean._asdict(), "not_worse": all(not_worse)}
 
 
 class Comparison(NamedTuple):
@@ -259,23 +207,6 @@ def redrawn_means(curves: Array, seed: int) -> Array:
     n = len(curves)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
     return counts @ curves / n
-
-
-def print_comparison(result: Mapping[str, Any], seeds: int) -> None:
-    """A row for each point, and the verdict."""
-    print(f"CartPole-v1, mean greedy return over {seeds} seeds (95 % bootstrap interval)")
-    head = ("transitions", "dqn_fast", "SB3 DQN", "difference", "not worse")
-    print("{:>14}{:>24}{:>24}{:>26}{:>11}".format(*head))
-    rows = [(f"{point['global_step']:,}", point) for point in result["points"]]
-    for name, row in [*rows, ("mean of points", result["mean_of_points"])]:
-        cells = [
-            f"{row[side]:.1f} ({row[f'{side}_low']:.1f} .. {row[f'{side}_high']:.1f})"
-            for side in ("ours", "peer", "difference")
-        ]
-        verdict = "yes" if row["not_worse"] else "no"
-        print(f"{name:>14}{cells[0]:>24}{cells[1]:>24}{cells[2]:>26}{verdict:>11}")
-    better = sum(point["not_worse"] for point in result["points"])
-    print(f"not worse beyond the interval at {better} of {len(rows)} points")
 
 
 # -------------------------------------------------------------------------------- the picture

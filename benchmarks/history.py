@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from benchmarks.common import RESULTS, finish
+from benchmarks.common import RESULTS, finish, print_row
 from benchmarks.comparison import write_png
 
 if TYPE_CHECKING:
@@ -172,12 +172,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     written = draw(history, RESULTS)
-    print(f"{'date':<12}{'row':<28}{'env steps/s':>12}{'x reference':>13}  what changed")
+    columns = {"date": -12, "row": -28, "env steps/s": 12, "x reference": 13, "  what changed": -20}
+    print_row(columns)
     for entry in history:
-        print(
-            f"{entry['date']:<12}{entry['row']:<28}{entry['env_steps_per_s']:>12,.0f}"
-            f"{entry['x_reference']:>13.3g}  {entry['change']}"
-        )
+        speed, ratio = f"{entry['env_steps_per_s']:,.0f}", f"{entry['x_reference']:.3g}"
+        print_row(columns, entry["date"], entry["row"], speed, ratio, "  " + entry["change"])
     finish("history", {"entries": len(history), "written": written}, None)
     return 0
 

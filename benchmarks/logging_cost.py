@@ -2,12 +2,12 @@
 
     python -m benchmarks.logging_cost
 
-Runs of 64 envs with one gradient step a vector step, at the intervals that a run of that length has
-by default, each in a process of its own, in turns with the same run without log points and
-checkpoints: `ratio` is between their rates, which leave out evaluations and compiling. Machines
-drift by more than what is looked for, so the calls themselves are timed too: `in the loop` is their
-share of the loop. What loggers do in threads of their own is the CPU time of all threads but the
-main one; it costs the loop at most as much.
+Each run has 64 envs, one gradient step per vector step, a process of its own, and the default
+intervals of a run of its length. It takes turns with the same run without log points and
+checkpoints. `ratio` compares their rates, which leave out evaluations and compiling. Machines drift
+by more than this cost, so the calls are timed too: `in the loop` is their share of the loop.
+`threads` is the CPU time of all threads but the main one, relative to the loop; work of loggers in
+their own threads costs the loop at most as much.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks.common import among_cores, at_least_one, finish, pin
+from benchmarks.common import among_cores, at_least_one, finish, pin, print_row
 from dqn_fast.engines import EngineName
+from dqn_fast.record.run import UsageError
 
 Loggers = Literal["files", "wandb", "tensorboard"]
 
@@ -51,7 +52,7 @@ class LoggingArgs:
     engines: tuple[EngineName, ...] = ("eager", "compile")
     """Engines."""
     loggers: tuple[Loggers, ...] = ("files", "wandb", "tensorboard")
-    """files: what every run writes; the others beside them, on the first environment only."""
+    """files: those of every run. The others write too, on the first environment only."""
     vector_steps: tuple[int, ...] = (4_096, 32_768)
     """Length of a run with each of the engines; >= 256 each."""
     repeats: int = 5
@@ -62,12 +63,12 @@ class LoggingArgs:
     """Write results/NAME.json as well."""
 
     def validate(self) -> None:
-        """Raise ValueError for a flag that makes no sense."""
+        """Raise UsageError for a flag that makes no sense."""
         at_least_one(self, "repeats")
         among_cores(self.cores)
         steps = self.vector_steps
         if len(steps) != len(self.engines) or min(steps, default=0) < 256:
-            raise ValueError(
+            raise UsageError(
                 f"--vector-steps {' '.join(map(str, steps))}: must be one number for each of "
                 f"--engines {' '.join(self.engines)}, at least 256 each"
             )
@@ -75,7 +76,7 @@ class LoggingArgs:
 
 @dataclass(frozen=True)
 class Case:
-    """What a row is about."""
+    """Settings of a row."""
 
     env_id: str
     engine: EngineName
@@ -95,7 +96,7 @@ def cases(args: LoggingArgs) -> list[Case]:
 
 
 def measure(case: Case, changes: dict[str, Any], cores: tuple[int, ...]) -> dict[str, float]:
-    """Body of a run's process: its rate, and what its calls for log points and checkpoints took."""
+    """Body of a run's process: its rate, and the cost of its log points and checkpoints."""
     from benchmarks.throughput import fast_args
     from dqn_fast.record.run import RunRecord
     from dqn_fast.train import train
@@ -146,7 +147,7 @@ def main() -> int:
     args = tyro.cli(LoggingArgs)
     try:
         args.validate()
-    except ValueError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
@@ -156,10 +157,9 @@ def main() -> int:
         with ProcessPoolExecutor(1, context) as pool:  # a fresh process: loggers import much
             return pool.submit(measure, case, changes, args.cores).result()
 
-    print(
-        f"{'environment':<14}{'engine':<9}{'loggers':<13}{'updates/s':>10}{'without':>9}"
-        f"{'ratio':>7}{'(min .. max)':>16}{'in the loop':>13}{'s a run':>9}{'threads':>9}"
-    )
+    columns = {"environment": -14, "engine": -9, "loggers": -13, "updates/s": 10, "without": 9}
+    columns |= {"ratio": 7, "(min .. max)": 16, "in the loop": 13, "s a run": 9, "threads": 9}
+    print_row(columns)
     for case in cases(args):
         rounds = [(run(case, LOGGERS[case.loggers]), run(case, NONE)) for _ in range(args.repeats)]
         ratios = [ours["updates_per_s"] / bare["updates_per_s"] for ours, bare in rounds]
@@ -174,13 +174,10 @@ def main() -> int:
             "ratio_rounds": ratios,
         }
         rows.append(row)
-        spread = f"{min(ratios):.3f} .. {max(ratios):.3f}"
-        print(
-            f"{case.env_id:<14}{case.engine:<9}{case.loggers:<13}{row['updates_per_s']:>10,.0f}"
-            f"{row['without']:>9,.0f}{row['ratio']:>7.3f}{spread:>16}{row['share']:>13.1%}"
-            f"{row['spent_s']:>9.3f}{row['other_threads']:>9.1%}",
-            flush=True,
-        )
+        cells = [f"{row['updates_per_s']:,.0f}", f"{row['without']:,.0f}", f"{row['ratio']:.3f}"]
+        cells += [f"{min(ratios):.3f} .. {max(ratios):.3f}", f"{row['share']:.1%}"]
+        cells += [f"{row['spent_s']:.3f}", f"{row['other_threads']:.1%}"]
+        print_row(columns, case.env_id, case.engine, case.loggers, *cells)
     finish("logging_cost", {"args": vars(args), "rows": rows}, args.out)
     return 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dqn_fast.device import choose_device
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs import TensorEnv, UnknownEnvError, make_env
-from dqn_fast.heads import ScalarHead
+from dqn_fast.heads import make_head
 from dqn_fast.networks import QNetwork
 from dqn_fast.record.checkpoint import load_checkpoint
 
@@ -126,11 +126,13 @@ def load_agent(
 
 
 def read_q_function(content: Mapping[str, Any]) -> QFunction:
-    """Q-values of the network in a checkpoint, which describes it; older ones give its sizes only.
+    """Q-values of the network in a checkpoint, which describes network and head; the first format
+    gives the sizes only.
 
     Raises:
         KeyError, TypeError, ValueError: the description and the parameters do not fit.
     """
     described = dict(content.get("network") or {"sizes": content["sizes"]})
     network = QNetwork(**{**described, "sizes": tuple(described["sizes"])})
-    return QFunction(network, ScalarHead(), network.from_named(content["q_net"]))
+    head = make_head(content.get("head") or {"name": "scalar"})
+    return QFunction(network, head, network.from_named(content["q_net"]))

@@ -7,8 +7,10 @@ every head.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +84,29 @@ class ScalarHead:
 
     def priority(self, outputs: Tensor, target: Tensor) -> Tensor:
         return (target - outputs).abs().squeeze(-1)
+
+
+HEADS: dict[str, Callable[..., Head]] = {"scalar": ScalarHead}
+"""Heads by the name that a checkpoint gives them."""
+
+
+def describe_head(head: Any) -> dict[str, Any]:
+    """Name and fields of a head, as a checkpoint saves them."""
+    name = next(name for name, kind in HEADS.items() if kind is type(head))
+    return {"name": name, **dataclasses.asdict(head)}
+
+
+def make_head(described: Mapping[str, Any]) -> Head:
+    """The head that `describe_head` described.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    fields = dict(described)
+    name = fields.pop("name")
+    if name not in HEADS:
+        raise ValueError(f"head {name}: must be one of {', '.join(HEADS)}")
+    return HEADS[name](**fields)
 
 
 def td_target(next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:

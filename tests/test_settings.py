@@ -38,7 +38,9 @@ INTS = {
          "chunk_steps", "eval_episodes"),
         ([1], [0, -1], "at least 1"),
     ),
-    **dict.fromkeys(("seed", "learning_starts", "gradient_steps", "sweep_random"), ([0], [-1], "at least 0")),
+    **dict.fromkeys(
+        ("seed", "learning_starts", "gradient_steps", "sweep_random"), ([0], [-1], "at least 0")
+    ),
     "num_threads": ([0], [-1], "at least 0 (0: torch's own choice)"),
     **dict.fromkeys(
         ("target_update_interval", "log_interval", "eval_interval", "checkpoint_interval"),

@@ -3,12 +3,15 @@
 The peer is SB3's own class, unmodified: plain DQN on Gymnasium's environment in a `DummyVecEnv`,
 bootstrapping at time limits. `sb3_settings` says how its settings follow from `Args`; `train_sb3`
 trains it and writes a run directory that `python -m dqn_fast.report` compares with any other.
-Needs the package stable-baselines3.
+Needs the package stable-baselines3. It takes the flags of the training command:
+
+    python -m benchmarks.peers.sb3 --env-id CartPole-v1 --no-double-q --run-dir DIR
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -195,7 +198,7 @@ class Recorder(BaseCallback):
 
 
 def train_sb3(args: Args) -> DQN:
-    """Train SB3's DQN and write the run directory `args.run_dir`, which exists.
+    """Train SB3's DQN and write the run directory `args.run_dir`, which is new.
 
     Raises:
         UsageError: SB3 cannot do the same as `args`.
@@ -203,6 +206,7 @@ def train_sb3(args: Args) -> DQN:
     assert args.run_dir is not None
     began = time.perf_counter()
     settings = sb3_settings(args)
+    args.run_dir.mkdir(parents=True)
     env = DummyVecEnv([lambda: Monitor(gymnasium.make(args.env_id))] * args.num_envs)
     model = DQN(env=env, **settings)
     versions = {"stable-baselines3": importlib.metadata.version("stable-baselines3")}
@@ -248,3 +252,9 @@ def train_sb3(args: Args) -> DQN:
     }
     write_json(args.run_dir / "summary.json", summary | recorder.summary)
     return model
+
+
+if __name__ == "__main__":
+    from benchmarks.runs import peer_main
+
+    sys.exit(peer_main(train_sb3))

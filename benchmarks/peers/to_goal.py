@@ -1,4 +1,4 @@
-"""One run of another side to its goal, in a process of its own: what `benchmarks.goal` times.
+"""One run of a peer to its goal, in a process of its own; `benchmarks.runs` times it.
 
     python -m benchmarks.peers.to_goal reference '{"env_id": "LineWorld-v0", "seed": 0}'
 
@@ -164,14 +164,13 @@ def run_reference(settings: dict[str, Any]) -> ToGoal:
 
 def sb3_cartpole(settings: dict[str, Any]) -> tuple[Args, Env, Judge]:
     """Settings, environment and judge of CartPole-v1: SB3's own tuned settings."""
-    import dataclasses
-
     import gymnasium
 
-    from benchmarks.comparison import cartpole_args
+    from benchmarks.comparison import ZOO_CARTPOLE
+    from dqn_fast.train import Args
 
     asked = {name: settings[name] for name in ("seed", "eval_interval", "stop_at_return")}
-    args = dataclasses.replace(cartpole_args(), **asked)
+    args = Args.for_env("CartPole-v1", **{**ZOO_CARTPOLE, **asked})
     judge = return_judge(args, sizes=(4, *args.hidden_sizes, 2))
     return args, lambda: gymnasium.make("CartPole-v1"), judge
 

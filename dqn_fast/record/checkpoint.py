@@ -145,6 +145,7 @@ def agent_content(
         "env_id": config["env_id"],
         "env_params": dict(config["env_params"]),
         "network": config["derived"]["network"],
+        "head": config["derived"]["head"],
         "q_net": dict(weights),
         "members": [dict(member) for member in config["derived"]["members"]],
         "global_step": global_step,

@@ -17,6 +17,7 @@ from dqn_fast.dqn import DQN
 from dqn_fast.envs import TensorEnv
 from dqn_fast.envs.params import plain
 from dqn_fast.exact import ExactValues
+from dqn_fast.heads import describe_head
 from dqn_fast.plan import Plan
 from dqn_fast.sweep import label_of, one_or_all
 
@@ -87,6 +88,7 @@ def describe(
             "num_actions": env.num_actions,
             "sizes": list(dqn.network.sizes),
             "network": plain(dataclasses.asdict(dqn.network)),
+            "head": plain(describe_head(dqn.head)),
             "num_parameters": dqn.network.num_parameters,
             "replay_ratio": plan.replay_ratio(settings["batch_size"]),
             "replay_bytes": dqn.replay.num_bytes,

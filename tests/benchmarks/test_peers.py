@@ -14,16 +14,9 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from benchmarks import comparison
-from benchmarks.comparison import (
-    Peers,
-    cartpole_args,
-    compare,
-    learning_curves,
-    run_peers,
-    train_one,
-    write_png,
-)
+from benchmarks import learning
+from benchmarks.comparison import ZOO_CARTPOLE, compare, learning_curves, write_png
+from benchmarks.learning import LearningArgs, run_group
 from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
 from dqn_fast.networks import QNetwork
@@ -183,13 +176,13 @@ def test_what_sb3_cannot_do_is_refused(change, named):
 
 def test_the_settings_are_the_published_ones():
     """Every 256 transitions is what copies every 10 come to between blocks of 256."""
-    settings = sb3_settings(cartpole_args())
+    settings = sb3_settings(Args.for_env("CartPole-v1", **ZOO_CARTPOLE))
     assert settings["train_freq"] == (256, "step")
     assert settings["gradient_steps"] == 128
     assert settings["learning_starts"] == 999  # 1000 there: blocks end at 1024 anyway
     assert settings["policy_kwargs"]["net_arch"] == [256, 256]
     assert settings["learning_rate"] == 2.3e-3
-    eight = sb3_settings(cartpole_args(num_envs=8))
+    eight = sb3_settings(Args.for_env("CartPole-v1", **{**ZOO_CARTPOLE, "num_envs": 8}))
     assert eight["train_freq"] == (32, "step")
     assert eight["gradient_steps"] == 128
 
@@ -237,7 +230,6 @@ def test_the_copied_policy_is_the_same_and_plays_alike():
 def test_both_sides_leave_records_that_compare(tmp_path: Path):
     """The report reads SB3's run like one of ours: same points, same episodes, same settings."""
     args = replace(SMALL, name="sb3", run_dir=tmp_path / "sb3", learning_rate_end=None)
-    args.run_dir.mkdir()
     train_sb3(args)
     train(replace(args, name="dqn_fast", num_envs=1, run_dir=tmp_path / "ours"))
     theirs, ours = read_run(tmp_path / "sb3"), read_run(tmp_path / "ours")
@@ -279,38 +271,43 @@ def test_equal_curves_are_not_worse():
     assert c.difference_low == c.difference_high == 0.0
 
 
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_comparison_goes_through(apart, tmp_path: Path, monkeypatch, capsys):
-    """Both sides, one after the other or in processes of their own, end in one figure and a table
-    of ten points."""
-    settings = replace(
-        SMALL,
-        num_envs=4,
-        total_timesteps=2_560,
-        eval_interval=256,
-        train_freq=256,
-        target_update_interval=256,
-    )
-    monkeypatch.setattr(comparison, "cartpole_args", lambda *_: settings)
-    if not apart:
-        monkeypatch.setattr(comparison, "train_all", lambda runs, _: [*map(train_one, runs)])
+def test_the_comparison_goes_through(tmp_path: Path, monkeypatch, capsys):
+    """Both sides, in turns and in processes of their own, end in one figure and a table of ten
+    points."""
     drawn = []
-    monkeypatch.setattr(comparison, "write_png", lambda figure, path: drawn.append((figure, path)))
-    args = Peers(seeds=2, transitions=2_560, run_dirs=tmp_path / "runs", out="test")
-    result = run_peers(args)
+    monkeypatch.setattr(learning, "write_png", lambda figure, path: drawn.append((figure, path)))
+    monkeypatch.setattr(learning, "RESULTS", tmp_path)
+    args = LearningArgs("peers", seeds=2, cores=(), run_dirs=tmp_path / "runs", out="test")
+    short = {
+        "num-envs": 4,
+        "total-timesteps": 2_560,
+        "eval-interval": 256,
+        "eval-episodes": 5,
+        "gradient-steps": 2,
+        "hidden-sizes": 8,
+        "batch-size": 4,
+        "learning-starts": 13,
+    }
+    flags = [f"--{name}={value}" for name, value in short.items()]
+    result = run_group(args, flags)
     assert [point["global_step"] for point in result["points"]] == [256 * i for i in range(1, 11)]
-    ours, theirs = result["runs"]["dqn_fast"], result["runs"]["sb3"]
+    ours, theirs = (row["runs"] for row in result["rows"])
     assert [run["seed"] for run in ours] == [run["seed"] for run in theirs] == [0, 1]
     assert {run["num_updates"] for run in (*ours, *theirs)} == {20}
     assert ours[0]["return_mean"] != ours[1]["return_mean"]
     mean = np.mean([run["return_mean"][3] for run in ours])
     assert result["points"][3]["ours"] == pytest.approx(mean)
-    assert drawn[0][1].name == "test.png"
+    ((figure, path),) = drawn
+    assert path.name == "test.png"
+    names = " ".join(str(trace.name) for trace in figure.data)
+    assert "CartPole-v1 · dqn_fast" in names
+    assert "CartPole-v1 · sb3" in names
     assert "not worse beyond the interval at" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--run-dirs"):
-        run_peers(args)
-    with pytest.raises(UsageError, match="--transitions 100"):
-        run_peers(replace(args, transitions=100))
+        run_group(args, flags)
+    args = LearningArgs("peers", seeds=1, cores=())
+    with pytest.raises(UsageError, match="--total-timesteps 100"):
+        run_group(args, ["--total-timesteps", "100"])
 
 
 def test_no_browser_no_picture(tmp_path: Path, monkeypatch, capsys):
