@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from markupsafe import escape
 from scipy import stats
 
+import dqn_fast
 from dqn_fast.report import __main__ as report
 from dqn_fast.report import write_report
 from tests.report.recorded_runs import change_json, write_run
@@ -142,7 +144,7 @@ def test_without_a_film_the_page_says_how_to_get_one(tmp_path: Path, content: by
     out = write_report([path], tmp_path / "report.html")
     assert "data:image/gif" not in out.read_text()
     assert "--video RUN_DIR/agent.gif" in words(out)
-    assert 'pip install -e ".[video]"' in words(out)
+    assert "pip install -e &quot;.[video]&quot;" in words(out)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -196,6 +198,16 @@ def test_many_long_runs_make_a_small_file(tmp_path: Path) -> None:
         for i in range(12)
     ]
     assert write_report(paths, tmp_path / "report.html").stat().st_size < 10e6
+
+
+def test_templates_are_packaged() -> None:
+    """Every file of the page's folder is package data, so that an installed report finds it."""
+    root = Path(dqn_fast.__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folder = root / "dqn_fast" / "report"
+    packaged = {p for g in settings["package-data"]["dqn_fast.report"] for p in folder.glob(g)}
+    assert {p for p in (folder / "templates").iterdir() if p.is_file()} == packaged
+    assert packaged
 
 
 def test_importing_is_cheap() -> None:
