@@ -240,7 +240,7 @@ def test_experiments_are_compared_by_environment_and_name(tmp_path: Path) -> Non
 
 
 def test_a_comparison_draws_whoever_has_the_record(tmp_path: Path) -> None:
-    """The first experiment lacks a record: the others are drawn all the same."""
+    """If the first experiment lacks a record, the others are still drawn."""
     paths = [write_run(tmp_path / name, name=name, log_points=8) for name in "ab"]
     (paths[0] / "metrics.jsonl").unlink()
     (paths[0] / "diagnostics.npz").unlink()

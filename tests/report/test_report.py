@@ -1,4 +1,4 @@
-"""The report's file: what is in it, and what a real browser makes of it, without network."""
+"""The report's file: its content, and its display in a real browser without network."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ in_browser = pytest.mark.skipif(
 
 
 def words(path: Path) -> str:
-    """What the page says, as one line, without scripts, figures and HTML."""
+    """The text of the page as one line, without scripts, figures and HTML."""
     html = path.read_text()
     body = html[html.index("<body>") : html.index("<noscript>")]
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
@@ -192,7 +192,7 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_long_runs_make_a_small_file(tmp_path: Path) -> None:
-    """Twelve experiments of five members each, with tables: under 10 MB all the same."""
+    """Twelve experiments of five members each, with tables: still under 10 MB."""
     paths = [
         write_run(tmp_path / str(i), members=5, name=str(i), log_points=5_000, episodes=50_000)
         for i in range(12)
@@ -225,7 +225,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
 def test_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One run's report goes beside its files, that of several here, or where --out says."""
+    """The report is written to the run directory, for several runs to the working directory, or to
+    --out."""
     monkeypatch.chdir(tmp_path)
     paths = [str(write_run(tmp_path / str(i), log_points=8)) for i in (0, 1)]
     assert run_main(monkeypatch, paths[0]) == 0
