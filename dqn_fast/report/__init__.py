@@ -1,6 +1,6 @@
-"""The page that shows what a run did: figures, health checks and settings in one HTML file.
+"""Report of a run in one HTML file: figures, health checks and settings.
 
-Reads the files of run directories and nothing else of the program.
+The report reads only the files of run directories.
 """
 
 from dqn_fast.report.document import run_figures, write_report

@@ -14,16 +14,17 @@ from dqn_fast.report import write_report
 
 @dataclass
 class ReportArgs:
-    """One HTML file about one run or several."""
+    """Write one HTML file about one run or several runs."""
 
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Directories that training runs wrote."""
+    """Directories of training runs."""
     out: Path | None = None
-    """File to write. None: report.html in the run directory, or here if there are several."""
+    """File to write. None: report.html in the run directory, or in the working directory if there
+    are several runs."""
 
 
 def main() -> int:
-    """Write the report and print where it is; returns the exit status."""
+    """Write the report, print its path and return the exit status."""
     args = tyro.cli(ReportArgs)
     folder = args.run_dirs[0] if len(args.run_dirs) == 1 else Path()
     out = args.out or folder / "report.html"

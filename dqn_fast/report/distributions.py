@@ -1,4 +1,4 @@
-"""Panels of one group from the diagnostics: tables over states and actions, and TD errors."""
+"""Panels of one group from its diagnostics: tables over states and actions, and TD errors."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from dqn_fast.report.figures import (
     Group,
     Panel,
     add_band,
-    heatmap,
-    line_trace,
-    new_figure,
+    make_figure,
+    make_heatmap,
+    make_line,
 )
 from dqn_fast.report.recorded import DIAGNOSTICS_AXES
-from dqn_fast.report.statistics import Array, stretch_means, stretches
+from dqn_fast.report.statistics import Array, average_stretches, split_evenly
 
 BLUE, VERMILLION = OKABE_ITO[:2]
 DIVERGING = [[0.0, BLUE], [0.5, "#F7F7F7"], [1.0, VERMILLION]]
 MAX_COLUMNS, MAX_ROWS = 200, 200
-"""Cells of the visits heatmap over time and over states; more are added up."""
+"""Largest numbers of time cells and of state cells in the visits heatmap; more are added up."""
 NOT_TABULAR = "Only tabular environments, whose states can be listed, have this record."
 
 
-def stack(group: Group, name: str) -> tuple[NDArray[Any], Array, list[str]] | None:
-    """An array of the diagnostics with the members of all runs on one axis.
+def stack_runs(group: Group, name: str) -> tuple[NDArray[Any], Array, list[str]] | None:
+    """Join an array of the diagnostics of all runs along its axis of members.
 
     Returns:
-        The array; global_step [L] of its rows; and which runs are left out, in words. None if no
-        run has it.
+        The array, global_step [L] of its rows, and a sentence if runs are left out. None if no run
+        has the array.
     """
     runs = [run for run in group.runs if len(run.diagnostics.get(name, ()))]
     if not runs:
@@ -56,47 +56,49 @@ def stack(group: Group, name: str) -> tuple[NDArray[Any], Array, list[str]] | No
     return array, step.astype(np.float64), notes if left_out else []
 
 
-def q_table(group: Group) -> Panel:
-    """Q of every state and action at the last log point."""
+def draw_q_table(group: Group) -> Panel:
+    """Draw Q of every state and action at the last log point."""
     words = ("q-table", "Values", "Learned values of all states")
     caption = "Q(s, a) at the last log point. Rings mark greedy actions, terminal states are blank."
-    found = stack(group, "q_values")
+    found = stack_runs(group, "q_values")
     if found is None:
         return Panel(*words, caption, None, [f"q_values was not recorded. {NOT_TABULAR}"])
     q = found[0][-1].astype(np.float64).mean(0)  # [X, A]
     if found[0].shape[1] > 1:
         caption += f" Mean of {found[0].shape[1]} agents."
-    live = ~terminal(group, len(q))
+    live = ~find_terminal(group, len(q))
     return _table(words, caption, q, live, "Q", q.argmax(1), live, found[2])
 
 
-def grid_shape(group: Group) -> tuple[int, int] | None:
-    """Rows and columns in which the states stand in the environment, if it has told."""
+def read_grid_shape(group: Group) -> tuple[int, int] | None:
+    """Read the rows and columns of a grid environment; None for other environments."""
     shape = group.runs[0].part("derived").get("grid_shape")
     if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape):
         return (shape[0], shape[1])
     return None
 
 
-def value_grid(group: Group) -> Panel:
-    """The largest Q of every state at the last log point, where the state is, with its action."""
+def draw_value_grid(group: Group) -> Panel:
+    """Draw max Q and the greedy action of every state at its place in the grid."""
     words = ("value-grid", "Values", "Learned values in place")
     caption = "max Q(s, a) at the last log point, and the number of the greedy action."
-    found, shape = stack(group, "q_values"), grid_shape(group)
+    found, shape = stack_runs(group, "q_values"), read_grid_shape(group)
     if found is None or shape is None:
         return Panel(*words, caption, None, [f"q_values was not recorded. {NOT_TABULAR}"])
     rows, columns = shape
     q = found[0][-1].astype(np.float64).mean(0)  # [X, A]
-    # A table may have one state more, the end, which is nowhere.
+    # A table may have one more state, the end of the episode, which has no place in the grid.
     if not rows * columns <= len(q) <= rows * columns + 1 or rows * columns > MAX_CELLS:
-        reason = f"{len(q):,} states do not fill {rows:,} rows of {columns:,}, or are too many."
+        reason = (
+            f"{len(q):,} states do not fill {rows:,} rows of {columns:,}, or are too many to draw."
+        )
         return Panel(*words, caption, None, [reason])
     if found[0].shape[1] > 1:
         caption += f" Mean of {found[0].shape[1]} agents."
-    live = ~terminal(group, len(q))[: rows * columns]
+    live = ~find_terminal(group, len(q))[: rows * columns]
     q = q[: rows * columns]
-    figure = new_figure("row", "column")
-    trace = heatmap(
+    figure = make_figure("row", "column")
+    trace = make_heatmap(
         np.where(live, q.max(1), np.nan).reshape(shape),
         "max Q",
         hovertemplate="row %{y}, column %{x}: %{z:.4g}<extra></extra>",
@@ -112,11 +114,11 @@ def value_grid(group: Group) -> Panel:
     return Panel(*words, caption, figure, found[2], height=min(420, 130 + 45 * rows))
 
 
-def q_error_table(group: Group) -> Panel:
-    """Q - Q* of every state and action at the last log point."""
+def draw_q_error_table(group: Group) -> Panel:
+    """Draw Q - Q* of every state and action at the last log point."""
     words = ("q-error-table", "Values", "Error of the learned values")
     caption = "Q - Q* at the last log point: orange is too high, blue is too low."
-    found = stack(group, "q_values")
+    found = stack_runs(group, "q_values")
     q_star = next((r.diagnostics["q_star"] for r in group.runs if "q_star" in r.diagnostics), None)
     if found is None or q_star is None or q_star.shape != found[0].shape[2:]:
         reason = f"q_values and the exact q_star were not recorded. {NOT_TABULAR}"
@@ -125,8 +127,8 @@ def q_error_table(group: Group) -> Panel:
     error = q - q_star
     worst = np.take_along_axis(error, np.abs(error).argmax(0)[None], 0)[0]
     if len(q) > 1:
-        caption += f" Of {len(q)} agents, the largest error of each cell."
-    live = ~terminal(group, len(q_star))
+        caption += f" Each cell has the largest error of {len(q)} agents."
+    live = ~find_terminal(group, len(q_star))
     greedy = q.argmax(2)  # [agents, X]
     lost = q_star.max(1) - q_star[np.arange(len(q_star)), greedy]  # [agents, X]
     wrong = live & (lost.max(0) > 1e-6)
@@ -138,8 +140,8 @@ def q_error_table(group: Group) -> Panel:
     return _table(words, caption, worst, live, "Q - Q*", action, wrong, found[2], centred=True)
 
 
-def terminal(group: Group, num_states: int) -> NDArray[np.bool_]:
-    """Which states are terminal, [X]; none where that is not recorded."""
+def find_terminal(group: Group, num_states: int) -> NDArray[np.bool_]:
+    """Return a mask of the terminal states, [X]; all false if it was not recorded."""
     for run in group.runs:
         if len(run.diagnostics.get("terminal", ())) == num_states:
             return run.diagnostics["terminal"].astype(bool)
@@ -157,19 +159,19 @@ def _table(
     notes: list[str],
     centred: bool = False,
 ) -> Panel:
-    """Heatmap of values [X, A], with a mark at (s, action[s]) for each marked state."""
+    """Draw a heatmap of values [X, A] with a mark at (s, action[s]) of each marked state."""
     num_states, num_actions = values.shape
     if values.size > MAX_CELLS:
         reason = f"{num_states:,} states with {num_actions:,} actions are too many to draw."
         return Panel(*words, caption, None, [reason])
-    figure = new_figure("action", "state")
+    figure = make_figure("action", "state")
     values = np.where(live[:, None], values, np.nan)
     colours: dict[str, Any] = {}
     if centred:
         limit = float(np.nanmax(np.abs(values), initial=1e-9))
         colours = {"colorscale": DIVERGING, "zmin": -limit, "zmax": limit}
     hover = "state %{x}, action %{y}: %{z:.4g}<extra></extra>"
-    figure.add_trace(heatmap(values.T, z_title, hovertemplate=hover, **colours))
+    figure.add_trace(make_heatmap(values.T, z_title, hovertemplate=hover, **colours))
     states = np.flatnonzero(marked)
     if len(states) <= 200:
         symbol = "x-thin" if centred else "circle"
@@ -189,24 +191,24 @@ def _table(
         (figure.update_xaxes, num_states),
         (figure.update_yaxes, num_actions),
     ):
-        dtick = 1 if number <= 8 else None  # fractions of a state make no sense
+        dtick = 1 if number <= 8 else None  # no ticks at fractions of a state
         update(range=[-0.5, number - 0.5], dtick=dtick, showgrid=False, zeroline=False)
     return Panel(*words, caption, figure, notes, height=min(420, 150 + 45 * num_actions))
 
 
-def visits(group: Group) -> Panel:
-    """Which states were visited when."""
+def draw_visits(group: Group) -> Panel:
+    """Draw the visits of each state over training."""
     words = ("visits", "Exploration", "Visited states")
     caption = (
         "Share of each state among the visits of its stretch of training (log colour scale); "
-        "blank where a state was not visited."
+        "a state without visits is blank."
     )
-    found = stack(group, "visits")
+    found = stack_runs(group, "visits")
     if found is None:
         return Panel(*words, caption, None, [f"visits was not recorded. {NOT_TABULAR}"])
     counts, step, notes = found[0].sum(1), found[1], found[2]  # [L, X]
     num_rows, num_states = counts.shape
-    columns, rows = stretches(num_rows, MAX_COLUMNS), stretches(num_states, MAX_ROWS)
+    columns, rows = split_evenly(num_rows, MAX_COLUMNS), split_evenly(num_states, MAX_ROWS)
     counts = np.add.reduceat(np.add.reduceat(counts, columns[:-1], 0), rows[:-1], 1)
     if counts.shape != (num_rows, num_states):
         notes = [
@@ -218,8 +220,8 @@ def visits(group: Group) -> Panel:
         share = np.log10(counts / counts.sum(1, keepdims=True))
     share[~np.isfinite(share)] = np.nan
     edges = np.append(0.0, step)[columns]
-    figure = new_figure("state")
-    trace = heatmap(
+    figure = make_figure("state")
+    trace = make_heatmap(
         share.T,
         "share of visits",
         x=[int(edge) for edge in edges],
@@ -235,11 +237,11 @@ def visits(group: Group) -> Panel:
     return Panel(*words, caption, figure, notes)
 
 
-def td_error_fan(group: Group) -> Panel:
-    """Quantiles of the TD errors of a replayed batch over training."""
+def draw_td_error_fan(group: Group) -> Panel:
+    """Draw quantiles of the TD errors of a replayed batch over training."""
     words = ("td-errors", "Optimisation", "TD errors during training")
-    caption = "Of a batch sampled from replay at each log point: target minus value."
-    found = stack(group, "td_error_quantiles")
+    caption = "Target minus value in a batch sampled from replay at each log point."
+    found = stack_runs(group, "td_error_quantiles")
     levels = next(
         (
             r.diagnostics["quantile_levels"]
@@ -252,12 +254,12 @@ def td_error_fan(group: Group) -> Panel:
         return Panel(*words, caption, None, ["td_error_quantiles was not recorded."])
     errors, step, notes = found
     if errors.shape[1] > 1:
-        caption += f" Of {errors.shape[1]} agents the mean quantiles, and all extremes."
+        caption += f" Quantiles are means of {errors.shape[1]} agents, extremes are of all agents."
     quantiles = errors.mean(1, dtype=np.float64)
     quantiles[:, 0], quantiles[:, -1] = errors[:, :, 0].min(1), errors[:, :, -1].max(1)
     known = np.isfinite(quantiles).all(1)
     quantiles, step = quantiles[known], step[known]
-    edges = stretches(len(step), MAX_STRETCHES)
+    edges = split_evenly(len(step), MAX_STRETCHES)
     if len(edges) <= len(step):
         notes = [
             *notes,
@@ -266,29 +268,29 @@ def td_error_fan(group: Group) -> Panel:
         ]
         low = np.minimum.reduceat(quantiles[:, 0], edges[:-1])
         high = np.maximum.reduceat(quantiles[:, -1], edges[:-1])
-        quantiles, step = stretch_means(quantiles, edges), stretch_means(step, edges)
+        quantiles, step = average_stretches(quantiles, edges), average_stretches(step, edges)
         quantiles[:, 0], quantiles[:, -1] = low, high
-    figure = new_figure("TD error (reward units)")
+    figure = make_figure("TD error (reward units)")
     for i in range(len(levels) // 2):
         label = f"{100 * (levels[-1 - i] - levels[i]):g} %" if i else "all"
         low, high = quantiles[:, i], quantiles[:, -1 - i]
         add_band(figure, step, low, high, group.clock, BLUE, label, opacity=0.12 * (i + 1))
     if len(levels) % 2:
         median = Curve(step, quantiles[:, len(levels) // 2], group.clock)
-        figure.add_trace(line_trace(median, "median", INK, "solid", 1.5))
+        figure.add_trace(make_line(median, "median", INK, "solid", 1.5))
     return Panel(*words, caption, figure, notes)
 
 
-def td_error_histogram(group: Group) -> Panel:
-    """TD errors of the last replayed batch."""
+def draw_td_error_histogram(group: Group) -> Panel:
+    """Draw a histogram of the TD errors of the last replayed batch."""
     words = ("td-error-sample", "Optimisation", "TD errors at the end")
-    caption = "Of a batch sampled from replay at the last log point (counts on a log scale)."
-    found = stack(group, "td_error_sample")
+    caption = "A batch sampled from replay at the last log point (counts on a log scale)."
+    found = stack_runs(group, "td_error_sample")
     errors = found[0][np.isfinite(found[0])] if found else np.empty(0)
     if found is None or not len(errors):
         return Panel(*words, caption, None, ["td_error_sample was not recorded."])
     count, edges = np.histogram(errors, bins=min(60, max(10, len(errors) // 20)))
-    figure = new_figure("transitions", "TD error (reward units)", log=True)
+    figure = make_figure("transitions", "TD error (reward units)", log=True)
     figure.add_trace(
         go.Bar(
             x=(edges[:-1] + edges[1:]) / 2,
@@ -298,5 +300,5 @@ def td_error_histogram(group: Group) -> Panel:
             hovertemplate="%{x:.3g}: %{y}<extra></extra>",
         )
     )
-    figure.update_yaxes(range=[-0.3, np.log10(count.max()) + 0.1])  # shows a count of one
+    figure.update_yaxes(range=[-0.3, np.log10(count.max()) + 0.1])  # a count of one stays visible
     return Panel(*words, caption, figure, found[2])

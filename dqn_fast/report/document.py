@@ -49,11 +49,11 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     from dqn_fast.record.checkpoint import write_whole
     from dqn_fast.report.figures import group_runs
-    from dqn_fast.report.panels import panels
+    from dqn_fast.report.panels import make_panels
 
     runs = [read_run(path) for path in {path.resolve(): path for path in run_dirs}.values()]
     groups = group_runs(runs)
-    html = _render_page(groups, runs, panels(groups))
+    html = _render_page(groups, runs, make_panels(groups))
     write_whole(out, lambda file: file.write(html.encode()))
     return out
 
@@ -61,9 +61,9 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 def run_figures(run_dir: Path) -> dict[str, go.Figure]:
     """Draw the figures of one run by key, for use outside the page."""
     from dqn_fast.report.figures import group_runs
-    from dqn_fast.report.panels import panels
+    from dqn_fast.report.panels import make_panels
 
-    made = panels(group_runs([read_run(run_dir)]))
+    made = make_panels(group_runs([read_run(run_dir)]))
     return {panel.key: panel.figure for panel in made if panel.figure is not None}
 
 
@@ -95,18 +95,18 @@ def _render_page(
         style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
-        data=_figures_as_json(groups, made),
+        data=_encode_figures(groups, made),
     )
 
 
-def _figures_as_json(groups: Sequence[Group], made: Sequence[Panel]) -> str:
+def _encode_figures(groups: Sequence[Group], made: Sequence[Panel]) -> str:
     """Encode the figures, {key, figure} each, and the clocks for the script of the page."""
-    from dqn_fast.report.figures import clocks
+    from dqn_fast.report.figures import make_clocks
 
     figures = ",".join(
         f'{{"key":"{p.key}","figure":{p.figure.to_json()}}}' for p in made if p.figure is not None
     )
-    data = f'{{"figures":[{figures}],"clocks":{json.dumps(clocks(groups))}}}'
+    data = f'{{"figures":[{figures}],"clocks":{json.dumps(make_clocks(groups))}}}'
     return data.replace("<", "\\u003c")  # no text in it can end the script element
 
 
@@ -115,10 +115,10 @@ def _figures_as_json(groups: Sequence[Group], made: Sequence[Panel]) -> str:
 
 def _collect_summary(groups: Sequence[Group], runs: Sequence[RecordedRun]) -> dict[str, Any]:
     filmed = [run for run in runs if run.film]
-    agents = [row for run in runs for row in _agent_rows(run)]
+    agents = [row for run in runs for row in _list_agents(run)]
     environments = Counter(name for _, name in {(group.env_id, group.name) for group in groups})
     return {
-        "key_numbers": _key_numbers(runs[0]) if len(runs) == 1 else [],
+        "key_numbers": _list_key_numbers(runs[0]) if len(runs) == 1 else [],
         "films": [
             {
                 "gif": base64.b64encode(run.film).decode(),
@@ -130,9 +130,9 @@ def _collect_summary(groups: Sequence[Group], runs: Sequence[RecordedRun]) -> di
         ],
         "films_left_out": max(0, len(filmed) - MAX_FILMS),
         "agents": agents,
-        "scores": _score_rows(groups) if len(agents) > 1 else [],
+        "scores": _summarise_scores(groups) if len(agents) > 1 else [],
         "scores_pooled": max(environments.values()) > 1,
-        "mixed_settings": sorted({name for g in groups for name in _mixed_settings(g.runs)}),
+        "mixed_settings": sorted({name for g in groups for name in _find_mixed_settings(g.runs)}),
         "gaps": [f"{run.path}: {gap}" for run in runs for gap in run.gaps],
     }
 
@@ -149,8 +149,8 @@ def _describe_return(run: RecordedRun) -> str:
     return words + "."
 
 
-def _key_numbers(run: RecordedRun) -> list[tuple[str, str, str]]:
-    """Name, value and small print of each number at the top."""
+def _list_key_numbers(run: RecordedRun) -> list[tuple[str, str, str]]:
+    """List the numbers at the top: name, value and small print of each."""
     summary = run.summary
     spread, episodes = run.number("eval_return_std"), run.number("eval_episodes")
     optimal = summary.get("policy_optimal")
@@ -191,8 +191,8 @@ def _key_numbers(run: RecordedRun) -> list[tuple[str, str, str]]:
     ]
 
 
-def _score_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
-    """Final returns of each experiment, and of each name pooled over its environments."""
+def _summarise_scores(groups: Sequence[Group]) -> list[tuple[str, ...]]:
+    """Summarise final returns per experiment, and per name pooled over its environments."""
     scores = {
         (group.env_id, group.name): np.concatenate([run.final_returns for run in group.runs])
         for group in groups
@@ -219,15 +219,15 @@ def _score_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _mixed_settings(runs: Sequence[RecordedRun]) -> list[str]:
-    """Names of the settings in which runs differ, except the seeds."""
+def _find_mixed_settings(runs: Sequence[RecordedRun]) -> list[str]:
+    """Name the settings in which runs differ, except the seeds."""
     settings = [{**run.part("env_params"), **run.part("args")} for run in runs]
     names = {name for setting in settings for name in setting} - {"seed", "num_seeds", "run_dir"}
     return [n for n in names if len({_format_value(setting.get(n)) for setting in settings}) > 1]
 
 
-def _agent_rows(run: RecordedRun) -> list[list[str]]:
-    """One row of the table of agents for each member."""
+def _list_agents(run: RecordedRun) -> list[list[str]]:
+    """Make one row of the table of agents for each member."""
     members = run.summary.get("members")
     entries = members if isinstance(members, list) else [run.summary]
     returns = run.final_returns
@@ -264,7 +264,7 @@ def _count_statuses(findings: Sequence[Finding]) -> dict[Status, str]:
 
 
 def _arrange_panels(panels: Sequence[Panel]) -> dict[str, Any]:
-    """Two figures in a row; the return and a figure without a neighbour take the whole width."""
+    """Place two figures in a row; the return, and a figure without neighbour, take a whole row."""
     drawn = [panel for panel in panels if panel.figure is not None]
     wide = {"return"} & {panel.key for panel in drawn}
     if (len(drawn) - len(wide)) % 2:
@@ -274,7 +274,7 @@ def _arrange_panels(panels: Sequence[Panel]) -> dict[str, Any]:
 
 
 def _collect_settings(runs: Sequence[RecordedRun]) -> dict[str, Any]:
-    """The settings that all runs share, by part of config.json, and those that differ."""
+    """Separate the settings that all runs share, by part of config.json, from the others."""
     parts = {"Environment": "env_params", "Run": "args", "Derived": "derived"}
     parts["Software"] = "software"
     shared: dict[str, list[tuple[str, str, str]]] = {}

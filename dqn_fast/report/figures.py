@@ -1,9 +1,9 @@
-"""How the report draws: curves of one or many agents, bands and heatmaps, as Plotly figures.
+"""Plotly figures of the report: curves of one or many agents, bands and heatmaps.
 
-An agent is one member of one run. Alone it is drawn as it is; several are drawn as their mean with
-a 95 % bootstrap interval, single ones faintly. Every trace over training carries in `meta` the
-number of its clock, by which a page can put wall time in place of global_step. What to draw is
-decided in `panels.py`.
+An agent is one member of one run. One agent is drawn as its own curve. Several agents are drawn as
+their mean with a 95 % bootstrap interval, and single agents faintly. Every trace over training has
+the number of its clock in `meta`, with which the page replaces global_step by wall time. The module
+`panels.py` chooses the data.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from numpy.typing import NDArray
 from dqn_fast.report.recorded import RecordedRun
 from dqn_fast.report.statistics import (
     Array,
+    average_stretches,
     bootstrap_mean_interval,
-    stretch_means,
-    stretches,
+    split_evenly,
     thin,
 )
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that stay apart under colour vision deficiency; Okabe & Ito (2008), yellow left out."""
+"""Colours that stay distinct under colour vision deficiency; Okabe & Ito (2008) without yellow."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 INK, GREY, LIGHT = "#24292f", "#6e7781", "#e6e9ed"
 
 STEPS = "global step (transitions)"
-"""Title of an axis that a page may show as wall time."""
+"""Title of an axis that the page can change to wall time."""
 
 MAX_POINTS = 4_000
-"""Points of a curve that is drawn alone."""
+"""Largest number of points of a single curve."""
 SHARED_POINTS = 6_000
-"""Points that many curves in one figure share, and again their means."""
+"""Largest number of points of all curves in one figure; the same number for their means."""
 MAX_STRETCHES = 500
-"""Means that stand for a curve of more points than that."""
+"""Largest number of means that replace a longer curve."""
 MAX_CURVES = 60
-"""Single curves in a figure of several agents."""
+"""Largest number of single curves in a figure of several agents."""
 MAX_CELLS = 40_000
-"""Cells of a heatmap."""
+"""Largest number of cells of a heatmap."""
 
 _AXIS = {
     "gridcolor": LIGHT,
@@ -79,11 +79,11 @@ _TEMPLATE = go.layout.Template(
 
 
 Source = Callable[[RecordedRun], Iterable[tuple[Array, Array]]]
-"""Finds global_step [L] and values [L] of each agent in a run, NaN for no value."""
+"""Returns global_step [L] and values [L] of each agent in a run; NaN marks a missing value."""
 
 
 class Curve(NamedTuple):
-    """Values of one agent, [L], at global_step [L] in order, and the clock of its run."""
+    """Values [L] of one agent at increasing global_step [L], with the clock of its run."""
 
     step: Array
     value: Array
@@ -91,7 +91,7 @@ class Curve(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Curves of several agents that belong together; `clock` is that of their mean."""
+    """Curves of the agents of one group; `clock` is the clock of their mean."""
 
     label: str
     colour: str
@@ -102,13 +102,13 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one experiment: same environment and same name.
+    """Runs of one experiment, which have the same environment and the same name.
 
     Attributes:
-        env_id, name: what they share.
+        env_id, name: shared by the runs.
         runs: at least one.
-        colour, dash: of its curves.
-        clock: number of the clock of its mean; those of its runs follow.
+        colour, dash: style of the curves.
+        clock: number of the clock of the mean; the clocks of the runs follow.
     """
 
     env_id: str
@@ -127,7 +127,7 @@ class Group:
         return sum(run.num_members for run in self.runs)
 
     def series(self, name: str) -> Series:
-        """A recorded series of all agents; see `RecordedRun.series`."""
+        """Return a recorded series of all agents; see `RecordedRun.series`."""
 
         def columns(run: RecordedRun) -> Iterable[tuple[Array, Array]]:
             step, values = run.series(name) or (np.empty(0), np.empty((0, 0)))
@@ -136,7 +136,7 @@ class Group:
         return self.derived(columns)
 
     def derived(self, source: Source) -> Series:
-        """A series that `source` finds or computes."""
+        """Return the series that `source` computes."""
         curves = []
         for number, run in enumerate(self.runs, self.clock + 1):
             for step, value in source(run):
@@ -148,16 +148,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with its words; plain text, not escaped.
+    """A figure with its texts, which are plain text and not escaped.
 
     Attributes:
-        key: unique on the page, fit for an anchor.
-        section: heading under which it stands.
-        title: what it shows.
-        caption: how to read it.
-        figure: None where there is nothing to draw.
-        notes: what was thinned or left out, or why there is no figure.
-        height: of the figure in pixels.
+        key: unique on the page; valid as an anchor.
+        section: heading of its section.
+        title: heading of the figure.
+        caption: how to read the figure.
+        figure: None if there is nothing to draw.
+        notes: sentences about thinned or omitted data, or the reason for a missing figure.
+        height: height of the figure in pixels.
     """
 
     key: str
@@ -170,7 +170,7 @@ class Panel:
 
 
 def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
-    """Runs by environment and name, in order of appearance."""
+    """Group runs by environment and name, in order of appearance."""
     found: dict[tuple[str, str], list[RecordedRun]] = {}
     for run in runs:
         found.setdefault((run.env_id, run.name), []).append(run)
@@ -184,11 +184,11 @@ def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
     return groups
 
 
-def clocks(groups: Sequence[Group], knots: int = 500) -> list[dict[str, list[float]]]:
-    """By clock number: global_step and the wall time in seconds at which it was reached.
+def make_clocks(groups: Sequence[Group], knots: int = 500) -> list[dict[str, list[float]]]:
+    """Return, by clock number, global_step and the wall time in seconds at which it was reached.
 
-    A mean's clock is the mean of its runs' clocks; one whose run has ended goes on at its mean
-    speed. A run without log points has an empty clock.
+    The clock of a mean is the mean of the clocks of its runs. After the end of a run, its clock
+    continues at its mean speed. A run without log points has an empty clock.
     """
     found = []
     for group in groups:
@@ -213,8 +213,8 @@ def clocks(groups: Sequence[Group], knots: int = 500) -> list[dict[str, list[flo
     return found
 
 
-def new_figure(y_title: str, x_title: str = STEPS, log: bool = False) -> go.Figure:
-    """An empty figure in the report's style."""
+def make_figure(y_title: str, x_title: str = STEPS, log: bool = False) -> go.Figure:
+    """Make an empty figure in the report's style."""
     figure = go.Figure(layout={"template": _TEMPLATE})
     figure.update_xaxes(title_text=x_title)
     if x_title == STEPS:
@@ -229,7 +229,7 @@ def add_series(figure: go.Figure, series: Sequence[Series]) -> list[str]:
     """Draw series over global_step.
 
     Returns:
-        What was thinned, in sentences.
+        Sentences about thinned data.
     """
     series = [s for s in series if s.curves]
     crowds = max(1, sum(len(s.curves) > 1 for s in series))
@@ -247,27 +247,27 @@ def add_series(figure: go.Figure, series: Sequence[Series]) -> list[str]:
         if len(s.curves) > 1:
             _add_mean(figure, s, thinned, grid, alone=len(series) == 1)
         elif len(thinned[0].step) == len(s.curves[0].step):
-            figure.add_trace(line_trace(thinned[0], s.label, s.colour, s.dash, 2))
+            figure.add_trace(make_line(thinned[0], s.label, s.colour, s.dash, 2))
         else:
             averaged = True
-            figure.add_trace(faint_trace(thinned[0], s.colour, "extremes", shown=False))
+            figure.add_trace(make_faint_line(thinned[0], s.colour, "extremes", shown=False))
             step, value, clock = s.curves[0]
-            edges = stretches(len(step), MAX_STRETCHES)
-            means = Curve(stretch_means(step, edges), stretch_means(value, edges), clock)
-            figure.add_trace(line_trace(means, s.label, s.colour, s.dash, 2))
+            edges = split_evenly(len(step), MAX_STRETCHES)
+            means = Curve(average_stretches(step, edges), average_stretches(value, edges), clock)
+            figure.add_trace(make_line(means, s.label, s.colour, s.dash, 2))
     figure.update_layout(showlegend=len(figure.data) > 1)
 
     notes = []
     if drawn < total:
         notes.append(
             f"Thinned: of {total:,} points, the lowest and the highest of each stretch are drawn, "
-            f"{drawn:,} in all" + (" (faint), and means (strong)." if averaged else ".")
+            f"{drawn:,} in total" + (" (faint), and means (strong)." if averaged else ".")
         )
     left_out = sum(len(s.curves) for s in series) - sum(map(len, shown))
     if left_out:
-        notes.append(f"Of the single agents, {left_out:,} are not drawn; the mean has all of them.")
+        notes.append(f"Of the single agents, {left_out:,} are not drawn; the mean includes them.")
     if any(len(s.curves) > 1 and len(s.curves[0].step) > grid for s in series):
-        notes.append(f"The mean is taken at {grid:,} evenly spaced steps.")
+        notes.append(f"The mean is computed at {grid:,} evenly spaced steps.")
     return notes
 
 
@@ -276,14 +276,16 @@ def _add_mean(
 ) -> None:
     for clock in dict.fromkeys(curve.clock for curve in thinned):
         joined = [c for c in thinned if c.clock == clock]
-        gap = np.array([np.nan])  # lifts the pen between two agents
+        gap = np.array([np.nan])  # no line from one agent to the next
         together = Curve(
             np.concatenate([np.append(c.step, c.step[-1]) for c in joined]),
             np.concatenate([np.append(c.value, gap) for c in joined]),
             clock,
         )
         first = clock == thinned[0].clock
-        figure.add_trace(faint_trace(together, s.colour, "single agents", shown=alone and first))
+        figure.add_trace(
+            make_faint_line(together, s.colour, "single agents", shown=alone and first)
+        )
     step = np.unique(np.concatenate([curve.step for curve in s.curves]))
     if len(step) > grid:
         step = np.linspace(step[0], step[-1], grid).round()
@@ -296,13 +298,13 @@ def _add_mean(
     low, high = bootstrap_mean_interval(values)
     add_band(figure, step, low, high, s.clock, s.colour, "95 % interval" if alone else "")
     label = f"mean of {len(s.curves)}" if alone else f"{s.label} (mean of {len(s.curves)})"
-    figure.add_trace(line_trace(Curve(step, mean, s.clock), label, s.colour, s.dash, 2.5))
+    figure.add_trace(make_line(Curve(step, mean, s.clock), label, s.colour, s.dash, 2.5))
 
 
-def curve_trace(curve: Curve, label: str, **style: Any) -> go.Scatter:
-    """A curve over global_step that knows its clock; a line unless `style` says otherwise."""
+def make_curve(curve: Curve, label: str, **style: Any) -> go.Scatter:
+    """Make a trace over global_step with its clock; a line by default."""
     return go.Scatter(
-        x=[int(step) for step in curve.step],  # a plain list, so that a page can map it to time
+        x=[int(step) for step in curve.step],  # a plain list, which the page converts to time
         y=np.asarray(curve.value, np.float32),
         name=escape(label, quote=False),
         meta={"clock": curve.clock},
@@ -310,9 +312,9 @@ def curve_trace(curve: Curve, label: str, **style: Any) -> go.Scatter:
     )
 
 
-def line_trace(curve: Curve, label: str, colour: str, dash: str, width: float) -> go.Scatter:
-    """A line; where the points are few they show."""
-    return curve_trace(
+def make_line(curve: Curve, label: str, colour: str, dash: str, width: float) -> go.Scatter:
+    """Make a line, with markers if it has at most 30 points."""
+    return make_curve(
         curve,
         label,
         mode="lines+markers" if len(curve.step) <= 30 else "lines",
@@ -320,9 +322,9 @@ def line_trace(curve: Curve, label: str, colour: str, dash: str, width: float) -
     )
 
 
-def faint_trace(curve: Curve, colour: str, label: str, shown: bool) -> go.Scatter:
-    """A thin line in the background; `shown` in the legend or not."""
-    return curve_trace(
+def make_faint_line(curve: Curve, colour: str, label: str, shown: bool) -> go.Scatter:
+    """Make a thin background line; `shown` puts it in the legend."""
+    return make_curve(
         curve,
         label,
         line={"color": colour, "width": 1},
@@ -343,12 +345,12 @@ def add_band(
     label: str,
     opacity: float = 0.2,
 ) -> None:
-    """Shade what lies between two curves; an empty label keeps it out of the legend."""
+    """Shade the area between two curves; with an empty label it is not in the legend."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     known = np.isfinite(low) & np.isfinite(high)
     for edge, fill in ((low, None), (high, "tonexty")):
         figure.add_trace(
-            curve_trace(
+            make_curve(
                 Curve(step[known], edge[known], clock),
                 label,
                 line={"width": 0},
@@ -363,15 +365,15 @@ def add_band(
 def add_level(
     figure: go.Figure, label: str, value: float, last_step: float, clock: int, colour: str = INK
 ) -> None:
-    """A dashed line at a value that is known exactly."""
+    """Add a dashed line at an exact value."""
     ends = Curve(np.array([0.0, last_step]), np.array([value, value]), clock)
     line = {"color": colour, "dash": "dash", "width": 1.5}
-    figure.add_trace(curve_trace(ends, label, line=line))
+    figure.add_trace(make_curve(ends, label, line=line))
     figure.update_layout(showlegend=True)
 
 
-def heatmap(z: NDArray[np.floating], z_title: str, **trace: Any) -> go.Heatmap:
-    """Cells with a colour bar; NaN cells stay empty."""
+def make_heatmap(z: NDArray[np.floating], z_title: str, **trace: Any) -> go.Heatmap:
+    """Make a heatmap with a colour bar; NaN cells stay empty."""
     return go.Heatmap(
         z=np.asarray(z, np.float32),
         colorbar={"title": {"text": z_title}, "thickness": 12, "outlinewidth": 0},

@@ -1,7 +1,7 @@
-"""What the report shows: each panel's figure and words, made from the records of runs.
+"""Panels of the report: the figure and the texts of each, made from the records of runs.
 
-A panel whose data was not recorded has no figure and says so. How curves are drawn stands in
-`figures.py`.
+A panel without recorded data has no figure, and its notes say so. The module `figures.py` draws the
+curves.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dqn_fast.report.distributions import (
-    grid_shape,
-    q_error_table,
-    q_table,
-    td_error_fan,
-    td_error_histogram,
-    value_grid,
-    visits,
+    draw_q_error_table,
+    draw_q_table,
+    draw_td_error_fan,
+    draw_td_error_histogram,
+    draw_value_grid,
+    draw_visits,
+    read_grid_shape,
 )
 from dqn_fast.report.figures import (
     DASHES,
@@ -32,23 +32,23 @@ from dqn_fast.report.figures import (
     Panel,
     add_level,
     add_series,
-    curve_trace,
-    new_figure,
+    make_curve,
+    make_figure,
 )
 from dqn_fast.report.recorded import RecordedRun
-from dqn_fast.report.statistics import Array, moving_average, stretches, thin
+from dqn_fast.report.statistics import Array, moving_average, split_evenly, thin
 
 WINDOW = 20
-"""Episodes of the moving average."""
+"""Number of episodes in the moving average."""
 MAX_GROUPS = 8
-"""Experiments whose tables and errors are shown in one report."""
+"""Largest number of experiments with tables and errors in one report."""
 MAX_MARKERS = 100
-"""Evaluations up to which each has a mark."""
+"""Largest number of evaluations that are drawn as markers."""
 BLUE, VERMILLION = OKABE_ITO[:2]
 
 
 class Metric(NamedTuple):
-    """A panel that shows one recorded series as it is; `level` is a dashed line."""
+    """Texts of a panel that shows one recorded series; `level` is a dashed line."""
 
     name: str
     key: str
@@ -87,8 +87,8 @@ METRICS = {
             "Optimisation",
             "TD loss",
             "mean loss (log scale)",
-            "Mean over the gradient steps since the log point before. A low loss is no proof: it "
-            "says that the values agree with their own targets.",
+            "Mean over the gradient steps since the previous log point. A low loss only shows that "
+            "the values agree with their own targets, not that they are right.",
             log=True,
         ),
         Metric(
@@ -105,7 +105,7 @@ METRICS = {
             "Optimisation",
             "Changes of the greedy policy",
             "fraction of states",
-            "States of a replayed batch whose greedy action differs from the log point before.",
+            "States of a replayed batch whose greedy action differs from the previous log point.",
         ),
         Metric(
             "charts/epsilon",
@@ -121,14 +121,14 @@ METRICS = {
             "Speed",
             "Environment steps per second",
             "transitions/s, all members",
-            "Between two log points, with whatever evaluation and logging came between.",
+            "Mean between two log points, including evaluation and logging.",
         ),
     )
 }
 
 
-def panels(groups: Sequence[Group]) -> list[Panel]:
-    """Every panel of the report, in order."""
+def make_panels(groups: Sequence[Group]) -> list[Panel]:
+    """Make every panel of the report, in order."""
 
     def metric(*keys: str) -> list[Panel]:
         return [metric_panel(groups, METRICS[key]) for key in keys]
@@ -142,25 +142,26 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
             for i, p in enumerate(made)
         ]
         if len(groups) > MAX_GROUPS:
-            reason = f"Shown for {MAX_GROUPS} of {len(groups)} experiments; report others alone."
+            shown_of = f"Shown for {MAX_GROUPS} of {len(groups)} experiments"
+            reason = f"{shown_of}; report the others separately."
             shown.append(replace(made[0], key=f"{made[0].key}-more", figure=None, notes=[reason]))
         return shown
 
     several = sum(group.num_agents for group in groups) > 1
     return [
-        training_return(groups, with_evaluation=not several),
+        draw_training_return(groups, with_evaluation=not several),
         *([metric_panel(groups, EVALUATION)] if several else []),
         *metric("q-error"),
-        start_values(groups),
-        *(each(value_grid) if any(map(grid_shape, groups)) else []),
-        *each(q_table),
-        *each(q_error_table),
-        over_estimation(groups),
+        draw_start_values(groups),
+        *(each(draw_value_grid) if any(map(read_grid_shape, groups)) else []),
+        *each(draw_q_table),
+        *each(draw_q_error_table),
+        draw_over_estimation(groups),
         *metric("td-loss"),
-        *each(td_error_fan),
-        *each(td_error_histogram),
+        *each(draw_td_error_fan),
+        *each(draw_td_error_histogram),
         *metric("dead-units", "policy-changes", "epsilon"),
-        *each(visits),
+        *each(draw_visits),
         *metric("env-steps"),
     ]
 
@@ -169,16 +170,16 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
 
 
 def metric_panel(groups: Sequence[Group], metric: Metric) -> Panel:
-    """Curves of one recorded series."""
+    """Draw the curves of one recorded series."""
     series = [group.series(metric.name) for group in groups]
-    figure = new_figure(metric.y_title, log=metric.log)
+    figure = make_figure(metric.y_title, log=metric.log)
     if len(groups) == 1:
         series = [series[0]._replace(label=metric.y_title)]
     notes = add_series(figure, series)
     if metric is not EVALUATION and not metric.log:
         figure.update_yaxes(rangemode="tozero")
     if metric.level:
-        add_level(figure, *metric.level, last_step(groups), groups[0].clock)
+        add_level(figure, *metric.level, find_last_step(groups), groups[0].clock)
     if metric is EVALUATION:
         add_optimum(figure, groups)
     words = (metric.key, metric.section, metric.title, metric.caption)
@@ -187,11 +188,11 @@ def metric_panel(groups: Sequence[Group], metric: Metric) -> Panel:
     return Panel(*words, figure, notes)
 
 
-def training_return(groups: Sequence[Group], with_evaluation: bool) -> Panel:
-    """Return of training episodes as a moving average; of one agent every episode as well."""
+def draw_training_return(groups: Sequence[Group], with_evaluation: bool) -> Panel:
+    """Draw the moving average of training returns; for one agent, also every episode."""
     average = f"moving average over {WINDOW} episodes"
-    series = [group.derived(training_average) for group in groups]
-    figure = new_figure("return (reward units)")
+    series = [group.derived(average_training_returns) for group in groups]
+    figure = make_figure("return (reward units)")
     notes: list[str] = []
     if with_evaluation:
         notes += add_episodes(figure, groups[0])
@@ -204,8 +205,8 @@ def training_return(groups: Sequence[Group], with_evaluation: bool) -> Panel:
     dropped = sum(int(r.episodes.get("num_dropped", 0)) for g in groups for r in g.runs)
     if dropped:
         notes.append(
-            f"The record itself left out {dropped:,} episodes, evenly over the run; the moving "
-            f"average is over {WINDOW} recorded ones."
+            f"The record leaves out {dropped:,} episodes, evenly over the run; the moving average "
+            f"is over {WINDOW} recorded episodes."
         )
     if not any(s.curves for s in series):
         notes.append("No finished training episode was recorded.")
@@ -223,8 +224,8 @@ def training_return(groups: Sequence[Group], with_evaluation: bool) -> Panel:
     )
 
 
-def training_average(run: RecordedRun) -> Iterator[tuple[Array, Array]]:
-    """Moving average of the returns of each member's episodes."""
+def average_training_returns(run: RecordedRun) -> Iterator[tuple[Array, Array]]:
+    """Average the episode returns of each member over a moving window."""
     member = run.episodes.get("member", np.empty(0))
     for m in np.unique(member):
         step, returns = (run.episodes[k][member == m] for k in ("global_step", "episode_return"))
@@ -237,12 +238,12 @@ def add_episodes(figure: go.Figure, group: Group) -> list[str]:
     if not episodes:
         return []
     returns = episodes["episode_return"]
-    # The extremes alone would look like all there is: half of the points are spread evenly.
+    # Extremes alone would misrepresent the distribution: half of the points are evenly spaced.
     half = MAX_POINTS // 2 if len(returns) > MAX_POINTS else MAX_POINTS
-    kept = np.union1d(thin(half, returns), stretches(len(returns), half)[:-1])
+    kept = np.union1d(thin(half, returns), split_evenly(len(returns), half)[:-1])
     curve = Curve(episodes["global_step"][kept], returns[kept], group.clock + 1)
     marker = {"color": GREY, "size": 4, "opacity": 0.35}
-    figure.add_trace(curve_trace(curve, "training episode", mode="markers", marker=marker))
+    figure.add_trace(make_curve(curve, "training episode", mode="markers", marker=marker))
     if len(kept) == len(returns):
         return []
     return [
@@ -252,7 +253,7 @@ def add_episodes(figure: go.Figure, group: Group) -> list[str]:
 
 
 def add_evaluations(figure: go.Figure, group: Group) -> list[str]:
-    """Draw the evaluations of a group of one agent; few with their standard deviation."""
+    """Draw the evaluations of one agent; a small number with their standard deviation."""
     means, spread = group.series("eval/return_mean"), group.series("eval/return_std").curves
     means = means._replace(label="greedy evaluation", colour=VERMILLION)
     if any(len(mean.step) > MAX_MARKERS for mean in means.curves):
@@ -260,7 +261,7 @@ def add_evaluations(figure: go.Figure, group: Group) -> list[str]:
     for mean in means.curves:
         error = np.interp(mean.step, spread[0].step, spread[0].value) if spread else None
         figure.add_trace(
-            curve_trace(
+            make_curve(
                 mean,
                 means.label,
                 mode="markers",
@@ -272,15 +273,15 @@ def add_evaluations(figure: go.Figure, group: Group) -> list[str]:
     return []
 
 
-def start_values(groups: Sequence[Group]) -> Panel:
-    """Q-values of one start state; several groups are compared by the largest of them."""
+def draw_start_values(groups: Sequence[Group]) -> Panel:
+    """Draw the Q-values of one start state; for several groups, only the largest Q-value."""
     words = ("q-start", "Values", "Q-values of a start state")
-    caption = "What the network predicts for each action in the first state of an episode."
-    names = max((probe_names(run) for group in groups for run in group.runs), key=len)
+    caption = "Prediction of the network for each action in the first state of an episode."
+    names = max((find_probe_names(run) for group in groups for run in group.runs), key=len)
     if not names:
         return Panel(*words, caption, None, ["q/probe_* was not recorded."])
     exact: Array = np.empty(0)
-    figure = new_figure("Q (discounted reward units)")
+    figure = make_figure("Q (discounted reward units)")
     if len(groups) == 1:
         series = [
             groups[0]
@@ -292,42 +293,44 @@ def start_values(groups: Sequence[Group]) -> Panel:
             )
             for a, name in enumerate(names)
         ]
-        found = [exact_start_values(run) for run in groups[0].runs]
+        found = [find_exact_start_values(run) for run in groups[0].runs]
         if all(np.array_equal(values, found[0]) for values in found):
             exact = found[0]
     else:
-        caption = "The largest of the values that the network predicts for the actions there."
-        series = [group.derived(largest_probe) for group in groups]
+        caption = "Largest predicted Q-value in the first state of an episode."
+        series = [group.derived(compute_largest_probe) for group in groups]
     notes = add_series(figure, series)
     for a, value in enumerate(exact):
         colour = OKABE_ITO[a % len(OKABE_ITO)]
-        add_level(figure, f"exact, action {a}", value, last_step(groups), groups[0].clock, colour)
+        add_level(
+            figure, f"exact, action {a}", value, find_last_step(groups), groups[0].clock, colour
+        )
     if len(groups) == 1 and not len(exact):
         notes.append("The exact values are not known.")
     return Panel(*words, caption, figure, notes)
 
 
-def probe_names(run: RecordedRun) -> list[str]:
-    """Metrics of the probed state's Q-values, by action."""
+def find_probe_names(run: RecordedRun) -> list[str]:
+    """Find the names of the metrics with the Q-values of the probed state, by action."""
     names = (f"q/probe_{action}" for action in range(len(run.metrics)))
     return [name for name in names if run.series(name) is not None]
 
 
-def largest_probe(run: RecordedRun) -> Iterator[tuple[Array, Array]]:
-    """max_a Q of the probed state, for each member."""
-    names = probe_names(run)
+def compute_largest_probe(run: RecordedRun) -> Iterator[tuple[Array, Array]]:
+    """Compute max_a Q of the probed state for each member."""
+    names = find_probe_names(run)
     if names:
         best = np.max([run.metrics[name] for name in names], 0)
         yield from ((run.global_step, column) for column in best.T)
 
 
-def exact_start_values(run: RecordedRun) -> Array:
-    """Q* [A] of the probed state, empty if it is not known.
+def find_exact_start_values(run: RecordedRun) -> Array:
+    """Find Q* [A] of the probed state; empty if it is not known.
 
-    The state's number is not recorded; it is the one whose Q-values are those of the probe at all
-    log points that have both.
+    The index of the state is not recorded. It is the state whose Q-values equal those of the probe
+    at all log points that have both.
     """
-    names = probe_names(run)
+    names = find_probe_names(run)
     if not names or not {"q_values", "q_star"} <= set(run.diagnostics):
         return np.empty(0)
     probe = np.stack([run.metrics[name] for name in names], -1)[:, :, None]
@@ -343,14 +346,14 @@ def exact_start_values(run: RecordedRun) -> Array:
     return np.asarray(run.diagnostics["q_star"][state] if known else np.empty(0))
 
 
-def over_estimation(groups: Sequence[Group]) -> Panel:
-    """Predicted and realised return of the greedy policy; of several groups the difference."""
+def draw_over_estimation(groups: Sequence[Group]) -> Panel:
+    """Draw predicted and realised greedy returns; for several groups, their difference."""
     words = ("over-estimation", "Values", "Predicted against realised return")
     caption = (
         "Predicted: mean of max Q(s₀, a) over the first states of evaluation episodes. Realised: "
         "mean discounted return of the same episodes. Predicted above realised is over-estimation."
     )
-    figure = new_figure("discounted return (reward units)")
+    figure = make_figure("discounted return (reward units)")
     if len(groups) == 1:
         series = [
             groups[0].series(name)._replace(label=label, colour=colour)
@@ -360,35 +363,35 @@ def over_estimation(groups: Sequence[Group]) -> Panel:
             )
         ]
     else:
-        figure = new_figure("predicted - realised (reward units)")
-        series = [group.derived(overshoot) for group in groups]
+        figure = make_figure("predicted - realised (reward units)")
+        series = [group.derived(compute_overshoot) for group in groups]
     notes = add_series(figure, series)
     if len(groups) > 1:
-        add_level(figure, "no error", 0.0, last_step(groups), groups[0].clock)
+        add_level(figure, "no error", 0.0, find_last_step(groups), groups[0].clock)
     if not any(s.curves for s in series):
         missing = "eval/q_start and eval/discounted_return were not recorded."
         return Panel(*words, caption, None, [missing])
     return Panel(*words, caption, figure, notes)
 
 
-def overshoot(run: RecordedRun) -> Iterator[tuple[Array, Array]]:
-    """Predicted minus realised return of each member."""
+def compute_overshoot(run: RecordedRun) -> Iterator[tuple[Array, Array]]:
+    """Compute predicted minus realised return of each member."""
     predicted, realised = run.series("eval/q_start"), run.series("eval/discounted_return")
     if predicted and realised:
         yield from ((run.global_step, column) for column in (predicted[1] - realised[1]).T)
 
 
 def add_optimum(figure: go.Figure, groups: Sequence[Group]) -> None:
-    """Draw the exact return of the optimal policy of each group where it is known."""
+    """Draw the exact return of the optimal policy of each group that has one."""
     drawn: set[float] = set()
     for group in groups:
         optimum = next((r.optimal_return for r in group.runs if r.optimal_return is not None), None)
         if optimum is not None and optimum not in drawn:
             label = "optimal policy (exact)" if len(groups) == 1 else f"optimal: {group.env_id}"
-            add_level(figure, label, optimum, last_step([group]), group.clock)
+            add_level(figure, label, optimum, find_last_step([group]), group.clock)
             drawn.add(optimum)
 
 
-def last_step(groups: Sequence[Group]) -> float:
-    """Largest global_step of any run."""
+def find_last_step(groups: Sequence[Group]) -> float:
+    """Find the largest global_step of all runs."""
     return max(run.last_step or 0.0 for group in groups for run in group.runs)

@@ -1,7 +1,7 @@
-"""Reads back what a training run wrote, whole or not: a run directory as arrays.
+"""Reads the directory of a finished or interrupted training run into arrays.
 
-Nothing here needs torch or the code that wrote the files. Whatever is missing or broken is left
-out and named, so that an interrupted or failed run can still be looked at.
+Reading needs neither torch nor the code that wrote the files. A file that is missing or damaged is
+left out and named in `gaps`, so that the record of a failed run can still be used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 MAX_FILM_BYTES = 2_000_000
 
-# Axes of the stored arrays. A letter is a length that all arrays of a file agree on: E episodes,
+# Axes of the stored arrays. A letter is a length that all arrays of a file share: E episodes,
 # L log points, M members, K quantile levels, S sampled errors, X states, A actions.
 EPISODE_AXES = {"global_step": "E", "episode_return": "E", "episode_length": "E", "member": "E"}
 DIAGNOSTICS_AXES = {
@@ -43,7 +43,7 @@ DIAGNOSTICS_AXES = {
 
 @dataclass(frozen=True, eq=False)
 class RecordedRun:
-    """A run directory as it was found.
+    """Content of a run directory.
 
     Attributes:
         path: the directory.
@@ -53,10 +53,10 @@ class RecordedRun:
         wall_s: seconds since training began, at the log points, [L], never decreasing.
         metrics: by name, [L, M], or [L, 1] where the members share a value; NaN for no value.
         loss_not_finite_at: global_step of the first log point whose TD loss was not finite.
-        episodes: columns of `episodes.npz` by name, [E], and how many episodes were dropped from
-            it, num_dropped []; {} if no episode was recorded.
+        episodes: columns of `episodes.npz` by name, [E], and the number of dropped episodes,
+            num_dropped []; {} if no episode was recorded.
         diagnostics: arrays of `diagnostics.npz` by name; {} if there is none.
-        gaps: what is missing or broken, a sentence each.
+        gaps: one sentence for each file or array that is missing or damaged.
         film: content of `agent.gif`, empty if there is none.
     """
 
@@ -87,11 +87,11 @@ class RecordedRun:
 
     @property
     def num_members(self) -> int:
-        """M, agents trained side by side."""
+        """M, the number of agents that were trained together."""
         return max(1, int(self.number("num_seeds") or 1))
 
     def number(self, name: str) -> float | None:
-        """A finite number of the summary, or else of the settings; None if there is neither."""
+        """A finite number from the summary or, if it has none, from the settings; else None."""
         for source in (self.summary, self.part("args"), self.part("env_params")):
             value = source.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -102,7 +102,7 @@ class RecordedRun:
 
     @property
     def last_step(self) -> float | None:
-        """global_step up to which the run is known to have gone."""
+        """Last recorded global_step; None if none was recorded."""
         known = self.number("global_step")
         return float(self.global_step[-1]) if known is None and len(self.global_step) else known
 
@@ -122,7 +122,7 @@ class RecordedRun:
         return (step, values) if np.isfinite(values).any() else None
 
     def last(self, name: str) -> Array:
-        """Last value of a series, for each member that has one: [M or fewer]."""
+        """Last finite value of each member that has one, [M or fewer]."""
         found = self.series(name)
         if found is None:
             return np.empty(0)
@@ -131,14 +131,14 @@ class RecordedRun:
 
     @property
     def final_returns(self) -> Array:
-        """Mean return of the last evaluation, for each member that was evaluated."""
+        """Mean return of the last evaluation of each evaluated member."""
         returns = self.last("eval/return_mean")
         known = self.number("eval_return_mean")
         return returns if len(returns) or known is None else np.array([known])
 
     @property
     def optimal_return(self) -> float | None:
-        """Exact expected return of the optimal policy, where it is known."""
+        """Exact expected return of the optimal policy; None if it is not known."""
         known = self.number("optimal_return")
         if known is None and "optimal_return" in self.diagnostics:
             known = float(self.diagnostics["optimal_return"])
@@ -149,12 +149,12 @@ def read_run(path: Path) -> RecordedRun:
     """Read a run directory.
 
     Raises:
-        ValueError: it is no directory, or holds none of the files that a run writes.
+        ValueError: `path` is not a directory, or contains no file of a run.
     """
     gaps: list[str] = []
     names = ("config.json", "metrics.jsonl", "episodes.npz", "summary.json", "diagnostics.npz")
     if not any((path / name).is_file() for name in names):
-        raise ValueError(f"{path}: is not a run directory; none of {', '.join(names)} is there")
+        raise ValueError(f"{path}: is not a run directory; it has none of {', '.join(names)}")
     config = _read_json(path / "config.json", "the settings are not known", gaps)
     summary = _read_json(path / "summary.json", "the run was cut off before its end", gaps)
     rows = _read_rows(path / "metrics.jsonl", gaps)
@@ -168,8 +168,8 @@ def read_run(path: Path) -> RecordedRun:
         config=config,
         summary=summary,
         global_step=np.array([row["global_step"] for row in rows], np.float64),
-        wall_s=_elapsed(wall),
-        metrics=_columns(rows),
+        wall_s=_add_up_time(wall),
+        metrics=_to_columns(rows),
         loss_not_finite_at=int(bad[0]) if bad else None,
         episodes=episodes if set(EPISODE_AXES) <= set(episodes) else {},
         diagnostics=diagnostics if "global_step" in diagnostics else {},
@@ -191,7 +191,7 @@ def _read_json(path: Path, consequence: str, gaps: list[str]) -> Mapping[str, An
 
 
 def _read_rows(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
-    """The log points in order of global_step."""
+    """Read the log points, ordered by global_step."""
     rows: list[dict[str, Any]] = []
     broken = 0
     try:
@@ -215,8 +215,8 @@ def _read_rows(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["global_step"])
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
-    """Log points as a table per metric, [L, M] or [L, 1]."""
+def _to_columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
+    """Arrange the log points as one table per metric, [L, M] or [L, 1]."""
     columns: dict[str, Array] = {}
     for i, row in enumerate(rows):
         members = _mapping(row.get("members"))
@@ -232,7 +232,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
 
 
 def _read_arrays(path: Path, axes: Mapping[str, str], gaps: list[str]) -> dict[str, NDArray[Any]]:
-    """Numeric arrays of an .npz file whose lengths fit together."""
+    """Read the numeric arrays of an .npz file whose lengths agree."""
     arrays: dict[str, NDArray[Any]] = {}
     lengths: dict[str, int] = {}
     try:
@@ -256,7 +256,7 @@ def _read_arrays(path: Path, axes: Mapping[str, str], gaps: list[str]) -> dict[s
 
 
 def _read_film(path: Path) -> bytes:
-    """A GIF as it is; nothing in place of something else, or of one too long for a page."""
+    """Read a GIF; empty if the file is not a GIF or is larger than MAX_FILM_BYTES."""
     try:
         content = path.read_bytes() if path.stat().st_size <= MAX_FILM_BYTES else b""
     except OSError:
@@ -264,8 +264,8 @@ def _read_film(path: Path) -> bytes:
     return content if content.startswith(b"GIF8") else b""
 
 
-def _elapsed(wall_s: Array) -> Array:
-    """Time spent on the whole run: a resumed one starts its clock again at zero."""
+def _add_up_time(wall_s: Array) -> Array:
+    """Add up the time of all parts of a run: a resumed run restarts its clock at zero."""
     known = np.maximum.accumulate(np.where(np.isfinite(wall_s), np.arange(len(wall_s)), 0))
     wall_s = np.nan_to_num(wall_s[known])
     spent = np.diff(wall_s, prepend=0.0)

@@ -1,8 +1,8 @@
-"""Summaries of several runs, and curves made short enough to draw; NumPy only.
+"""Statistics of several runs, and thinning of curves for drawing; NumPy only.
 
-A score is one number per run, such as its final evaluation return. Interquartile mean and
-stratified bootstrap are defined as by Agarwal et al. (2021), Deep Reinforcement Learning at the
-Edge of the Statistical Precipice, and their package rliable; written anew.
+A score is one number per run, such as its final evaluation return. The interquartile mean and the
+stratified bootstrap follow the definitions of Agarwal et al. (2021), Deep Reinforcement Learning at
+the Edge of the Statistical Precipice, and of their package rliable, without its code.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Array = NDArray[np.float64]
 
 
 def interquartile_mean(scores: npt.ArrayLike) -> Array:
-    """Mean of the middle half: a quarter of the scores, rounded down, is cut off at either end.
+    """Mean of the middle half: a quarter of the scores, rounded down, is removed at each end.
 
     Args:
-        scores: [..., n] with n >= 1, finite. Below 4 scores nothing is cut off.
+        scores: [..., n] with n >= 1, finite. With fewer than 4 scores nothing is removed.
 
     Returns:
         [...] float64.
@@ -44,12 +44,12 @@ def stratified_bootstrap_interval(
     Args:
         strata: the scores of each task, [runs of the task] each, at least one.
         statistic: takes [resamples, all runs] and returns [resamples].
-        confidence: probability that the interval covers, in (0, 1); with few runs it covers less.
+        confidence: nominal coverage in (0, 1); with few runs the true coverage is lower.
         resamples: redrawn data sets; memory is 16 bytes times this times all runs.
-        seed: of the redrawing, so that a report can be made again.
+        seed: seed of the resampling, so that a report is reproducible.
 
     Returns:
-        Low and high end. With one run per task both are the statistic itself.
+        Low and high end. With one run per task both equal the statistic.
 
     Source: Agarwal et al. (2021), section 4.1; Efron & Tibshirani (1993), chapter 13.
     """
@@ -63,21 +63,21 @@ def stratified_bootstrap_interval(
 def bootstrap_mean_interval(
     curves: npt.ArrayLike, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[Array, Array]:
-    """Pointwise percentile interval of the mean of n curves, whole curves redrawn.
+    """Pointwise percentile interval of the mean of n curves; resamples whole curves.
 
     Args:
-        curves: [n, L]; NaN where a curve has no value there.
+        curves: [n, L]; NaN marks a missing value.
         confidence, resamples, seed: as in `stratified_bootstrap_interval`.
 
     Returns:
-        Low and high end, [L] each; NaN where fewer than two curves have a value.
+        Low and high end, [L] each; NaN at points with fewer than two values.
     """
     curves = np.asarray(curves, np.float64)
     n = len(curves)
-    # How often each curve is drawn decides the mean, and every point shares the draw.
+    # The mean depends only on how often each curve is drawn; all points share the draw.
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
     known = np.isfinite(curves)
-    with np.errstate(invalid="ignore"):  # a draw may miss every curve that has a value
+    with np.errstate(invalid="ignore"):  # a draw may contain no curve with a value
         means = counts @ np.where(known, curves, 0.0) / (counts @ known.astype(np.float64))
     low, high = np.full((2, curves.shape[1]), np.nan)
     enough = known.sum(0) >= 2
@@ -87,24 +87,24 @@ def bootstrap_mean_interval(
 
 
 def moving_average(values: npt.ArrayLike, window: int) -> Array:
-    """Mean of each value and the window - 1 before it, of fewer at the beginning; [L]."""
+    """Mean of each value and the window - 1 values before it, fewer at the beginning; [L]."""
     values = np.asarray(values, np.float64)
     if not len(values):
         return values
-    # Not by differences of a cumulative sum: one NaN or huge value would spoil all that follow.
+    # A difference of cumulative sums would spread one NaN or huge value to all later means.
     sums = np.convolve(values, np.ones(window))[: len(values)]
     return np.asarray(sums / np.minimum(np.arange(1, len(values) + 1), window))
 
 
 def thin(limit: int, *columns: npt.ArrayLike) -> NDArray[np.int64]:
-    """Which points to draw so that few are left and no extreme is lost.
+    """Select points to draw, such that few remain and all extremes are kept.
 
-    The points are cut into buckets of consecutive ones. Of each bucket the lowest and the highest
-    point of every column is kept; so are the first and the last point of all.
+    Consecutive points form buckets. The selection has the lowest and the highest point of every
+    column in each bucket, and the first and the last point of all.
 
     Args:
-        limit: points that may be left, two more allowed; if there are no more, all are kept.
-        columns: [L] each, NaN where there is no value.
+        limit: number of points to keep, plus at most two; a shorter curve is kept whole.
+        columns: [L] each; NaN marks a missing value.
 
     Returns:
         Indices in increasing order, int64.
@@ -118,7 +118,7 @@ def thin(limit: int, *columns: npt.ArrayLike) -> NDArray[np.int64]:
     kept = [np.array([0, length - 1])]
     for column in columns:
         values = np.asarray(column, np.float64)
-        # Sorted by bucket and value, the extremes of a bucket stand at its ends (NaN left out).
+        # Sorted by bucket and value without NaN, the extremes of a bucket are at its ends.
         order = np.lexsort((values, bucket))
         order = order[~np.isnan(values[order])]
         edge = np.diff(bucket[order], prepend=-1, append=buckets) > 0
@@ -126,13 +126,13 @@ def thin(limit: int, *columns: npt.ArrayLike) -> NDArray[np.int64]:
     return np.unique(np.concatenate(kept))
 
 
-def stretches(length: int, most: int) -> NDArray[np.int64]:
-    """Edges, int64 [n + 1], of n = min(length, most) even stretches of 0 .. length - 1."""
+def split_evenly(length: int, most: int) -> NDArray[np.int64]:
+    """Split 0 .. length - 1 into n = min(length, most) even stretches; edges, int64 [n + 1]."""
     return np.linspace(0, length, min(length, most) + 1).astype(np.int64)
 
 
-def stretch_means(values: npt.ArrayLike, edges: NDArray[np.int64]) -> Array:
-    """Mean of values [L, ...] over each stretch, [n, ...]."""
+def average_stretches(values: npt.ArrayLike, edges: NDArray[np.int64]) -> Array:
+    """Average values [L, ...] over each stretch; [n, ...]."""
     sums = np.add.reduceat(np.asarray(values, np.float64), edges[:-1], axis=0)
     return np.asarray((sums.T / np.diff(edges)).T)
 

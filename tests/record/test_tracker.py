@@ -1,8 +1,7 @@
-"""The tracker: whole metrics whatever fails, agreeing figures, and wandb that never holds up a run.
+"""The tracker: complete metrics after any failure, and wandb that never delays a run.
 
-wandb itself is used throughout, offline or against local servers, and what it recorded is
-read back from its own file. Where the time or the output of a whole process counts, the test starts
-one, which runs `SCRIPT`.
+The tests use the real wandb, offline or with local servers, and read its records from its own file.
+A test of the time or the output of a whole process starts a process that runs `SCRIPT`.
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ def run_script(run_dir: Path, **options: Any) -> tuple[subprocess.CompletedProce
 
 
 class WandbFile:
-    """What a run recorded, from its .wandb file.
+    """The records of a run, read from its .wandb file.
 
     A header of 7 bytes, then blocks of 32 KiB (the header counts to the first) of chunks: CRC-32 of
     type and data, length and type (whole, first, middle, last), data. A chunk never crosses a
@@ -460,7 +459,7 @@ def test_console_is_silent_without_a_terminal(
 
 
 def on_terminal(command: list[str]) -> str:
-    """What a command writes to a terminal of 160 columns."""
+    """Run a command on a terminal of 160 columns and return its output."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
     with subprocess.Popen(command, stdout=slave, stderr=slave) as process:
@@ -552,7 +551,7 @@ def test_wandb_offline_run_holds_everything(
 def test_wandb_members_are_runs_of_one_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Members have a run each, up to a limit that is told, beside the mean; WANDB_* count."""
+    """Each member up to a printed limit has a run, and so has the mean; WANDB_* are respected."""
     monkeypatch.setattr(tracker_module, "MAX_MEMBER_CURVES", 2)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     tracker = make_tracker(config(tmp_path, track=True, wandb_mode="offline", num_members=3))

@@ -10,15 +10,15 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from dqn_fast.report.figures import MAX_POINTS, Panel, clocks, group_runs
-from dqn_fast.report.panels import panels
+from dqn_fast.report.figures import MAX_POINTS, Panel, group_runs, make_clocks
+from dqn_fast.report.panels import make_panels
 from dqn_fast.report.recorded import RecordedRun, read_run
 from dqn_fast.report.statistics import bootstrap_mean_interval, moving_average
 from tests.report.recorded_runs import OPTIMAL_RETURN, Q_STAR, change_json, write_run
 
 
 def drawn(runs: Sequence[RecordedRun]) -> dict[str, Panel]:
-    return {panel.key: panel for panel in panels(group_runs(runs))}
+    return {panel.key: panel for panel in make_panels(group_runs(runs))}
 
 
 def figure(panel: Panel) -> go.Figure:
@@ -154,7 +154,7 @@ def test_values_stand_where_the_states_are(run: RecordedRun, one: dict[str, Pane
     panel = shaped(run, 3, 4)
     assert panel is not None
     assert panel.figure is None
-    assert panel.notes == ["15 states do not fill 3 rows of 4, or are too many."]
+    assert panel.notes == ["15 states do not fill 3 rows of 4, or are too many to draw."]
     assert shaped(run, 15) is None
 
 
@@ -240,7 +240,7 @@ def test_experiments_are_compared_by_environment_and_name(tmp_path: Path) -> Non
 
 
 def test_a_comparison_draws_whoever_has_the_record(tmp_path: Path) -> None:
-    """The first experiment lacks a record: the others are drawn all the same."""
+    """If the first experiment lacks a record, the others are still drawn."""
     paths = [write_run(tmp_path / name, name=name, log_points=8) for name in "ab"]
     (paths[0] / "metrics.jsonl").unlink()
     (paths[0] / "diagnostics.npz").unlink()
@@ -288,7 +288,7 @@ def test_long_curves_are_thinned_and_say_so(tmp_path: Path) -> None:
     assert max(faint.y) == 1e6
     assert len(strong.x) == 500
     assert "of 8,000 points" in made["td-loss"].notes[0]
-    assert f"{len(faint.x):,} in all" in made["td-loss"].notes[0]
+    assert f"{len(faint.x):,} in total" in made["td-loss"].notes[0]
     assert any("of 50,000 episodes" in note for note in made["return"].notes)
     episodes = read_run(path).episodes["episode_return"]
     points = trace(made["return"], "training episode").y
@@ -311,7 +311,7 @@ def test_the_fan_keeps_extremes(tmp_path: Path) -> None:
 def test_clocks(run: RecordedRun, crowd: RecordedRun) -> None:
     """A run's clock is its wall time; a group's is the mean over its runs at equal steps."""
     slow = RecordedRun(**{**vars(run), "wall_s": 3 * run.wall_s})
-    mean, first, second = clocks(group_runs([run, slow]))
+    mean, first, second = make_clocks(group_runs([run, slow]))
     np.testing.assert_allclose(
         np.interp(run.global_step, first["step"], first["wall"]), run.wall_s, atol=1e-4
     )
@@ -319,7 +319,7 @@ def test_clocks(run: RecordedRun, crowd: RecordedRun) -> None:
     half = np.interp(20_000, mean["step"], mean["wall"])
     assert half == pytest.approx(2 * run.wall_s[19], rel=1e-3)
     for group in group_runs([run, crowd]):
-        for t in (t for p in panels([group]) if p.figure for t in p.figure.data if t.meta):
+        for t in (t for p in make_panels([group]) if p.figure for t in p.figure.data if t.meta):
             assert group.clock <= t.meta["clock"] <= group.clock + len(group.runs)
 
 

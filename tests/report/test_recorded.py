@@ -1,4 +1,4 @@
-"""Reading run directories: whole ones, and whatever an interrupted or broken run leaves."""
+"""Reading the directories of finished, interrupted and damaged runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's file: what is in it, and what a real browser makes of it, without network."""
+"""The report's file: its content, and its display in a real browser without network."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from markupsafe import escape
 from scipy import stats
 
+import dqn_fast
 from dqn_fast.report import __main__ as report
 from dqn_fast.report import write_report
 from tests.report.recorded_runs import change_json, write_run
@@ -34,7 +36,7 @@ in_browser = pytest.mark.skipif(
 
 
 def words(path: Path) -> str:
-    """What the page says, as one line, without scripts, figures and HTML."""
+    """The text of the page as one line, without scripts, figures and HTML."""
     html = path.read_text()
     body = html[html.index("<body>") : html.index("<noscript>")]
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
@@ -142,7 +144,7 @@ def test_without_a_film_the_page_says_how_to_get_one(tmp_path: Path, content: by
     out = write_report([path], tmp_path / "report.html")
     assert "data:image/gif" not in out.read_text()
     assert "--video RUN_DIR/agent.gif" in words(out)
-    assert 'pip install -e ".[video]"' in words(out)
+    assert "pip install -e &quot;.[video]&quot;" in words(out)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -190,12 +192,22 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_long_runs_make_a_small_file(tmp_path: Path) -> None:
-    """Twelve experiments of five members each, with tables: under 10 MB all the same."""
+    """Twelve experiments of five members each, with tables: still under 10 MB."""
     paths = [
         write_run(tmp_path / str(i), members=5, name=str(i), log_points=5_000, episodes=50_000)
         for i in range(12)
     ]
     assert write_report(paths, tmp_path / "report.html").stat().st_size < 10e6
+
+
+def test_templates_are_packaged() -> None:
+    """Every file of the page's folder is package data, so that an installed report finds it."""
+    root = Path(dqn_fast.__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folder = root / "dqn_fast" / "report"
+    packaged = {p for g in settings["package-data"]["dqn_fast.report"] for p in folder.glob(g)}
+    assert {p for p in (folder / "templates").iterdir() if p.is_file()} == packaged
+    assert packaged
 
 
 def test_importing_is_cheap() -> None:
@@ -213,7 +225,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
 def test_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One run's report goes beside its files, that of several here, or where --out says."""
+    """The report is written to the run directory, for several runs to the working directory, or to
+    --out."""
     monkeypatch.chdir(tmp_path)
     paths = [str(write_run(tmp_path / str(i), log_points=8)) for i in (0, 1)]
     assert run_main(monkeypatch, paths[0]) == 0
