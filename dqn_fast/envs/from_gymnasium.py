@@ -165,10 +165,9 @@ class GymnasiumEnv(TensorEnv):
         self._encoder = ObservationEncoder(factory.observation_space)
         self._sibling: GymnasiumEnv | None = None
         self._envs: CheckedVectorEnv | None = None
-        # Closed with this object, so a list, which holds no reference to it.
+        # The finalizer must not refer to this object, so it gets the list.
         self._open = [] if factory.ready is None else [CheckedVectorEnv(factory.ready)]
         weakref.finalize(self, _close_all, self._open)
-
         self._start_episodes(0)
 
     def _start_episodes(self, num_envs: int) -> None:
@@ -238,16 +237,16 @@ class GymnasiumEnv(TensorEnv):
             ValueError: a VectorEnv has another number of copies.
             EnvError: a copy breaks the contract.
         """
-        num_envs = len(noise)
-        self._start_episodes(num_envs)
+        num_envs, self._step = len(noise), 0
         # A seed in [0, 2**31) from two uniform numbers of 24 bits.
         high, low = (noise.cpu().double() * torch.tensor([2.0**16, 2.0**15])).long().unbind(1)
         try:
             self._envs = envs = self._open_envs(num_envs)
-            obs = envs.reset(seeds=((high << 15) | low).tolist())
+            obs = envs.reset(seed=((high << 15) | low).tolist())
             stored = self._encoder.encode(self._encoder.parts(obs), num_envs)
         except Violation as violation:
             raise self._error(violation) from violation.error
+        self._start_episodes(num_envs)
         zeros = torch.zeros(num_envs, device=noise.device)
         return VectorState(HostState(), _upload([stored], noise.device)[0], zeros.int(), zeros)
 
@@ -456,14 +455,16 @@ class CheckedVectorEnv:
         self._result: Any = None
         self._broken, self._owner = False, os.getpid()
 
-    def reset(self, seeds: list[int] | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Reset all copies, or those of options["reset_mask"]; observations of all copies."""
+    def reset(self, **arguments: Any) -> Any:
+        """Reset all copies with a list `seed`, or those of options["reset_mask"]; observations of
+        all copies."""
         if self.pending:
             self.receive()
-        seed: Any = seeds if self._is_gymnasiums or seeds is None else seeds[0]
+        if not self._is_gymnasiums and "seed" in arguments:
+            arguments["seed"] = arguments["seed"][0]
         try:
             with self._quiet():
-                obs, infos = self.env.reset(seed=seed, options=options)
+                obs, infos = self.env.reset(**arguments)
         except Exception as error:
             raise self._violation("reset", error) from error
         self._check(infos)
