@@ -16,6 +16,7 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import numbers
@@ -512,19 +513,15 @@ class CheckedVectorEnv:
         if os.getpid() != self._owner:  # a worker that was forked later has inherited this object
             return
         base = self._workers
-        if base is None:
-            with contextlib.suppress(Exception):
-                self.env.close()
-            return
-        if base.closed:
-            return
         with contextlib.suppress(Exception):
+            if base is None:
+                self.env.close()
             # After an exception nobody knows which answers were read: waiting might never end.
-            if not self._broken and all(process.is_alive() for process in base.processes):
+            elif not (base.closed or self._broken) and all(p.is_alive() for p in base.processes):
                 if self.pending:  # closing in the middle of a step would warn
                     base.step_wait(timeout=_PATIENCE)
                 self.env.close()
-        if not base.closed:
+        if base is not None and not base.closed:
             for process in base.processes:
                 process.kill()
             for process, pipe in zip(base.processes, base.parent_pipes, strict=True):
@@ -743,7 +740,7 @@ class EnvFactory:
         mode: VectorizationMode = "sync",
         max_steps: int | None = None,
     ) -> None:
-        label, self._mode, self._time_limit = "", mode, max_steps
+        label, self._time_limit = "", max_steps
         self.params: Mapping[str, Any] = {}
         if isinstance(source, str):
             label = f"--env-id {source}"
@@ -822,20 +819,21 @@ class EnvFactory:
                 )
             return env
         env_fns = [
-            functools.partial(
-                _make_checked, self._makers[i % len(self._makers)], self.name, i, self._time_limit,
-                os.getpid(),
-            )
-            for i in range(num_envs)
-        ]  # fmt: skip
+            functools.partial(_make_checked, make, self.name, i, self._time_limit, os.getpid())
+            for i, make in zip(range(num_envs), itertools.cycle(self._makers), strict=False)
+        ]
         try:
             with _silence_gymnasium(), warnings.catch_warnings():
                 # Python 3.12 warns of torch's threads; the workers do not use them.
                 warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
                 if not self.background:
                     return SameStepVectorEnv(env_fns)
-                mode, shared = AutoresetMode.SAME_STEP, self._shared_memory
-                return AsyncVectorEnv(env_fns, shared, copy=False, autoreset_mode=mode)
+                return AsyncVectorEnv(
+                    env_fns,
+                    shared_memory=self._shared_memory,
+                    copy=False,
+                    autoreset_mode=AutoresetMode.SAME_STEP,
+                )
         except EnvError:
             raise
         except Exception as error:
@@ -861,9 +859,8 @@ def _source_of_id(
     if not (isinstance(limit, int) and limit >= 1):
         raise ValueError(f"--env-params max_episode_steps {limit}: must be at least 1")
     if mode == "vector_entry_point":
-        return functools.partial(
-            gymnasium.make_vec, name, vectorization_mode=mode, **kwargs
-        ), kwargs
+        make = functools.partial(gymnasium.make_vec, name, vectorization_mode=mode, **kwargs)
+        return make, kwargs
     # The spec if it is known: a worker process that was not forked has an empty registry.
     arguments = {"disable_env_checker": True, **kwargs}
     return functools.partial(gymnasium.make, spec or name, **arguments), kwargs
