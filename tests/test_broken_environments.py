@@ -1,4 +1,4 @@
-"""A user's environment that breaks its contract: a message that says where, and nothing lost."""
+"""A user's environment that breaks its contract: the message says where, and no result is lost."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class CountState(NamedTuple):
 
 @dataclass(frozen=True)
 class Counter(TensorEnv):
-    """Counts its steps; an episode never terminates. `broken` says what goes wrong, and the state
-    tells when: a reset does not set the count back."""
+    """Counts its steps; an episode never terminates. `broken` names the fault, which depends on the
+    count: a reset does not set it back."""
 
     broken: str = ""
     max_steps: int = 1_000
@@ -91,7 +91,7 @@ class Counter(TensorEnv):
 
 
 class HostCounter(gymnasium.Env[Any, Any]):
-    """The same on the host; every copy breaks at once, and the first is to be named."""
+    """The same on the host; all copies break in the same step, and the first one is named."""
 
     observation_space = gymnasium.spaces.Box(-math.inf, math.inf, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
@@ -128,7 +128,7 @@ class HostCounter(gymnasium.Env[Any, Any]):
 
 
 def assert_kept(run_dir: Path, message: str) -> None:
-    """The record up to the error is there and says what happened."""
+    """The record ends with the error and contains its message."""
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"].startswith("failed: ")
     assert message in summary["status"]
@@ -149,7 +149,7 @@ def test_a_tensor_environment_that_is_not_finite_is_named_with_copy_and_step(bro
 
 
 def test_a_tensor_environment_that_raises_loses_nothing(tmp_path):
-    """Its error comes through with its own text and the place."""
+    """The error has the text of the environment's and the place."""
     message = "Counter: RuntimeError: fell off the table (between global_step "
     nets = []
     with pytest.raises(EnvError, match=re.escape(message)):
@@ -173,7 +173,7 @@ def test_a_tensor_environment_that_raises_loses_nothing(tmp_path):
         ("reset raises", "reset raises RuntimeError: no board"),
     ],
 )
-def test_a_tensor_environment_of_the_wrong_form_is_refused_at_the_door(broken, rule, tmp_path):
+def test_a_tensor_environment_of_the_wrong_form_is_a_usage_error(broken, rule, tmp_path):
     """Before anything is written."""
     with pytest.raises(UsageError, match=re.escape(f"Counter: {rule}")):
         train(settings(tmp_path / "run"), env=Counter(broken))
@@ -194,7 +194,7 @@ def test_a_tensor_environment_of_the_wrong_form_is_refused_at_the_door(broken, r
     ],
 )
 def test_a_host_environment_is_named_with_copy_and_step(broken, mode, tmp_path):
-    """In this process or in one of its own: which environment, which copy, which step."""
+    """In this process or in a worker, the message has environment, copy and step."""
     env = from_gymnasium(lambda: HostCounter(broken), vectorization_mode=mode)
     with pytest.raises(EnvError, match=rf"HostCounter.*copy 0.*step {STEP}") as caught:
         train(settings(tmp_path / "run"), env=env)

@@ -1,4 +1,4 @@
-"""Films: which moments of which episodes, the pictures and the words below them, the files."""
+"""Films: their moments and episodes, the pictures and the words below them, the files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_step_and_the_end():
 
 
 def test_time_limit_and_cut():
-    """Whoever never arrives is stopped by the environment, or earlier by the film."""
+    """An agent that never arrives is stopped by the environment, or earlier by the film."""
     left = agent(LineWorld(max_steps=20), 1.0, 0.0)
     assert [m.ending for m in play(left, left.env, 0, 0, 500)] == [""] * 20 + ["truncated"]
     assert [m.ending for m in play(left, left.env, 0, 0, 20)] == [""] * 20 + ["truncated"]
@@ -188,7 +188,7 @@ def test_pictures_are_left_out_evenly(tmp_path, monkeypatch):
 
 
 def test_a_film_is_written_whole_or_not_at_all(tmp_path):
-    """Where the file cannot be, nothing is left behind."""
+    """If the file cannot be written, nothing is left behind."""
     path = tmp_path / "film.gif"
     path.mkdir()
     right = agent(LineWorld(), 0.0, 1.0)
@@ -241,7 +241,7 @@ def test_many_actions_fit():
     assert pixels(image, film._SOFT)[-1] < image.height - 2
 
 
-def test_pictures_become_bearable():
+def test_pictures_are_scaled():
     """Tiny ones are enlarged in whole pixels, wide ones made smaller, odd sides made even."""
     tiny = np.zeros((10, 8, 3), np.uint8)
     tiny[3, 2] = 200
@@ -255,7 +255,7 @@ def test_pictures_become_bearable():
 
 
 def test_drawings_keep_their_colours():
-    """A GIF has 256 colours: those of drawings come out as they are, others nearly."""
+    """A GIF has 256 colours: those of drawings are exact, those of photographs nearly."""
     right = agent(LineWorld(), 0.0, 1.0)
     draws = ready(right, Path("x.gif"))
     shots = [Shot(draws.frame(m.state), m) for m in play(right, draws.env, 0, 0, 500)]
@@ -309,8 +309,8 @@ def test_bad_paths(tmp_path, path, message):
         ready(agent(LineWorld(), 0.0, 1.0), tmp_path / path)
 
 
-def test_what_cannot_be_drawn_says_what_to_write():
-    """The message holds the method's name, argument and result, or what Gymnasium asks for."""
+def test_an_environment_that_cannot_be_drawn_names_the_method():
+    """The message has the method's name, argument and result, or Gymnasium's requirement."""
     with pytest.raises(ValueError, match=r"Undrawn .*render\(self, state\).*uint8 \[H, W, 3\]"):
         ready(agent(Undrawn(), 0.0, 1.0), Path("film.gif"))
     from dqn_fast.envs.from_gymnasium import from_gymnasium
@@ -334,7 +334,7 @@ def test_missing_libraries_say_what_to_install(monkeypatch, library, path):
 
 
 def test_missing_pygame_names_the_flag(monkeypatch):
-    """What the environment draws with is asked for as well."""
+    """The library that draws the environment is checked, too."""
     with headless():
         pytest.importorskip("pygame")
     monkeypatch.setitem(sys.modules, "pygame", None)
@@ -371,7 +371,7 @@ def test_films_stay_small(tmp_path):
 
 @pytest.mark.parametrize("without", ["the library", "a renderer", "a report"])
 def test_no_film_is_no_trouble(tmp_path, monkeypatch, capfd, without):
-    """Where there is no film the run is as ever, and its report says how to get one."""
+    """Without a film the run is complete, and its report says how to make one."""
     if without == "the library":
         monkeypatch.setitem(sys.modules, "PIL", None)
     env = Undrawn() if without == "a renderer" else None
@@ -386,7 +386,7 @@ def test_no_film_is_no_trouble(tmp_path, monkeypatch, capfd, without):
 
 
 def test_a_method_that_fails_costs_one_warning(tmp_path, capfd):
-    """A user's picture goes wrong: the run is done and reported all the same."""
+    """An exception in a user's `render` is a warning; run and report are complete."""
 
     class Failing(Undrawn):
         def render(self, state: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The loop over environments that live on the host: the same functions, in another order."""
+"""The loop over environments on the host: the same functions, in another order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARGS = Args(
 
 
 def collected(mode: str, args: Args) -> Learner:
-    """What a run without learning leaves behind."""
+    """The learner after a run without learning."""
     env = from_gymnasium("CartPole-v1", vectorization_mode=mode)
     noise = Noise(args.seed, args.num_seeds)
     learner = make_learner(args, env, noise)
@@ -40,8 +40,8 @@ def collected(mode: str, args: Args) -> Learner:
     return learner
 
 
-def test_beside_the_learner_the_same_is_collected():
-    """Where nothing is learned, processes of their own give the replay of one process."""
+def test_worker_processes_collect_the_same_transitions():
+    """Without learning, worker processes fill the replay as one process does."""
     args = replace(ARGS, gradient_steps=0)
     ours, theirs = (collected(mode, args).replay.state_dict() for mode in ("sync", "async"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -49,9 +49,9 @@ def test_beside_the_learner_the_same_is_collected():
 
 
 @pytest.mark.parametrize(("mode", "lag"), [("sync", 0), ("async", 4)])
-def test_beside_a_step_one_learns_from_what_was_stored_before(mode, lag, monkeypatch):
-    """In the background each gradient step sees all transitions but those of its own vector step,
-    and the first of them comes one vector step later, so that replay is never empty."""
+def test_a_step_in_the_background_is_learned_from_one_step_later(mode, lag, monkeypatch):
+    """In the background a gradient step samples from all transitions except those of its own vector
+    step. The first gradient step comes one vector step later, so that replay is never empty."""
     sizes = []
     sample = type(make_learner(ARGS, make_env("CartPole-v1"), Noise(0, 1)).replay).sample
 
@@ -130,7 +130,7 @@ def test_learns_on_the_host(tmp_path: Path):
         ({"env_params": {"colour": "red"}}, "colour"),
     ],
 )
-def test_what_cannot_be_taken_in_is_said_at_once(settings, message, tmp_path):
+def test_an_environment_that_cannot_be_adapted_is_a_usage_error(settings, message, tmp_path):
     """Before anything is written."""
     with pytest.raises(UsageError, match=message):
         train(replace(ARGS, run_dir=tmp_path / "run", **settings))

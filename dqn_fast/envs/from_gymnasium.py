@@ -16,6 +16,7 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import numbers
@@ -165,10 +166,9 @@ class GymnasiumEnv(TensorEnv):
         self._encoder = ObservationEncoder(factory.observation_space)
         self._sibling: GymnasiumEnv | None = None
         self._envs: CheckedVectorEnv | None = None
-        # Closed with this object, so a list, which holds no reference to it.
+        # The finalizer must not refer to this object, so it gets the list.
         self._open = [] if factory.ready is None else [CheckedVectorEnv(factory.ready)]
         weakref.finalize(self, _close_all, self._open)
-
         self._start_episodes(0)
 
     def _start_episodes(self, num_envs: int) -> None:
@@ -238,16 +238,16 @@ class GymnasiumEnv(TensorEnv):
             ValueError: a VectorEnv has another number of copies.
             EnvError: a copy breaks the contract.
         """
-        num_envs = len(noise)
-        self._start_episodes(num_envs)
+        num_envs, self._step = len(noise), 0
         # A seed in [0, 2**31) from two uniform numbers of 24 bits.
         high, low = (noise.cpu().double() * torch.tensor([2.0**16, 2.0**15])).long().unbind(1)
         try:
             self._envs = envs = self._open_envs(num_envs)
-            obs = envs.reset(seeds=((high << 15) | low).tolist())
+            obs = envs.reset(seed=((high << 15) | low).tolist())
             stored = self._encoder.encode(self._encoder.parts(obs), num_envs)
         except Violation as violation:
             raise self._error(violation) from violation.error
+        self._start_episodes(num_envs)
         zeros = torch.zeros(num_envs, device=noise.device)
         return VectorState(HostState(), _upload([stored], noise.device)[0], zeros.int(), zeros)
 
@@ -456,14 +456,16 @@ class CheckedVectorEnv:
         self._result: Any = None
         self._broken, self._owner = False, os.getpid()
 
-    def reset(self, seeds: list[int] | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Reset all copies, or those of options["reset_mask"]; observations of all copies."""
+    def reset(self, **arguments: Any) -> Any:
+        """Reset all copies with a list `seed`, or those of options["reset_mask"]; observations of
+        all copies."""
         if self.pending:
             self.receive()
-        seed: Any = seeds if self._is_gymnasiums or seeds is None else seeds[0]
+        if not self._is_gymnasiums and "seed" in arguments:
+            arguments["seed"] = arguments["seed"][0]
         try:
             with self._quiet():
-                obs, infos = self.env.reset(seed=seed, options=options)
+                obs, infos = self.env.reset(**arguments)
         except Exception as error:
             raise self._violation("reset", error) from error
         self._check(infos)
@@ -511,19 +513,15 @@ class CheckedVectorEnv:
         if os.getpid() != self._owner:  # a worker that was forked later has inherited this object
             return
         base = self._workers
-        if base is None:
-            with contextlib.suppress(Exception):
-                self.env.close()
-            return
-        if base.closed:
-            return
         with contextlib.suppress(Exception):
+            if base is None:
+                self.env.close()
             # After an exception nobody knows which answers were read: waiting might never end.
-            if not self._broken and all(process.is_alive() for process in base.processes):
+            elif not (base.closed or self._broken) and all(p.is_alive() for p in base.processes):
                 if self.pending:  # closing in the middle of a step would warn
                     base.step_wait(timeout=_PATIENCE)
                 self.env.close()
-        if not base.closed:
+        if base is not None and not base.closed:
             for process in base.processes:
                 process.kill()
             for process, pipe in zip(base.processes, base.parent_pipes, strict=True):
@@ -742,7 +740,7 @@ class EnvFactory:
         mode: VectorizationMode = "sync",
         max_steps: int | None = None,
     ) -> None:
-        label, self._mode, self._time_limit = "", mode, max_steps
+        label, self._time_limit = "", max_steps
         self.params: Mapping[str, Any] = {}
         if isinstance(source, str):
             label = f"--env-id {source}"
@@ -821,20 +819,21 @@ class EnvFactory:
                 )
             return env
         env_fns = [
-            functools.partial(
-                _make_checked, self._makers[i % len(self._makers)], self.name, i, self._time_limit,
-                os.getpid(),
-            )
-            for i in range(num_envs)
-        ]  # fmt: skip
+            functools.partial(_make_checked, make, self.name, i, self._time_limit, os.getpid())
+            for i, make in zip(range(num_envs), itertools.cycle(self._makers), strict=False)
+        ]
         try:
             with _silence_gymnasium(), warnings.catch_warnings():
                 # Python 3.12 warns of torch's threads; the workers do not use them.
                 warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
                 if not self.background:
                     return SameStepVectorEnv(env_fns)
-                mode, shared = AutoresetMode.SAME_STEP, self._shared_memory
-                return AsyncVectorEnv(env_fns, shared, copy=False, autoreset_mode=mode)
+                return AsyncVectorEnv(
+                    env_fns,
+                    shared_memory=self._shared_memory,
+                    copy=False,
+                    autoreset_mode=AutoresetMode.SAME_STEP,
+                )
         except EnvError:
             raise
         except Exception as error:
@@ -860,9 +859,8 @@ def _source_of_id(
     if not (isinstance(limit, int) and limit >= 1):
         raise ValueError(f"--env-params max_episode_steps {limit}: must be at least 1")
     if mode == "vector_entry_point":
-        return functools.partial(
-            gymnasium.make_vec, name, vectorization_mode=mode, **kwargs
-        ), kwargs
+        make = functools.partial(gymnasium.make_vec, name, vectorization_mode=mode, **kwargs)
+        return make, kwargs
     # The spec if it is known: a worker process that was not forked has an empty registry.
     arguments = {"disable_env_checker": True, **kwargs}
     return functools.partial(gymnasium.make, spec or name, **arguments), kwargs

@@ -1,4 +1,4 @@
-"""Gymnasium's classic-control environments and the tensor ones, side by side."""
+"""Comparison of Gymnasium's classic-control environments with the tensor ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Steps(NamedTuple):
 
 
 class Driven:
-    """Stands for an environment's generator: gives the number that was put in, scaled."""
+    """Replaces an environment's generator: returns a given number, scaled."""
 
     def __init__(self) -> None:
         self.u = 0.0
@@ -148,8 +148,8 @@ def assert_equal_steps(
 def original_lengths(
     env_id: str, policy: Policy, num_episodes: int, seed: int, copies: int = 50
 ) -> NDArray[np.int64]:
-    """Lengths of episodes of Gymnasium's environment; every copy plays equally many, side by side
-    so that the policy is asked for all of them at once."""
+    """Lengths of episodes of Gymnasium's environment; every copy plays equally many, all in step,
+    so that the policy is called once for all of them."""
     rng = np.random.default_rng(seed)
     envs = [gymnasium.make(env_id, disable_env_checker=True) for _ in range(copies)]
     obs = np.array([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])

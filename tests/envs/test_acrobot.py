@@ -72,7 +72,7 @@ def test_override_one_parameter_and_compare_with_gymnasium(params):
 
 
 def test_angles_wrap_as_gymnasiums():
-    """Less whole turns, into [-pi, pi]; a number that is there already stays as it is."""
+    """Minus whole turns, in [-pi, pi]; an angle in that interval does not change."""
     generator = torch.Generator().manual_seed(0)
     angle = torch.cat(
         [
@@ -160,7 +160,7 @@ def test_spaces_limit_and_id_are_gymnasiums():
 
 @pytest.mark.parametrize("params", [{}, {"torque_noise_max": 1.0, "book_or_nips": "nips"}])
 def test_passes_check_env(params):
-    """With and without the overrides that take other lines."""
+    """With and without the overrides that run other lines of code."""
     check_env(Acrobot(max_steps=50, **params))
 
 

@@ -102,7 +102,7 @@ def test_spaces_limit_and_id_are_gymnasiums():
     [{}, {"kinematics_integrator": "semi-implicit", "sutton_barto_reward": True, "max_steps": 9}],
 )
 def test_passes_check_env(params):
-    """With and without the overrides that take other lines."""
+    """With and without the overrides that run other lines of code."""
     check_env(CartPole(**params))
 
 
@@ -126,6 +126,6 @@ def test_bad_parameters_are_refused_by_name(params, message):
 
 
 def test_an_unknown_integrator_is_refused():
-    """Also where the environment is made in Python."""
+    """Also if the environment is made in Python."""
     with pytest.raises(ValueError, match="rk4: must be euler or semi-implicit"):
         CartPole(kinematics_integrator="rk4")  # type: ignore[arg-type]

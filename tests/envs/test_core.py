@@ -1,4 +1,4 @@
-"""What the base class owns, on environments made to show it, and check_env on broken ones."""
+"""Autoreset, time limit and statistics of the base class; check_env on broken environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gymnasium environments on the host, against plain loops over Gymnasium's own."""
+"""Gymnasium environments on the host, compared with plain loops over Gymnasium's own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ E = 3
 class Episodes(gymnasium.Env):
     """Episodes of random length; a first observation is marked FIRST and no other is.
 
-    A careless one writes into the observation that it has handed out.
+    A careless one writes into the observation that it has returned.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -170,7 +170,7 @@ def test_every_autoreset_mode_gives_the_transitions_of_a_plain_loop(how):
 
 
 def test_valid_transitions_are_the_sum_of_episode_lengths():
-    """With NEXT_STEP, what is stored is what was stepped: no more, no less."""
+    """With NEXT_STEP, exactly the steps of the episodes are stored."""
     env = from_gymnasium(SyncVectorEnv([limited] * E))
     vector = env.vector_reset(uniform())
     nothing, valid, lengths = torch.zeros(E, 0), 0, 0
@@ -184,7 +184,7 @@ def test_valid_transitions_are_the_sum_of_episode_lengths():
 
 
 class Rubbish(SyncVectorEnv):
-    """In NEXT_STEP mode, says anything about the copies that it only resets."""
+    """In NEXT_STEP mode, returns wrong rewards and flags for copies that it only resets."""
 
     def reset(self, **arguments: Any) -> Any:
         self.ended = np.zeros(self.num_envs, np.bool_)
@@ -197,8 +197,8 @@ class Rubbish(SyncVectorEnv):
         return obs, reward, terminated, truncated, infos
 
 
-def test_what_is_said_of_a_copy_that_is_only_reset_is_not_heard():
-    """Reward and flags of the call that only resets a copy are nobody's."""
+def test_reward_and_flags_of_a_mere_reset_are_ignored():
+    """In the call that only resets a copy, its reward and flags belong to no episode."""
     env, noise = from_gymnasium(Rubbish([limited] * E)), uniform()
     rows, resets = play(env, noise, 30)
     assert_rows_equal(rows, reference(limited, seeds_of(noise), 30))
@@ -270,7 +270,7 @@ def test_the_vector_entry_point_steps_as_its_own_class_does():
 
 
 def test_a_run_is_a_function_of_its_noise():
-    """The same noise gives the same episodes again, other noise others; every copy its own."""
+    """The same noise gives the same episodes, other noise gives others; copies differ."""
     env = from_gymnasium(limited)
     first, again = play(env, uniform(), 20)[0], play(env, uniform(), 20)[0]
     other = play(env, uniform(seed=1), 20)[0]
@@ -329,7 +329,7 @@ def test_evaluation_leaves_training_alone():
 
 
 def test_evaluation_keeps_its_copies_and_makes_more_when_asked():
-    """Each number of episodes has its copies, made once."""
+    """For each number of episodes the copies are made once."""
     env = from_gymnasium(limited).for_evaluation()
     for num_envs in (3, 5, 3):
         env.vector_reset(uniform(num_envs))
@@ -338,7 +338,7 @@ def test_evaluation_keeps_its_copies_and_makes_more_when_asked():
 
 
 def test_evaluation_of_a_ready_made_vector_env():
-    """From its functions, its spec, or an `eval_source`; without any, a clear error up front."""
+    """Made from its functions, its spec, or an `eval_source`; without any of them, an error."""
     made = gymnasium.make_vec("CartPole-v1", 2, "sync", wrappers=[partial(TimeLimit, **LIMIT_9)])
     made.env_fns = iter(())  # Gymnasium 1.1 hands the functions over as a generator
     named = gymnasium.make_vec("CartPole-v1", 2, "vector_entry_point")
@@ -381,7 +381,7 @@ class Endless(Episodes):
 
 
 def test_an_endless_episode_ends_its_evaluation_and_not_the_training(monkeypatch):
-    """Without a limit training goes on, evaluation names copy and step and what to set."""
+    """Without a limit training continues; the evaluation's error names copy, step and setting."""
     monkeypatch.setattr(sys.modules[GymnasiumEnv.__module__], "ENDLESS", 50)
     env = from_gymnasium(Endless)
     play(env, uniform(), 60)
@@ -394,7 +394,7 @@ def test_an_endless_episode_ends_its_evaluation_and_not_the_training(monkeypatch
 
 
 class Broken(Episodes):
-    """Does one thing wrong in the 5th step of its second copy (or in its reset)."""
+    """Has one fault, in the 5th step of its second copy or in its reset."""
 
     def __init__(self, fault: str, fatal: bool) -> None:
         super().__init__()
@@ -503,7 +503,7 @@ class BrokenSecond(Broken):
 
 @pytest.mark.parametrize("fault", ["shape", "unpicklable", "raises", "reset", "dies"])
 def test_a_broken_copy_in_a_worker_process_is_named(fault, capfd):
-    """As in one process, without noise, with the traceback of the worker, and no process stays."""
+    """As in one process, with the worker's traceback; nothing is printed and all processes end."""
     env = from_gymnasium(partial(BrokenSecond, fault, False), vectorization_mode="async")
     step = 0 if fault.startswith("reset") else 5
     faults = FAULTS | {"dies": "its process died with exit status 3"}
@@ -519,7 +519,7 @@ def test_a_broken_copy_in_a_worker_process_is_named(fault, capfd):
 
 @pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
 def test_a_ready_made_vector_env_that_breaks_is_an_env_error(kind):
-    """What it raises is chained; bad numbers in its batch name the copy."""
+    """Its exception is chained; for bad numbers in its batch the message names the copy."""
     env = from_gymnasium(kind([partial(BrokenSecond, "refuses", False)] * 2))
     with pytest.raises(EnvError, match=r"Broken.*, step 5: step raised .*out of range"):
         play(env, uniform(2), 10)
@@ -532,7 +532,7 @@ def test_a_ready_made_vector_env_that_breaks_is_an_env_error(kind):
 
 
 def test_a_wrong_number_of_copies_names_the_flag():
-    """A VectorEnv has the copies that it has."""
+    """The number of copies of a VectorEnv is fixed."""
     env = from_gymnasium(SyncVectorEnv([limited] * 2))
     with pytest.raises(ValueError, match=r"--num-envs: 3 copies .* Episodes has 2"):
         env.vector_reset(uniform(3))
@@ -559,13 +559,13 @@ def test_a_wrong_number_of_copies_names_the_flag():
     ],
 )
 def test_bad_sources_are_one_clear_line(arguments, message):
-    """What is wrong with what, before anything runs."""
+    """The message names the source and its fault, before anything runs."""
     with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
         from_gymnasium(*arguments)
 
 
 def test_parameters_are_cast_and_come_back(tmp_path, monkeypatch):
-    """Text becomes what it reads as, except where the constructor's default is text."""
+    """Text becomes the value that it reads as, unless the constructor's default is text."""
     env = from_gymnasium("CartPole-v1", {"sutton_barto_reward": "true", "max_steps": "30"})
     assert env.params == {"sutton_barto_reward": True, "max_episode_steps": 30}
     assert (env.max_steps, from_gymnasium("CartPole-v1", env.params).max_steps) == (30, 30)
@@ -651,8 +651,8 @@ def test_interrupting_the_trainer_leaves_its_workers_to_it():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_one_copy_to_the_device_carries_all_types():
-    """What is packed for the way to a device comes out as it was."""
+def test_one_transfer_to_the_device_carries_all_dtypes():
+    """Tensors are unchanged after packing for the transfer and unpacking."""
     tensors = [torch.rand(3, 5), torch.arange(5, dtype=torch.int32), torch.rand(1, 5) < 0.5]
     tensors += [torch.randint(256, (5, 7), dtype=torch.uint8), torch.rand(5).half()]
     for tensor, other in zip(tensors, _unpack(_pack(tensors), tensors), strict=True):

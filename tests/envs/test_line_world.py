@@ -1,4 +1,4 @@
-"""LineWorld against a plain scalar LineWorld, and by hand."""
+"""LineWorld, compared with a plain scalar LineWorld and by hand."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_equals_the_scalar_line_world_step_by_step(n_states, max_steps, slip_pro
 
 @pytest.mark.parametrize("n_states", [2, 15, 256, 257, 40_000])
 def test_passes_check_env(n_states):
-    """Also where a position needs more than one byte."""
+    """Also if a position needs more than one byte."""
     check_env(LineWorld(n_states=n_states, max_steps=7, slip_prob=0.3))
 
 
@@ -114,7 +114,7 @@ def test_bad_parameters_are_refused_by_name(params, message):
 
 
 def test_parameters_as_text_are_cast():
-    """The command line gives text; fields keep their types, what is not named the experiment's."""
+    """The command line gives text; fields keep their types, the others the experiment's values."""
     env = make_env("LineWorld-v0", {"n_states": "31", "step_penalty": "-1"})
     assert env == LineWorld(n_states=31, step_penalty=-1.0, slip_prob=0.05)
     assert isinstance(env.n_states, int)
@@ -122,7 +122,7 @@ def test_parameters_as_text_are_cast():
 
 
 def test_unknown_environments_are_refused():
-    """The message names those that there are."""
+    """The message lists the known ones."""
     with pytest.raises(
         ValueError, match=r"--env-id Nope-v0: unknown environment; known are .*LineWorld-v0"
     ):

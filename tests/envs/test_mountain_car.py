@@ -70,7 +70,7 @@ def test_override_one_parameter_and_compare_with_gymnasium(params):
 
 
 def test_the_wall_takes_the_speed_away():
-    """A car that runs into the left wall stops there; it leaves the wall as it likes."""
+    """A car that runs into the left wall stops there and can leave it again."""
     env = MountainCar()
     state = MountainCarState(torch.tensor([[-1.19, -0.05], [-1.2, 0.0], [0.58, 0.07]]))
     (after,), reward, terminated = env.step(state, torch.tensor([0, 2, 1]), torch.zeros(3, 0))
@@ -126,7 +126,7 @@ def test_spaces_limit_and_id_are_gymnasiums():
 
 @pytest.mark.parametrize("params", [{}, {"goal_position": -0.4, "max_steps": 9}])
 def test_passes_check_env(params):
-    """Where episodes end at the limit, and where they end at the goal."""
+    """With episodes that end at the limit, and with episodes that end at the goal."""
     check_env(MountainCar(**params))
 
 
@@ -149,8 +149,8 @@ def test_bad_parameters_are_refused_by_name(params, message):
         make_env("MountainCar-v0", params)
 
 
-def test_the_network_reads_fractions_and_the_outside_sees_gymnasiums_numbers():
-    """Ends of the ranges are -1 and 1, whatever the parameters; what is shown is not scaled."""
+def test_features_are_fractions_and_shown_observations_are_gymnasiums():
+    """Ends of the ranges are -1 and 1 for all parameters; shown observations are not scaled."""
     for env in (MountainCar(), MountainCar(min_position=-2.0, max_position=1.0, max_speed=0.1)):
         ends = torch.tensor([[env.min_position, -env.max_speed], [env.max_position, env.max_speed]])
         torch.testing.assert_close(env.features(ends), torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))

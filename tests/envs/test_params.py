@@ -1,4 +1,4 @@
-"""Parameters of environments: what a file can hold, and what text is taken for."""
+"""Parameters of environments: conversion for files and from text."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_text_becomes_what_the_hint_says(value, hint, expected):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused(value, hint, allowed):
+def test_values_of_another_type_are_refused(value, hint, allowed):
     """One line that names the parameter, the value and what is allowed."""
     with pytest.raises(ValueError, match=rf"^--env-params x {value}: must be {allowed}$"):
         cast("x", value, hint)

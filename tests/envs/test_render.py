@@ -1,4 +1,4 @@
-"""Pictures show the state that they are of: Gymnasium's own pixels, and grids."""
+"""Pictures show the state: with Gymnasium's own pixels, and as grids."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_parameters_reach_the_picture():
     ],
 )
 def test_tables_look_as_in_gymnasium(env_id, arguments):
-    """A state of the table is drawn as the original draws it, whatever is around it."""
+    """A state of the table is drawn as the original draws it, at any place of a batch."""
     theirs = original(env_id, **arguments)
     theirs.reset(seed=3)
     env = make_env(env_id, arguments)
@@ -193,7 +193,7 @@ def test_an_own_method_draws_one_copy():
 
 @pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3))])
 def test_an_own_picture_is_checked(wrong):
-    """Something else than uint8 [H, W, 3] is named."""
+    """The message names any dtype and shape but uint8 [H, W, 3]."""
 
     class Wrong(Dot):
         def render(self, state: DotState) -> Any:
@@ -205,7 +205,7 @@ def test_an_own_picture_is_checked(wrong):
 
 
 def test_without_pygame(monkeypatch):
-    """Gymnasium's pictures say what to install; tables are drawn as grids; LineWorld as ever."""
+    """For Gymnasium's pictures the error names the library; tables and LineWorld become grids."""
     monkeypatch.setitem(sys.modules, "pygame", None)
     with pytest.raises(MissingLibraryError, match=r'pip install -e "\.\[video\]"'):
         Renderer(CartPole())
@@ -217,7 +217,7 @@ def test_without_pygame(monkeypatch):
 
 
 def test_silent_without_display():
-    """No display, no banner, no import before it is needed, and the surroundings as before."""
+    """Needs no display, prints nothing, imports late and leaves os.environ as it was."""
     code = """
 import os, sys
 import dqn_fast.film

@@ -148,7 +148,7 @@ def test_features_are_gymnasiums_flattening(make_space, mode):
 )
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_unusual_spaces_come_through_processes(make_space, mode):
-    """What processes cannot share as memory is sent, and is as new as the step."""
+    """Observations that processes cannot share as memory are sent with each step."""
     check(make_space, mode)
 
 
@@ -198,7 +198,7 @@ def test_spaces_without_a_fixed_size_are_refused(make_space):
 
 
 def test_an_empty_space_is_refused():
-    """There is nothing to learn from."""
+    """A space without any number has nothing to learn from."""
     with pytest.raises(ValueError, match=r"Shows: its observation space Dict\(\) is empty"):
         from_gymnasium(partial(Shows, spaces.Dict))
 
@@ -239,7 +239,7 @@ def test_actions_are_sent_as_the_environment_numbers_them(mode):
 
 
 class Says(Shows):
-    """Observes `value` after its first observation, a sample."""
+    """Its first observation is a sample of the space, all others are `value`."""
 
     def __init__(self, make_space: Any, value: Any) -> None:
         super().__init__(make_space)
@@ -266,7 +266,7 @@ DICT = partial(spaces.Dict, {"a": spaces.Discrete(3)})
     ],
 )
 def test_careless_dtypes_pass_where_nothing_is_lost(make_space, value, stored):
-    """Lists, float64 for float32, whole numbers for bytes: what the space says is stored."""
+    """Lists, float64 for float32, whole numbers for bytes are stored in the dtype of the space."""
     env = from_gymnasium(partial(Says, make_space, value))
     vector, nothing = env.vector_reset(torch.rand(2, 2)), torch.zeros(2, 0)
     _, outcome = env.vector_step(vector, torch.zeros(2).long(), nothing, nothing)
@@ -294,7 +294,7 @@ def test_careless_dtypes_pass_where_nothing_is_lost(make_space, value, stored):
     ],
 )
 def test_observations_outside_of_their_space_are_named(make_space, value, message):
-    """What would be stored as something else is refused, with copy and step."""
+    """An observation whose stored value would differ is an error with copy and step."""
     env = from_gymnasium(partial(Says, make_space, value))
     vector, nothing = env.vector_reset(torch.rand(2, 2)), torch.zeros(2, 0)
     with pytest.raises(EnvError, match=rf"^Says, copy 0, step 1: its observation .*{message}"):

@@ -1,4 +1,4 @@
-"""Gymnasium's tables of transitions as tensors, against Gymnasium's own steps and resets."""
+"""Gymnasium's tables of transitions as tensors, compared with Gymnasium's steps and resets."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def draw(probability: Any, u: float) -> int:
 
 
 class Taxed(Ferry):
-    """Takes from every reward what the table does not tell."""
+    """Subtracts a tax from every reward, which the table does not contain."""
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
         state, reward, *rest = super().step(action)
@@ -69,7 +69,7 @@ class Taxed(Ferry):
 
 
 class Elsewhere(Ferry):
-    """Starts where its table never does."""
+    """Starts in a state in which its table never starts."""
 
     def reset(self, **_: Any) -> tuple[int, dict[str, Any]]:
         super().reset()
@@ -78,7 +78,7 @@ class Elsewhere(Ferry):
 
 
 class Shuffled(Ferry):
-    """Another table each time."""
+    """Has a different table each time that it is made."""
 
     made = 0
 
@@ -106,7 +106,7 @@ class Needy(Ferry):
 
 
 class Untabled(Ferry):
-    """Has a P that is something else."""
+    """Has an attribute P that is no table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ def test_frequencies_are_the_probabilities():
     [("FrozenLake-v1", 100), ("FrozenLake8x8-v1", 200), ("CliffWalking-v1", 200), ("Taxi-v4", 200)],
 )
 def test_time_limit(env_id: str, max_steps: int):
-    """Gymnasium's, or 200 where it has none; `max_steps` overrides. Episodes end exactly there."""
+    """Gymnasium's, or 200 if it has none; `max_steps` overrides. Episodes end exactly there."""
     assert GymTable(env_id).max_steps == max_steps
     env = GymTable(env_id, {"max_steps": "3"})
     assert env.max_steps == env.params["max_steps"] == 3
@@ -435,14 +435,14 @@ def test_refusals(env_id: str, params: dict[str, Any], message: str):
     ],
 )
 def test_no_table_comes_first(env_id: str):
-    """Whatever the arguments are, which are then for somebody else to judge."""
+    """NoTableError is raised whatever the arguments are, so that another adapter checks them."""
     for params in ({}, {"x": 1}):
         with pytest.raises(NoTableError, match=f"--env-id {env_id}"):
             GymTable(env_id, params)
 
 
 def test_an_argument_may_be_required():
-    """As long as it is given."""
+    """If it is given, the environment can be made."""
     assert GymTable("Test/Needy-v0", {"size": 3}).params == {"size": 3, "max_steps": 7}
 
 
@@ -453,7 +453,7 @@ def test_a_module_may_come_first():
 
 
 def test_a_subclass_is_its_own_environment():
-    """A table that a subclass changes is the one that counts."""
+    """The table of a subclass that changes it is used."""
 
     class Kind(FrozenLakeEnv):  # type: ignore[misc]
         def __init__(self, is_slippery: bool = True) -> None:
@@ -545,6 +545,6 @@ def test_a_cuda_device_gives_the_same_steps(env_id: str):
     ],
 )
 def test_states_stand_on_the_grid_that_gymnasium_names(env, shape):
-    """Rows and columns for pictures, and none where the states are no places."""
+    """Rows and columns for pictures; None if a state is more than a place."""
     assert env.grid_shape == shape
     assert shape is None or math.prod(shape) == env.num_states

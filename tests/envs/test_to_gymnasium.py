@@ -1,4 +1,4 @@
-"""Tensor environments as Gymnasium's: its rules, its three autoreset modes, its users."""
+"""Tensor environments behind Gymnasium's interface: rules, autoreset modes, other libraries."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_episode_statistics_can_be_recorded_on_top(mode):
 
 @pytest.mark.parametrize("dim", [1, 4, 6])
 def test_every_copy_draws_what_a_run_of_its_seed_draws(dim):
-    """Whatever the others do: draw k of a copy with seed s is `Noise`'s of seed s at index k."""
+    """Draw k of a copy with seed s is `Noise`'s draw of seed s at index k, for every copy."""
     seeds, rng = [4, 9, 0], np.random.default_rng(0)
     draws = _Draws(Stream.ENV_STEP, dim, N, torch.device("cpu"))
     draws.seed_(seeds, torch.ones(N, dtype=torch.bool))
@@ -246,7 +246,7 @@ def test_every_copy_draws_what_a_run_of_its_seed_draws(dim):
 
 
 def test_seeds():
-    """Same seed, same episodes; another, others; without one, others every time."""
+    """The same seed gives the same episodes, another seed others, no seed others every time."""
 
     def play(**kwargs):
         env = TensorVectorEnv("CartPole-v1", 2)
@@ -267,7 +267,7 @@ def test_seeds():
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 @pytest.mark.parametrize("name", ["walk", "numbered"])
 def test_torch_output_is_numpys(name, mode):
-    """The same numbers, as tensors; final observations full size, where the mask is true."""
+    """The same numbers as tensors; final observations have full size and a mask."""
     plain = TensorVectorEnv(ENVS[name], N, autoreset_mode=mode)
     tensors = TensorVectorEnv(ENVS[name], N, autoreset_mode=mode, output="torch")
     obs, _ = tensors.reset(seed=0)
@@ -359,7 +359,7 @@ def test_what_is_given_out_belongs_to_the_caller(output):
 @pytest.mark.parametrize(
     "make", [partial(TensorVectorEnv, Walk(), N), partial(TensorSingleEnv, Walk())]
 )
-def test_copies_go_on_alike(make, duplicate):
+def test_a_copied_environment_continues_equally(make, duplicate):
     """A deep copy or a pickle, taken in the middle of an episode, plays the same future."""
     env = make()
     env.reset(seed=0)
@@ -543,7 +543,7 @@ def test_pictures_show_what_the_observations_say(mode):
 
 
 def test_stable_baselines3_learns_on_it():
-    """Its DQN, which knows nothing of tensors, learns to walk right in nearly every state."""
+    """Its DQN learns to walk right in nearly every state."""
     sb3 = pytest.importorskip("stable_baselines3")
     model = sb3.DQN(
         "MlpPolicy",
@@ -575,14 +575,14 @@ class Unnumbered(Walk):
 
 
 def test_seeds_may_come_as_an_array():
-    """NumPy's integers, as the list of the same numbers."""
+    """An array of NumPy's integers equals the list of the same numbers."""
     one, other = (TensorVectorEnv("CartPole-v1", 3) for _ in range(2))
     assert (one.reset(seed=np.array([5, 1, 9]))[0] == other.reset(seed=[5, 1, 9])[0]).all()
 
 
 @pytest.mark.parametrize("make", [TensorVectorEnv, TensorSingleEnv])
 def test_a_generator_that_the_user_puts_in_seeds_the_episodes(make):
-    """Its seed is not known; what it draws decides, the same for the same generator."""
+    """The seed of such a generator is unknown; a draw from it seeds the episodes."""
 
     def start(seed: int) -> Any:
         env = make("CartPole-v1")
