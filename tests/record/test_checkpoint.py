@@ -16,20 +16,27 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from dqn_fast import evaluate
+from dqn_fast import evaluate, tree
+from dqn_fast.agent import Agent, load_agent
+from dqn_fast.dqn import QFunction
 from dqn_fast.envs import TensorEnv, from_gymnasium
+from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.record.checkpoint import (
-    Agent,
     BestAgent,
-    load_agent,
     load_checkpoint,
     save_checkpoint,
     write_json,
     write_whole,
 )
 from dqn_fast.train import Args, train
+
+
+def fresh(*sizes: int, members: int = 1) -> QFunction:
+    """Q-values of a fresh network."""
+    network = QNetwork(sizes)
+    return QFunction(network, ScalarHead(), network.init(Noise(0, members)))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,7 @@ def test_checkpoints_hold_plain_values_only(run_dir):
 
     for name in ("checkpoint.pt", "best.pt"):
         content = torch.load(run_dir / name, weights_only=True)
-        check({key: dict(v) if key == "q_net" else v for key, v in content.items()})
+        check(content)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04\x95"])
@@ -113,6 +120,66 @@ def test_the_last_agent_is_the_trained_network(run_dir, tmp_path):
     for member in range(2):
         agent = load_agent(tmp_path / "run", "last", member=member, device="cpu")
         assert torch.equal(agent.q_values(obs), expected[member])
+
+
+def rewritten(run_dir, new_dir, change):
+    """The run's files in another folder, after `change` of the content of each."""
+    new_dir.mkdir()
+    for name in ("checkpoint.pt", "best.pt"):
+        content = load_checkpoint(run_dir / name)
+        change(content)
+        save_checkpoint(new_dir / name, content)
+    return new_dir
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_files_of_the_first_format_still_load(which, run_dir, tmp_path):
+    """They tell the network by its sizes, and call the state "learner"; the agent is the same."""
+
+    def first_format(content):
+        network = content.pop("network")
+        assert network.keys() >= {"sizes"}
+        content["sizes"] = list(network["sizes"])
+        if resume := content.get("resume"):
+            state = resume.pop("state")
+            resume["learner"] = {
+                "q_net": content["q_net"],
+                "target_net": dict(zip(content["q_net"], state["target_params"], strict=True)),
+                "adam": state["adam"],
+                "vector": tree.leaves(state["env"]),
+                "replay": {**state["replay"]["rows"], "cursor": state["replay"]["cursor"]},
+                "held": None,
+            }
+
+    old_dir = rewritten(run_dir, tmp_path / "old", first_format)
+    assert "learner" in load_checkpoint(old_dir / "checkpoint.pt")["resume"]
+    obs = torch.arange(15, dtype=torch.uint8)
+    for member in range(3):
+        ours, theirs = (
+            load_agent(path, which, member=member, device="cpu") for path in (old_dir, run_dir)
+        )
+        assert torch.equal(ours.q_values(obs), theirs.q_values(obs))
+        assert torch.equal(ours.act(obs), theirs.act(obs))
+    assert load_agent(old_dir).member == load_agent(run_dir).member
+    assert ours.global_step == theirs.global_step
+    assert ours.eval_return_mean == theirs.eval_return_mean
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": {"sizes": [15, 2]}}, r"weight_0: must be \[M, 15, 2\]"),
+        ({"network": {"sizes": [15, 64, 64, 2], "layers": 3}}, "layers"),
+        ({"network": {}}, "sizes"),
+        ({"q_net": {}}, "weight_0: must be"),
+    ],
+    ids=str,
+)
+def test_a_network_that_does_not_fit_is_refused(change, message, run_dir, tmp_path):
+    """Description and parameters that disagree: one line that names the file and what is wrong."""
+    path = rewritten(run_dir, tmp_path / "other", lambda content: content.update(change))
+    with pytest.raises(ValueError, match=rf"best.pt: its network cannot be read \(.*{message}"):
+        load_agent(path)
 
 
 def test_act_takes_one_or_many_numpy_or_torch(run_dir):
@@ -196,7 +263,7 @@ def test_what_a_host_environment_stores_is_known_too():
     """Of the width of the features and of floats as well, but not the features; a Box with an axis
     of 1 keeps it."""
     env = from_gymnasium(Mixed)
-    q_net = QNetwork((3, 2)).init_(Noise(0, 1))
+    q_net = fresh(3, 2)
     stored = torch.tensor([[200.0, 5.0, 0.5], [0.0, 255.0, -1.0]])
     agent = Agent(env, q_net, 0, [0], [0.0])
     assert torch.equal(agent.q_values(stored), q_net(env.features(stored)[None])[0])
@@ -234,12 +301,12 @@ def test_the_member_with_the_best_evaluation_answers(run_dir):
 
 def test_best_keeps_each_members_best():
     """Members improve at different times; what was best stays although the network goes on."""
-    q_net = QNetwork((2, 2), 2)
+    q_net = fresh(2, 2, members=2)
     best = BestAgent(2)
 
     def set_to(value):
         with torch.no_grad():
-            for param in q_net.params:
+            for param in q_net.parameters():
                 param.fill_(value)
 
     for value, returns, expected in (
