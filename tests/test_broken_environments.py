@@ -156,7 +156,7 @@ def test_a_tensor_environment_that_raises_loses_nothing(tmp_path):
         train(
             settings(tmp_path / "run"),
             env=Counter("step raises"),
-            on_log=lambda _, learner, __: nets.append(learner.q_net),
+            on_log=lambda _, training, __: nets.append(training.q_net),
         )
     assert_kept(tmp_path / "run", message)
     agent = load_agent(tmp_path / "run", "last", env=Counter(), device="cpu")

@@ -15,6 +15,7 @@ import torch
 
 from dqn_fast import film
 from dqn_fast.agent import Agent
+from dqn_fast.dqn import QFunction
 from dqn_fast.envs import LineWorld, TensorEnv, make_env
 from dqn_fast.envs.render import headless
 from dqn_fast.evaluate import evaluate
@@ -28,6 +29,7 @@ from dqn_fast.film import (
     ready,
     record,
 )
+from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.train import Args, train
@@ -39,10 +41,12 @@ SMALL = {"total_timesteps": 2_000, "eval_episodes": 5, "quiet": True}
 def agent(env: TensorEnv, *bias: float, members: int = 1, member: int = 0) -> Agent:
     """An agent whose values are `bias` in every state."""
     obs = env.vector_reset(torch.zeros(1, env.reset_noise_dim)).obs
-    q_net = QNetwork((env.features(obs).shape[-1], env.num_actions), members)
+    network = QNetwork((env.features(obs).shape[-1], env.num_actions))
+    params = network.init(Noise(0, members))
     with torch.no_grad():
-        q_net.params[0].zero_()
-        q_net.params[1].copy_(torch.tensor(bias).expand_as(q_net.params[1]))
+        params[0].zero_()
+        params[1].copy_(torch.tensor(bias).expand_as(params[1]))
+    q_net = QFunction(network, ScalarHead(), params)
     return Agent(env, q_net, member, [0] * members, [0.0] * members)
 
 

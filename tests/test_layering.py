@@ -56,3 +56,8 @@ def test_engines_know_no_algorithm():
     for path in (PACKAGE / "engines").glob("*.py"):
         inside = {m.split(".")[1] for m in imported(path) if m.startswith("dqn_fast.")}
         assert not inside & {"dqn", "heads", "networks", "replay", "envs"}
+
+
+def test_the_algorithm_knows_no_engine():
+    """It stands in the engines' layer, and imports none of them."""
+    assert not any(m.startswith("dqn_fast.engines") for m in imported(PACKAGE / "dqn.py"))

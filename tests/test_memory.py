@@ -17,9 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqn_fast import evaluate, memory, run, train
+from dqn_fast import dqn, evaluate, exact, memory, train, tree
 from dqn_fast.envs import TensorEnv, make_env
 from dqn_fast.memory import Layout, check_memory, free_memory, free_on_host, memory_needs
+from dqn_fast.record import run
 from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
 from dqn_fast.record.metrics import EpisodeLog
 from dqn_fast.train import Args, check, make_plan
@@ -155,28 +156,31 @@ def test_copies_on_the_host_count_and_are_not_made(mode):
     assert needs.kept["environments"] > 2 * 10**12 * (2**12 if mode == "sync" else 2**22)
 
 
-def test_layouts_are_those_of_learners():
-    """Bytes of a transition and of a copy, against the tensors of a real learner."""
+def test_layouts_are_those_of_states():
+    """Bytes of a transition, of a copy and of a member, against the tensors of a real state."""
     for env_id in ("LineWorld-v0", "CartPole-v1", "Acrobot-v1", "MountainCar-v0", "FrozenLake-v1"):
         args = replace(SMALL, env_id=env_id, eps_repeat=0.0)
         env = make_env(env_id)
-        learner = train.make_learner(args, env, train.Noise(0, args.num_seeds))
+        state = train.setup(args, env).state
         kept = memory_needs(args, env, CPU).kept
-        assert kept["replay"] == learner.replay.num_bytes
-        assert kept["environments"] == sum(t.nbytes for t in learner.vector.leaves())
-        assert kept["members"] == 6 * sum(p.nbytes for p in learner.q_net.params)
+        assert kept["replay"] == tree.num_bytes(state.replay.rows)
+        assert kept["environments"] == tree.num_bytes(state.env)
+        assert kept["members"] == 6 * tree.num_bytes(state.params)
+        carried = kept["replay"] + kept["environments"] + kept["members"] * 4 // 6
+        small = tree.num_bytes([state.replay.cursor, state.replay.size, state.hyper])
+        assert carried == tree.num_bytes(state) - small
 
 
 def test_constants_are_those_of_the_modules_that_use_them():
     """What this module cannot import, it has right."""
-    assert (memory.ACT_BLOCK, memory.MOST_BLOCKS) == (train.ACT_BLOCK, train.MOST_BLOCKS)
+    assert (memory.ACT_BLOCK, memory.MOST_BLOCKS) == (dqn.ACT_BLOCK, dqn.MOST_BLOCKS)
     assert memory.STEPS_PER_CHECK == evaluate._STEPS_PER_CHECK
     assert memory.COPIED_BYTES == run.COPIED_BYTES
     assert EpisodeLog(1).limit == memory.MOST_EPISODES
     assert train.most_episodes(replace(SMALL, log_interval=0, total_timesteps=10**9)) == 2**20
     for states in (memory.SOLVED_STATES, memory.SOLVED_STATES + 1):
         env = make_env("LineWorld-v0", {"n_states": states})
-        solved = evaluate.solve(env, 0.5, CPU) is not None
+        solved = exact.solve(env, 0.5, CPU) is not None
         assert (Layout.of(env).num_states > 0) == solved
 
 

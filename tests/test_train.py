@@ -1,4 +1,4 @@
-"""The loop: what it learns, that it repeats, and what an engine may rely on."""
+"""The loop: what it learns, that it repeats, and what it records."""
 
 from __future__ import annotations
 
@@ -14,29 +14,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dqn_fast.agent import Adam, load_agent, load_checkpoint, save_checkpoint
+from dqn_fast import tree
+from dqn_fast.agent import load_agent
+from dqn_fast.dqn import Adam, State
 from dqn_fast.envs import TENSOR_ENVS, LineWorld, TensorEnv, make_env
-from dqn_fast.noise import Noise
 from dqn_fast.record.background import HostCopy
+from dqn_fast.record.checkpoint import load_checkpoint, save_checkpoint
 from dqn_fast.record.run import RunRecord, TrainingError, UsageError
-from dqn_fast.train import (
-    Args,
-    Learner,
-    StepInputs,
-    UpdateInputs,
-    chunk_,
-    draw_inputs,
-    epsilon,
-    intervals,
-    make_learner,
-    make_plan,
-    planned,
-    q_of_copies,
-    train,
-)
+from dqn_fast.train import Args, Training, intervals, schedules_of, setup, train
+from tests.test_dqn import NoHostReads
 
 SHORT = Args(total_timesteps=4_000, eval_interval=2_000, eval_episodes=10, quiet=True, report=False)
 
@@ -50,24 +38,6 @@ def without_times(run_dir: Path) -> list[dict[str, Any]]:
         {name: value for name, value in row.items() if name != "wall_s" and "perf/" not in name}
         for row in rows(run_dir)
     ]
-
-
-def learner_and_inputs(args: Args) -> tuple[Learner, StepInputs, UpdateInputs, tuple[int, ...]]:
-    """A learner in the middle of its run, and the next chunk."""
-    env, noise = LineWorld(slip_prob=0.05), Noise(args.seed, args.num_seeds)
-    learner = make_learner(args, env, noise)
-    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
-        if chunk.before >= 1_000:
-            return learner, steps, updates, chunk.update_counts
-        chunk_(learner, steps, updates, chunk.update_counts)
-    raise AssertionError
-
-
-def tensors(learner: Learner) -> list[Tensor]:
-    """Everything that is carried from step to step."""
-    state = learner.state_dict()
-    flat = [*state["q_net"].values(), *state["target_net"].values(), *state["vector"]]
-    return [*flat, *state["adam"]["mean"], *state["adam"]["square"], *state["replay"].values()]
 
 
 # ------------------------------------------------------------------------------- what it learns
@@ -174,7 +144,7 @@ def test_settings_run_to_their_end(changes, tmp_path):
 def test_without_gradient_steps_nothing_is_learned(tmp_path):
     """gradient_steps 0 collects and leaves the network alone."""
     result = train(replace(SHORT, gradient_steps=0, run_dir=tmp_path / "run"))
-    fresh = make_learner(SHORT, result.env, Noise(0, 1)).q_net
+    fresh = setup(SHORT, result.env).q_net
     assert result.summary["num_updates"] == 0
     assert all(map(torch.equal, fresh.params, result.q_net.params))
 
@@ -219,10 +189,9 @@ def test_same_seed_same_run(tmp_path):
         train(replace(SHORT, num_seeds=2, run_dir=tmp_path / name))
     assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
     a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("a", "b"))
-    assert torch.equal(
-        a["resume"]["learner"]["replay"]["obs"], b["resume"]["learner"]["replay"]["obs"]
-    )
-    assert all(torch.equal(a["q_net"][name], b["q_net"][name]) for name in a["q_net"])
+    assert a["resume"].keys() == b["resume"].keys()
+    for ours, theirs in zip(*map(tree.leaves, (a, b)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_another_seed_another_run(tmp_path):
@@ -241,62 +210,13 @@ def test_chunk_length_changes_nothing(tmp_path):
     assert all(torch.equal(a["q_net"][name], b["q_net"][name]) for name in a["q_net"])
 
 
-def test_a_member_is_the_single_run_of_its_seed():
-    """Draws equal exactly, losses within float32 rounding for 200 updates; members differ (13)."""
-
-    def losses(seed: int, num_seeds: int) -> tuple[Tensor, list[Tensor]]:
-        args = replace(
-            SHORT, seed=seed, num_seeds=num_seeds, learning_starts=0, total_timesteps=3_300
-        )
-        env, noise = LineWorld(slip_prob=0.05), Noise(seed, num_seeds)
-        learner = make_learner(args, env, noise)
-        updates, inputs = [], []
-        for chunk, steps, update_inputs in planned(args, env, noise, make_plan(args, env)):
-            updates.append(chunk_(learner, steps, update_inputs, chunk.update_counts).updates)
-            step = steps.env_step.unflatten(1, (num_seeds, -1))
-            inputs.append(
-                [steps.explore.movedim(1, 0), step.movedim(1, 0), update_inputs.rows.movedim(1, 0)]
-            )
-        return torch.cat(updates)[:200], [torch.cat(t, 1) for t in zip(*inputs, strict=True)]
-
-    together, draws = losses(5, 3)
-    assert len(together) == 200
-    for i in range(3):
-        alone, own_draws = losses(5 + i, 1)
-        for ours, theirs in zip(draws, own_draws, strict=True):
-            assert torch.equal(ours[i], theirs[0])
-        torch.testing.assert_close(together[..., i], alone[..., 0], rtol=2e-3, atol=2e-5)
-        assert not torch.equal(together[..., i], together[..., (i + 1) % 3])
-
-
-# ------------------------------------------------------------------ what an engine may rely on
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises where a tensor's value reaches the host, or where a shape depends on values."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(name in func.name() for name in self.FORBIDDEN):
-            raise AssertionError(f"host read: {func.name()}")
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_chunk_reads_nothing_on_the_host():
-    """No value of a tensor is asked for in act, step, store, sample, update and sync."""
-    learner, *chunk = learner_and_inputs(replace(SHORT, num_seeds=2))
-    with NoHostReads():
-        record = chunk_(learner, *chunk)
-    assert len(record.updates) > 0
-    with pytest.raises(AssertionError, match="host read"), NoHostReads():
-        record.updates.sum().item()
+# ------------------------------------------------------------------------ what waits for nothing
 
 
 def test_between_evaluations_nothing_is_read_on_the_host(tmp_path, monkeypatch):
     """Chunks, log points and checkpoints, up to the evaluation at the end, ask for no value."""
     for module in ("metrics", "run"):
-        monkeypatch.setattr(f"dqn_fast.{module}.HostCopy", Late)
+        monkeypatch.setattr(f"dqn_fast.record.{module}.HostCopy", Late)
     with ExitStack() as forbidden:
         advance, check_finite = RunRecord.advance, RunRecord.check_finite
 
@@ -305,9 +225,9 @@ def test_between_evaluations_nothing_is_read_on_the_host(tmp_path, monkeypatch):
                 forbidden.enter_context(NoHostReads())
             advance(self, chunk)
 
-        def end(self: RunRecord, replay: Any) -> None:
+        def end(self: RunRecord) -> None:
             forbidden.close()
-            check_finite(self, replay)
+            check_finite(self)
 
         monkeypatch.setattr(RunRecord, "advance", begin)
         monkeypatch.setattr(RunRecord, "check_finite", end)
@@ -328,9 +248,9 @@ def test_between_evaluations_nothing_waits_for_the_gpu(engine, tmp_path, monkeyp
             torch.cuda.set_sync_debug_mode("error")
         advance(self, chunk)
 
-    def end(self: RunRecord, replay: Any) -> None:
+    def end(self: RunRecord) -> None:
         torch.cuda.set_sync_debug_mode(before)
-        check_finite(self, replay)
+        check_finite(self)
 
     monkeypatch.setattr(RunRecord, "advance", begin)
     monkeypatch.setattr(RunRecord, "check_finite", end)
@@ -340,94 +260,6 @@ def test_between_evaluations_nothing_waits_for_the_gpu(engine, tmp_path, monkeyp
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert len(rows(tmp_path / "run")) == 16
-
-
-@pytest.mark.parametrize("num_envs", [1, 1_024, 2_500, 20_000])
-def test_values_of_many_copies_are_those_of_each(num_envs):
-    """Whatever blocks a CPU takes them in: order, members and shape are those of one product."""
-    args = replace(SHORT, num_envs=num_envs, num_seeds=2, buffer_size=num_envs)
-    learner = make_learner(args, make_env(args.env_id), Noise(0, 2))
-    learner.vector.obs.random_(0, 15)
-    obs = learner.vector.obs.unflatten(0, (2, num_envs))
-    with torch.no_grad():
-        table = learner.q_net(learner.env.features(torch.arange(15).expand(2, -1)))
-        values = q_of_copies(learner)
-    assert values.shape == (2, num_envs, 2)
-    expected = table.gather(1, obs.long()[..., None].expand(-1, -1, 2))
-    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_what_is_carried_keeps_its_address():
-    """A chunk writes in place; what a captured graph reads stays where it is."""
-    learner, *chunk = learner_and_inputs(SHORT)
-    before = [tensor.data_ptr() for tensor in tensors(learner)]
-    values = [tensor.clone() for tensor in tensors(learner)]
-    chunk_(learner, *chunk)
-    assert [tensor.data_ptr() for tensor in tensors(learner)] == before
-    changed = [not torch.equal(a, b) for a, b in zip(values, tensors(learner), strict=True)]
-    assert sum(changed) > 20
-
-
-class SharedState(NamedTuple):
-    first: Tensor
-    second: Tensor
-
-
-@dataclass(frozen=True)
-class OneTensorTwice(TensorEnv):
-    """Hands out one tensor, and an expanded one, as several at its start."""
-
-    max_steps: int = 3
-    num_actions: ClassVar[int] = 2
-
-    def reset(self, noise: Tensor) -> SharedState:
-        same = torch.zeros(1, device=noise.device).expand(len(noise))
-        return SharedState(same, same)
-
-    def step(self, state: SharedState, action: Tensor, noise: Tensor) -> Any:
-        state = SharedState(state.first + 1 + action, state.second - 1)
-        return state, state.first, torch.zeros_like(action).bool()
-
-    def observe(self, state: SharedState) -> Tensor:
-        return torch.stack(state, -1)
-
-
-@pytest.mark.parametrize("env", [LineWorld(slip_prob=0.3, max_steps=3), OneTensorTwice()])
-def test_replay_holds_what_the_environment_did(env):
-    """Transitions of the first vector steps, played again from the carried state by hand."""
-    args = replace(SHORT, num_envs=8, num_seeds=2, batch_size=4, learning_starts=1_000)
-    noise = Noise(0, 2)
-    learner = make_learner(args, env, noise)
-    chunk, steps, updates = next(iter(planned(args, env, noise, make_plan(args, env))))
-    vector, expected = learner.vector.clone(), []
-    for k in range(chunk.num_steps):
-        q_values = learner.q_net(env.features(learner.by_member(vector.obs)))
-        explore = steps.explore[k, ..., 0] < steps.epsilon[k]
-        action = torch.where(explore, (steps.explore[k, ..., 1] * 2).long(), q_values.argmax(-1))
-        obs = vector.obs
-        vector, outcome = env.vector_step(
-            vector, action.flatten(), steps.env_step[k], steps.env_reset[k]
-        )
-        expected.append(
-            (obs, action.flatten(), outcome.reward, outcome.next_obs, outcome.terminated)
-        )
-    chunk_(learner, steps, updates, chunk.update_counts)
-    size = chunk.num_steps * 8
-    assert learner.replay.size.tolist() == [[size]] * 2
-    for i, stored in enumerate(learner.replay.data):
-        ours = torch.cat([learner.by_member(row[i]) for row in expected], 1)
-        assert torch.equal(stored[:, :size], ours.to(stored.dtype))
-
-
-@pytest.mark.gpu
-def test_a_chunk_does_not_synchronise_with_the_gpu(no_synchronisation):
-    """CUDA's own sync-debug mode finds nothing in a chunk."""
-    args = replace(SHORT, num_envs=64)
-    env, noise = LineWorld(slip_prob=0.05), Noise(0, 1, "cuda")
-    learner = make_learner(args, env, noise)
-    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
-        with no_synchronisation():
-            chunk_(learner, steps, updates, chunk.update_counts)
 
 
 @pytest.mark.gpu
@@ -443,25 +275,23 @@ def test_the_gpu_learns_as_the_cpu_does(tmp_path):
 # ----------------------------------------------------------------------------- what it records
 
 
-def test_epsilon_at_start_middle_and_end(tmp_path):
+def test_epsilon_at_start_middle_and_end():
     """Linear in global_step over eps_fraction of the run, whatever num_envs is (trap 6)."""
     args = replace(SHORT, num_envs=10, total_timesteps=2_000, eps_fraction=0.8)
-    env, noise = LineWorld(), Noise(0, 1)
-    plan = make_plan(args, env)
-    drawn = np.concatenate(
-        [draw_inputs(args, env, noise, chunk)[0].epsilon for _, chunk in plan.chunks()]
-    )
-    assert len(drawn) == 200
+    training = setup(replace(args, num_seeds=2), LineWorld())
+    drawn = torch.cat([steps.epsilon for _, steps, _ in training.inputs()])
+    assert drawn.shape == (200, 2)
     expected = {0: 1.0, 80: 1 - 0.95 / 2, 159: 1 - 0.95 * 1590 / 1600, 160: 0.05, 199: 0.05}
     for step, value in expected.items():
-        assert drawn[step] == pytest.approx(value, abs=1e-6)
+        assert drawn[step].tolist() == [pytest.approx(value, abs=1e-6)] * 2
 
 
 @pytest.mark.parametrize("num_envs", [1, 4096])
 def test_without_a_decay_epsilon_is_at_its_end_from_the_start(num_envs):
     """eps_fraction 0: not one vector step at eps_start."""
-    args = Args(num_envs=num_envs, eps_fraction=0.0)
-    assert epsilon(args, np.array([0, num_envs])).tolist() == pytest.approx([0.05, 0.05])
+    schedules = schedules_of(Args(num_envs=num_envs, eps_fraction=0.0))
+    epsilon = schedules.epsilon(np.array([0, num_envs]))
+    assert epsilon.flatten().tolist() == pytest.approx([0.05, 0.05])
 
 
 @pytest.mark.parametrize("env_id", TENSOR_ENVS)
@@ -505,8 +335,8 @@ def test_every_finished_episode_is_recorded(tmp_path):
     result = train(replace(args, run_dir=tmp_path / "run"))
     episodes = np.load(tmp_path / "run" / "episodes.npz")
     assert (np.diff(episodes["global_step"]) >= 0).all()
-    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["resume"]["learner"]
-    elapsed = state["vector"][-2].view(2, -1).sum(1)
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["resume"]["state"]
+    elapsed = state["env"]["elapsed"].view(2, -1).sum(1)
     for member in range(2):
         own = episodes["member"] == member
         steps = episodes["episode_length"][own].sum() + elapsed[member].item()
@@ -575,7 +405,7 @@ def test_a_device_that_is_behind_changes_nothing(tmp_path, monkeypatch):
     args = replace(SHORT, num_seeds=2, chunk_steps=4, log_interval=320, checkpoint_interval=1_000)
     train(replace(args, run_dir=tmp_path / "at once"))
     for module in ("metrics", "run"):
-        monkeypatch.setattr(f"dqn_fast.{module}.HostCopy", Late)
+        monkeypatch.setattr(f"dqn_fast.record.{module}.HostCopy", Late)
     late: list[int] = []
     settle = RunRecord.settle
 
@@ -612,13 +442,12 @@ def test_a_checkpoint_is_of_its_own_moment(copied_bytes, tmp_path, monkeypatch):
 
     monkeypatch.setattr("dqn_fast.record.run.save_checkpoint", save)
     train(replace(SHORT, checkpoint_interval=1_500, eval_interval=0, run_dir=tmp_path / "run"))
-    checkpoints = [content["resume"]["learner"] for content in saved if "resume" in content]
-    sizes = [learner["replay"]["size"].item() for learner in checkpoints]
-    assert sizes[0] == 1_536
-    assert sizes[-1] == 4_032
-    stored = checkpoints[0]["replay"]["obs"][0, :1_536]
-    assert torch.equal(stored, checkpoints[-1]["replay"]["obs"][0, :1_536])
-    assert not checkpoints[0]["replay"]["obs"][0, 1_536:].any()
+    replays = [content["resume"]["state"]["replay"] for content in saved if "resume" in content]
+    assert replays[0]["size"].item() == 1_536
+    assert replays[-1]["size"].item() == 4_032
+    first, last = (replay["rows"]["obs"] for replay in (replays[0], replays[-1]))
+    assert torch.equal(first[:1_536], last[:1_536])
+    assert not first[1_536:].any()
 
 
 def test_run_directories_do_not_collide(tmp_path, monkeypatch):
@@ -631,13 +460,16 @@ def test_run_directories_do_not_collide(tmp_path, monkeypatch):
 
 
 def test_on_log_sees_every_log_point(tmp_path):
-    """The hook gets global_step, the learner and the metrics."""
+    """The hook gets global_step, the training and the metrics."""
     seen = []
-    train(
-        replace(SHORT, log_interval=1_000, run_dir=tmp_path / "run"),
-        on_log=lambda step, learner, row: seen.append((step, learner.q_net, row["charts/epsilon"])),
-    )
+
+    def note(step: int, training: Training, row: dict[str, Any]) -> None:
+        size = training.state.replay.size.item()
+        seen.append((step, size, training.env, row["charts/epsilon"]))
+
+    result = train(replace(SHORT, log_interval=1_000, run_dir=tmp_path / "run"), on_log=note)
     assert [step for step, *_ in seen] == [1_024, 2_048, 3_008, 4_032]
+    assert all(step == size and env is result.env for step, size, env, _ in seen)
 
 
 def test_a_point_that_only_saves_logs_nothing(tmp_path):
@@ -685,8 +517,8 @@ def test_a_run_that_breaks_off_keeps_its_agent(error, tmp_path):
     """The network as it was, with nothing to go on from."""
     nets = []
 
-    def stop(step: int, learner: Learner, row: dict[str, Any]) -> None:
-        nets.append(learner.q_net)
+    def stop(step: int, training: Training, row: dict[str, Any]) -> None:
+        nets.append(training.q_net)
         if step >= 2_000:
             raise error
 
@@ -707,7 +539,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(late, tmp_path, monkeypatch):
     the device tells of it late."""
     if late:
         for module in ("metrics", "run"):
-            monkeypatch.setattr(f"dqn_fast.{module}.HostCopy", Late)
+            monkeypatch.setattr(f"dqn_fast.record.{module}.HostCopy", Late)
     args = replace(
         SHORT, learning_rate=1e30, max_grad_norm=math.inf, loss="squared", checkpoint_interval=256,
         log_interval=512, run_dir=tmp_path / "run",
@@ -723,31 +555,56 @@ def test_a_loss_that_is_not_finite_stops_the_run(late, tmp_path, monkeypatch):
     assert [row["global_step"] for row in rows(tmp_path / "run")].count(last["global_step"]) == 1
 
 
-def test_held_actions_end_with_the_episode(tmp_path):
-    """With actions that last for ever and no new ones but at the start: within an episode all
-    actions are the same, from one episode to the next they differ; chunks change nothing."""
-    args = replace(SHORT, eps_repeat=0.999, eps_end=1.0, gradient_steps=0, num_envs=4)
-    runs = []
-    for chunk_steps in (1, 8):
-        env, noise = LineWorld(max_steps=10, n_states=30), Noise(0, 1)
-        learner = make_learner(args, env, noise)
-        plan = make_plan(replace(args, chunk_steps=chunk_steps), env)
-        for chunk, steps, updates in planned(args, env, noise, plan):
-            chunk_(learner, steps, updates, chunk.update_counts)
-        runs.append(learner.replay.data.action[0, :4_000].view(100, 10, 4))  # episode, step, copy
-    assert torch.equal(*runs)
-    held = (runs[0] == runs[0][:, :1]).all(1).float().mean().item()
-    assert held > 0.97
-    assert 0.4 < (runs[0][1:, 0] == runs[0][:-1, 0]).float().mean().item() < 0.6
-
-
 def test_adam_state_is_part_of_the_checkpoint(tmp_path):
     """What is needed to go on: networks, moments, envs, replay, counters."""
     train(replace(SHORT, run_dir=tmp_path / "run"))
     resume = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["resume"]
     assert resume["num_updates"] > 0
     assert resume["num_evaluations"] > 0
-    learner = resume["learner"]
-    assert set(learner) == {"q_net", "target_net", "adam", "vector", "replay", "held"}
-    assert set(learner["adam"]) == set(Adam._fields)
-    assert learner["replay"]["size"].tolist() == [[4_032]]
+    state = resume["state"]
+    assert set(state) == set(State._fields)
+    assert set(state["adam"]) == set(Adam._fields)
+    assert state["replay"]["size"].tolist() == [[4_032]]
+    assert state["held"] is None
+
+
+def test_a_checkpoint_gives_the_state_back(tmp_path):
+    """Into a state of the same settings, bit for bit, through `tree.load_`; other settings are
+    refused by the place that differs."""
+    args = replace(SHORT, num_seeds=2, eps_repeat=0.5, run_dir=tmp_path / "run")
+    states = []
+    train(args, on_log=lambda _step, training, _row: states.append(training.state))
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["resume"]["state"]
+    fresh = setup(args).state
+    tree.load_(fresh, saved)
+    assert all(map(torch.equal, tree.leaves(fresh), tree.leaves(states[-1])))
+    for change, message in (
+        ({"eps_repeat": 0.0}, "held: must be None"),
+        ({"buffer_size": 100}, r"replay/rows/obs: must be torch.uint8 \(200,\)"),
+        ({"hidden_sizes": (8,)}, "params: must hold 4 values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tree.load_(setup(replace(args, **change)).state, saved)
+
+
+def test_setup_writes_nothing_and_closes_what_it_made(tmp_path, monkeypatch):
+    """No directory; an environment of one's own stays open, one that was made does not."""
+    monkeypatch.chdir(tmp_path)
+    closed = []
+    monkeypatch.setattr(LineWorld, "close", lambda self: closed.append(self))
+    own = LineWorld()
+    setup(SHORT, own).close()
+    assert closed == []
+    training = setup(SHORT)
+    assert closed == []
+    training.close()
+    assert closed == [training.env]
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_of_a_chunk_are_parts_of_its_window():
+    """Noise and schedules are drawn for a window of chunks; a chunk's own are the same numbers."""
+    training = setup(replace(SHORT, num_seeds=2, total_timesteps=1_500, chunk_steps=3))
+    for chunk, *parts in training.inputs():
+        for ours, theirs in zip(parts, training.inputs_of(chunk), strict=True):
+            assert all(map(torch.equal, tree.leaves(ours), tree.leaves(theirs)))

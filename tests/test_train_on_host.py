@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dqn_fast import tree
 from dqn_fast.agent import load_agent
-from dqn_fast.envs import make_env
 from dqn_fast.envs.from_gymnasium import GymnasiumEnv, from_gymnasium
-from dqn_fast.noise import Noise
 from dqn_fast.record.run import UsageError
-from dqn_fast.train import Args, Learner, chunk_, make_learner, make_plan, planned, train
+from dqn_fast.replay import Replay, ReplayState, Transition
+from dqn_fast.train import Args, setup, train
 
 ARGS = Args(
     env_id="gym:CartPole-v1",
@@ -29,23 +29,23 @@ ARGS = Args(
 )
 
 
-def collected(mode: str, args: Args) -> Learner:
-    """The learner after a run without learning."""
+def collected(mode: str, args: Args) -> tuple[ReplayState, Transition]:
+    """The replay after a run, and its storage by member."""
     env = from_gymnasium("CartPole-v1", vectorization_mode=mode)
-    noise = Noise(args.seed, args.num_seeds)
-    learner = make_learner(args, env, noise)
-    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
-        chunk_(learner, steps, updates, chunk.update_counts)
+    training = setup(replace(args, engine="eager"), env)
+    for _ in training.chunks():
+        pass
     env.close()
-    return learner
+    replay = training.state.replay
+    return replay, training.dqn.replay.by_member(replay)
 
 
 def test_worker_processes_collect_the_same_transitions():
     """Without learning, worker processes fill the replay as one process does."""
     args = replace(ARGS, gradient_steps=0)
-    ours, theirs = (collected(mode, args).replay.state_dict() for mode in ("sync", "async"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert ours["size"].tolist() == [[2_000]]
+    ours, theirs = (collected(mode, args)[0] for mode in ("sync", "async"))
+    assert all(map(torch.equal, tree.leaves(ours), tree.leaves(theirs)))
+    assert ours.size.tolist() == [[2_000]]
 
 
 @pytest.mark.parametrize(("mode", "lag"), [("sync", 0), ("async", 4)])
@@ -53,11 +53,11 @@ def test_a_step_in_the_background_is_learned_from_one_step_later(mode, lag, monk
     """In the background a gradient step samples from all transitions except those of its own vector
     step. The first gradient step comes one vector step later, so that replay is never empty."""
     sizes = []
-    sample = type(make_learner(ARGS, make_env("CartPole-v1"), Noise(0, 1)).replay).sample
+    sample = Replay.sample
 
-    def counted(replay, noise):
-        sizes.append(int(replay.size))
-        return sample(replay, noise)
+    def counted(replay, state, *noise_and_settings):
+        sizes.append(int(state.size))
+        return sample(replay, state, *noise_and_settings)
 
     monkeypatch.setattr("dqn_fast.replay.Replay.sample", counted)
     collected(mode, replace(ARGS, total_timesteps=200))
@@ -74,20 +74,20 @@ def test_same_seed_same_run(mode, tmp_path):
 
 def test_members_are_the_single_runs_of_their_seeds():
     """Copies of all members live in one vector environment; each member's replay is its own."""
-    both = collected("sync", replace(ARGS, num_seeds=2, gradient_steps=0)).replay.data
+    _, both = collected("sync", replace(ARGS, num_seeds=2, gradient_steps=0))
     for seed in range(2):
-        single = collected("sync", replace(ARGS, seed=seed, gradient_steps=0)).replay.data
+        _, single = collected("sync", replace(ARGS, seed=seed, gradient_steps=0))
         assert torch.equal(both.next_obs[seed], single.next_obs[0])
         assert torch.equal(both.action[seed], single.action[0])
 
 
 def test_resets_in_a_step_of_their_own_are_not_stored():
     """CartPole's own vector version resets in the next step: fewer rows, none of them a reset."""
-    replay = collected("vector_entry_point", replace(ARGS, gradient_steps=0)).replay
+    replay, stored = collected("vector_entry_point", replace(ARGS, gradient_steps=0))
     size = int(replay.size)
     assert 1_800 < size < 2_000  # an episode of about 20 steps costs one more
-    assert (replay.data.reward[0, :size] == 1).all()
-    obs, next_obs = replay.data.obs[0, :size], replay.data.next_obs[0, :size]
+    assert (stored.reward[0, :size] == 1).all()
+    obs, next_obs = stored.obs[0, :size], stored.next_obs[0, :size]
     # A step of 0.02 s moves the cart by its speed and nothing else; a reset would move it anyhow.
     torch.testing.assert_close(next_obs[:, 0], obs[:, 0] + 0.02 * obs[:, 1], atol=1e-6, rtol=0)
 

@@ -1,43 +1,21 @@
-"""Files that are whole or not there, and agents read back from them."""
+"""Files that are whole or not there, and the best agent of a run."""
 
 from __future__ import annotations
 
 import json
 import math
 import stat
-import sys
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
 
-import gymnasium
-import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
-from torch import Tensor
 
-from dqn_fast import evaluate
-from dqn_fast.envs import TensorEnv, from_gymnasium
+from dqn_fast.dqn import QFunction
+from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
-from dqn_fast.record.checkpoint import (
-    Agent,
-    BestAgent,
-    load_agent,
-    load_checkpoint,
-    save_checkpoint,
-    write_json,
-    write_whole,
-)
+from dqn_fast.record.checkpoint import BestAgent, write_json, write_whole
 from dqn_fast.train import Args, train
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A short run of three members."""
-    path = tmp_path_factory.mktemp("runs") / "run"
-    train(Args(total_timesteps=9_000, num_seeds=3, run_dir=path, quiet=True, report=False))
-    return path
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
@@ -72,7 +50,7 @@ def test_json_is_strict(tmp_path):
     assert "NaN" not in text
 
 
-def test_checkpoints_hold_plain_values_only(run_dir):
+def test_checkpoints_hold_plain_values_only(tmp_path):
     """Both load without running code, and hold tensors, text, numbers, None, dicts and lists."""
 
     def check(value):
@@ -87,159 +65,23 @@ def test_checkpoints_hold_plain_values_only(run_dir):
         else:
             assert value is None or type(value) in (torch.Tensor, str, int, float, bool)
 
+    run_dir = tmp_path / "run"
+    args = Args(total_timesteps=2_000, num_seeds=2, eps_repeat=0.5, quiet=True, report=False)
+    train(replace(args, run_dir=run_dir))
     for name in ("checkpoint.pt", "best.pt"):
         content = torch.load(run_dir / name, weights_only=True)
-        check({key: dict(v) if key == "q_net" else v for key, v in content.items()})
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04\x95"])
-def test_foreign_files_are_refused(tmp_path, content):
-    """One line that names the file."""
-    (tmp_path / "best.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"best.pt: not a checkpoint of this program"):
-        load_agent(tmp_path)
-    save_checkpoint(tmp_path / "other.pt", {"weights": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"other.pt: not a checkpoint of this program"):
-        load_checkpoint(tmp_path / "other.pt")
-
-
-def test_the_last_agent_is_the_trained_network(run_dir, tmp_path):
-    """Its values are those of `Result.q_net`, for each member."""
-    result = train(
-        Args(total_timesteps=2_000, num_seeds=2, run_dir=tmp_path / "run", quiet=True, report=False)
-    )
-    obs = result.env.observe(result.env.states())
-    expected = result.q_net(result.env.features(obs).expand(2, -1, -1))
-    for member in range(2):
-        agent = load_agent(tmp_path / "run", "last", member=member, device="cpu")
-        assert torch.equal(agent.q_values(obs), expected[member])
-
-
-def test_act_takes_one_or_many_numpy_or_torch(run_dir):
-    """Stored observations or features, one or a batch of any shape; NumPy answers NumPy."""
-    agent = load_agent(run_dir, device="cpu")
-    positions = torch.arange(14, dtype=torch.uint8)
-    one_hot = agent.env.features(positions)
-    actions = agent.act(positions)
-    assert actions.dtype == torch.int64
-    assert actions.tolist() == [1] * 14
-    assert torch.equal(agent.act(one_hot), actions)
-    assert torch.equal(agent.act(positions.view(2, 7)), actions.view(2, 7))
-    assert torch.equal(agent.act(one_hot.view(7, 2, 15)), actions.view(7, 2))
-    assert agent.act(one_hot[3]).shape == ()
-    assert agent.act(positions[3]).item() == 1
-    array = agent.act(one_hot.numpy())
-    assert isinstance(array, np.ndarray)
-    assert array.tolist() == [1] * 14
-    assert int(agent.act(one_hot[5].numpy())) == 1
-    assert int(agent.act(np.uint8(5))) == 1
-
-
-class Place(NamedTuple):
-    at: Tensor
-
-
-@dataclass(frozen=True)
-class Scaled(TensorEnv):
-    """Observations of two floats, and features of two others, a hundred times smaller."""
-
-    max_steps: int = 10
-    num_actions: ClassVar[int] = 2
-    reset_noise_dim: ClassVar[int] = 2
-
-    def reset(self, noise: Tensor) -> Place:
-        return Place(noise * 200 - 100)
-
-    def step(self, state: Place, action: Tensor, noise: Tensor) -> Any:
-        sign = 2.0 * action - 1
-        at = state.at + 10 * sign[:, None]
-        return Place(at), -(at.abs() / 100).sum(1), torch.zeros_like(action).bool()
-
-    def observe(self, state: Place) -> Tensor:
-        return state.at
-
-    def features(self, obs: Tensor) -> Tensor:
-        return obs / 100 + 1
-
-
-def test_what_is_stored_is_no_feature_though_it_looks_like_one(tmp_path):
-    """Floats of the features' width go through `features` where that is how they are stored; the
-    agent then plays what evaluation plays."""
-    env = Scaled()
-    args = Args(total_timesteps=1_000, quiet=True, report=False, run_dir=tmp_path / "run")
-    q_net = train(args, env=env).q_net
-    agent = load_agent(tmp_path / "run", "last", env=env, device="cpu")
-    obs = env.observe(env.reset(torch.rand(50, 2)))
-    expected = q_net(env.features(obs)[None])[0]
-    assert torch.equal(agent.q_values(obs), expected)
-    assert torch.equal(agent.q_values(obs.double().view(5, 10, 2)), expected.view(5, 10, 2))
-    assert agent.act(obs.numpy()).tolist() == expected.argmax(-1).tolist()
-
-
-class Mixed(gymnasium.Env[Any, Any]):
-    """Bytes, which are stored as floats beside the others and read divided by 255."""
-
-    action_space = spaces.Discrete(2)
-    observation_space = spaces.Dict(
-        {"bytes": spaces.Box(0, 255, (2,), np.uint8), "floats": spaces.Box(-1, 1, (1,), np.float32)}
-    )
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
-        return self.observation_space.sample(), 0.0, True, False, {}
-
-
-def test_what_a_host_environment_stores_is_known_too():
-    """Of the width of the features and of floats as well, but not the features; a Box with an axis
-    of 1 keeps it."""
-    env = from_gymnasium(Mixed)
-    q_net = QNetwork((3, 2)).init_(Noise(0, 1))
-    stored = torch.tensor([[200.0, 5.0, 0.5], [0.0, 255.0, -1.0]])
-    agent = Agent(env, q_net, 0, [0], [0.0])
-    assert torch.equal(agent.q_values(stored), q_net(env.features(stored)[None])[0])
-    box = spaces.Box(-1, 1, (1, 3), np.float32)
-    one_row = from_gymnasium(lambda: gymnasium.wrappers.TransformObservation(Mixed(), dict, box))
-    agent = Agent(one_row, q_net, 0, [0], [0.0])
-    assert agent.act(torch.zeros(7, 1, 3)).shape == (7,)
-    assert agent.act(torch.zeros(7, 3)).shape == (7,)
-    for made in (env, one_row):
-        made.close()
-
-
-def test_an_environment_of_ones_own_has_to_be_given(tmp_path, capsys, monkeypatch):
-    """One line that says how, in Python and at the command line."""
-    args = Args(total_timesteps=500, quiet=True, report=False, run_dir=tmp_path / "run")
-    train(args, env=Scaled())
-    message = f"{tmp_path}/run/best.pt: was trained on Scaled, which no id stands for here; "
-    with pytest.raises(ValueError, match=message + r"give .* load_agent\(run_dir, env=...\)$"):
-        load_agent(tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "run")])
-    assert evaluate.main() == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: {message}")
-    assert len(err.splitlines()) == 1
-
-
-def test_the_member_with_the_best_evaluation_answers(run_dir):
-    """Unless one is named; one that is not there is refused."""
-    content = torch.load(run_dir / "best.pt", weights_only=True)
-    assert load_agent(run_dir).member == int(np.argmax(content["eval_return_mean"]))
-    assert load_agent(run_dir, member=2).member == 2
-    with pytest.raises(ValueError, match=r"member 3: must be in 0 .. 2"):
-        load_agent(run_dir, member=3)
+        check(content)
 
 
 def test_best_keeps_each_members_best():
     """Members improve at different times; what was best stays although the network goes on."""
-    q_net = QNetwork((2, 2), 2)
+    network = QNetwork((2, 2))
+    q_net = QFunction(network, ScalarHead(), network.init(Noise(0, 2)))
     best = BestAgent(2)
 
     def set_to(value):
         with torch.no_grad():
-            for param in q_net.params:
+            for param in q_net.parameters():
                 param.fill_(value)
 
     for value, returns, expected in (

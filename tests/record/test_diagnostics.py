@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from dqn_fast.envs import LineWorld
-from dqn_fast.evaluate import solve
+from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.record.diagnostics import (
     MOST_SNAPSHOTS,
     QUANTILE_LEVELS,
+    SAMPLE_SIZE,
     Diagnostics,
     dead_units,
     visits,
 )
-from dqn_fast.train import Args, chunk_, make_learner, make_plan, planned, train
+from dqn_fast.train import Args, setup, train
 
 ARGS = Args(
     total_timesteps=6_000,
@@ -60,51 +61,75 @@ def test_looking_does_not_change_the_run(tmp_path):
     """With and without log points the agent is the same, bit for bit."""
     ours = train(replace(ARGS, run_dir=tmp_path / "a")).q_net
     theirs = train(replace(ARGS, log_interval=0, run_dir=tmp_path / "b")).q_net
-    assert all(map(torch.equal, ours.params, theirs.params))
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
 def test_visits_count_the_newest_rows():
     """Over a buffer that has wrapped around, exactly the observations acted in."""
     args = replace(ARGS, buffer_size=300, num_envs=7, total_timesteps=2_000)
-    env, noise = LineWorld(slip_prob=0.2), Noise(0, 2)
-    learner = make_learner(args, env, noise)
-    seen = []
-    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
-        chunk_(learner, steps, updates, chunk.update_counts)
-        seen.append(learner.replay.data.obs.clone())
-    order = (int(learner.replay.cursor[0]) - 1 - np.arange(100)) % 300
+    training = setup(args, LineWorld(slip_prob=0.2))
+    env, replay, state = training.env, training.dqn.replay, training.state.replay
+    for _ in training.chunks():
+        pass
+    order = (int(state.cursor[0]) - 1 - np.arange(100)) % 300
+    stored = replay.by_member(state).obs
     for member in range(2):
-        expected = np.bincount(learner.replay.data.obs[member].numpy()[order], minlength=15)
-        assert visits(env, learner.replay, 100, 15)[member].tolist() == expected.tolist()
-    assert visits(env, learner.replay, 10**6, 15).sum(1).tolist() == [300, 300]
+        expected = np.bincount(stored[member].numpy()[order], minlength=15)
+        assert visits(env, replay, state, 100, 15)[member].tolist() == expected.tolist()
+    assert visits(env, replay, state, 10**6, 15).sum(1).tolist() == [300, 300]
 
 
 def test_dead_units_are_those_that_never_fire():
     """A unit with a hopeless bias is dead, one that fires on a single row is not."""
-    q_net = QNetwork((2, 4, 3), 1)
+    network, without = QNetwork((2, 4, 3)), QNetwork((2, 3))
+    params = network.init(Noise(0, 1))
     with torch.no_grad():
-        weight, bias = q_net.layers[0]
-        weight.copy_(torch.tensor([[[1.0, 1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]]))
-        bias.copy_(torch.tensor([[[0.0, -9.0, -9.0, -0.5]]]))
+        params[0].copy_(torch.tensor([[[1.0, 1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]]))
+        params[1].copy_(torch.tensor([[[0.0, -9.0, -9.0, -0.5]]]))
     features = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
-    for net, expected in ((q_net, [0.5]), (QNetwork((2, 3)), [0.0])):
-        *hidden, q_values = net.activations(features)
-        assert dead_units(hidden, q_values).tolist() == expected
+    for net, own, expected in (
+        (network, params, [0.5]),
+        (without, without.init(Noise(0, 1)), [0.0]),
+    ):
+        *hidden, outputs = net.activations(own, features)
+        assert dead_units(hidden, ScalarHead().values(outputs)).tolist() == expected
+
+
+def test_a_snapshot_looks_at_rows_spread_over_the_replay():
+    """TD errors of every size / SAMPLE_SIZE-th row, each member's own, by hand; the policy has not
+    changed where nothing was learned in between."""
+    training = setup(replace(ARGS, double_q=False), LineWorld(slip_prob=0.2))
+    chunks = training.chunks()
+    while next(chunks)[0].after < 2_000:
+        pass
+    dqn, state = training.dqn, training.state
+    diagnostics = Diagnostics(dqn, training.exact)
+    first, second = (diagnostics.take(state, 64) for _ in range(2))
+    assert first["td_error"].shape == (2, SAMPLE_SIZE)
+    assert first["policy_changes"].isnan().all()
+    assert second["policy_changes"].tolist() == [0.0, 0.0]
+    rows = [i * int(state.replay.size[0]) // SAMPLE_SIZE for i in range(SAMPLE_SIZE)]
+    obs, action, reward, next_obs, terminated = (
+        stored[:, rows] for stored in dqn.replay.by_member(state.replay)
+    )
+    with torch.no_grad():
+        q_values, next_q = (
+            dqn.network(params, dqn.env.features(x))[..., 0]
+            for params, x in ((state.params, obs), (state.target_params, next_obs))
+        )
+    target = reward + 0.99 * next_q.amax(-1) * ~terminated
+    q_taken = q_values.gather(-1, action.long()[..., None])[..., 0]
+    torch.testing.assert_close(first["td_error"], target - q_taken)
 
 
 def test_long_runs_are_thinned_and_lose_no_visit():
     """More log points than snapshots: neighbours are merged, their visits added."""
-    env, noise = LineWorld(slip_prob=0.2), Noise(0, 2)
-    learner = make_learner(ARGS, env, noise)
-    chunk, steps, updates = next(iter(planned(ARGS, env, noise, make_plan(ARGS, env))))
-    chunk_(learner, steps, updates, chunk.update_counts)
-    diagnostics = Diagnostics(env, solve(env, 0.99, torch.device("cpu")))
+    training = setup(ARGS, LineWorld(slip_prob=0.2))
+    next(training.chunks())
+    diagnostics = Diagnostics(training.dqn, training.exact)
     total = 3 * MOST_SNAPSHOTS + 5
     for i in range(1, total + 1):
-        taken = diagnostics.take(
-            learner.q_net, learner.target_net, learner.replay, learner.gamma, 64
-        )
-        diagnostics.add(taken, 64 * i, i)
+        diagnostics.add(diagnostics.take(training.state, 64), 64 * i, i)
     arrays = diagnostics.arrays()
     steps_taken = arrays["global_step"]
     assert MOST_SNAPSHOTS / 2 < len(steps_taken) <= MOST_SNAPSHOTS + 1

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dqn_fast.record.metrics import UPDATE_METRICS, ChunkRecord, EpisodeLog, Metrics
+from dqn_fast.algorithm import UPDATE_METRICS, ChunkRecord
+from dqn_fast.record.metrics import EpisodeLog, Metrics
 
 CPU = torch.device("cpu")
 

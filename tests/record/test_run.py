@@ -11,7 +11,7 @@ import pytest
 
 from dqn_fast.record.describe import summarise
 from dqn_fast.train import Args, train
-from tests.test_tracker import on_terminal, wandb_files
+from tests.record.test_tracker import on_terminal, wandb_files
 
 ARGS = Args(total_timesteps=4_000, eval_interval=2_000, quiet=True, report=False)
 
