@@ -174,7 +174,7 @@ class Compiler:
                 *map(str, jobs),
             ]
             self._process = subprocess.Popen(
-                [*command, *map(str, jobs)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
