@@ -14,7 +14,7 @@ EngineName = Literal["auto", "eager", "compile", "graph"]
 
 AUTO_SWITCH = 16_384
 """Gradient steps after which `auto` changes to compiled functions on a CPU. The number is fixed so
-that a run can be repeated. Compiling takes 30 to 40 s on another core: it is nearly done by then."""
+that a run can be repeated. Compiling takes 30 to 40 s on another core, so it is nearly done."""
 
 AUTO_COMPILE_ON_CUDA = 100_000
 """Gradient steps of a run from which `auto` compiles before it captures on a GPU. A vector step
