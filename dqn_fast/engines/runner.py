@@ -127,8 +127,9 @@ class CompiledChunk:
         self._state, results = self._compiler.state, self._compiler.results
         self._drawn: tuple[Tensor, ...] = results["draw"]
         self._steps, self._updates = RowBuffers(step), RowBuffers(tree.leaves(update))
-        metrics = torch.empty(len(UPDATE_METRICS), algorithm.num_members, device=noise.device)
-        self._metrics = RowBuffers([metrics])
+        shape = (len(UPDATE_METRICS), algorithm.num_members)
+        self._update_metrics = torch.empty(shape, device=noise.device)
+        self._metrics = RowBuffers([self._update_metrics])
         if algorithm.on_host:
             self._action: Tensor = results["act"]
         else:
@@ -207,10 +208,10 @@ class CompiledChunk:
         return action
 
     def _learn_(self, _state: Any, updates: list[UpdateInputs]) -> list[Tensor]:
-        _, rows = self._metrics.reserve(len(updates))
-        for update, row in zip(updates, rows, strict=False):
-            self._functions["update"]([*self._state, *tree.leaves(update), *row])
-        return [row for (row,) in rows[: len(updates)]]
+        metrics = [torch.empty_like(self._update_metrics) for _ in updates]
+        for update, row in zip(updates, metrics, strict=True):
+            self._functions["update"]([*self._state, *tree.leaves(update), row])
+        return metrics
 
 
 NO_GRAPHS = "no CUDA graphs"
