@@ -15,6 +15,11 @@ MatmulPrecision = Literal["highest", "high"]
 T = TypeVar("T")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def choose_device(name: str) -> torch.device:
     """The device that `name` stands for.
 
@@ -40,8 +45,8 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         number = device.index or 0 if device is not None and device.type == "cuda" else None
         if number is not None and number < torch.cuda.device_count():  # full, or another's
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"--device {asked}: cannot be used, {why}") from error
+            why = f"cannot be used, {first_line(error)}"
+            raise ValueError(f"--device {asked}: {why}") from error
         return _card_called(name, error)
     if device.type == "meta":  # torch's stand-in that computes nothing
         raise _no_device(name)
@@ -67,7 +72,7 @@ def _card_called(name: str, error: Exception) -> torch.device:
 
 
 def _letters(name: str) -> str:
-    """Letters and digits of a name in lower case: what people agree on."""
+    """Letters and digits of a name in lower case; spellings of a name differ in the rest."""
     return "".join(filter(str.isalnum, name.casefold()))
 
 
@@ -75,7 +80,7 @@ def _no_device(name: str) -> ValueError:
     cards = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
     have = ["auto", "cpu", *(f"cuda:{i} ({card})" for i, card in enumerate(cards))]
     have += ["mps"] if torch.backends.mps.is_available() else []
-    return ValueError(f"--device {name}: not to be had here; there is {', '.join(have)}")
+    return ValueError(f"--device {name}: not available here; there is {', '.join(have)}")
 
 
 @contextmanager
@@ -84,18 +89,18 @@ def run_conditions(
     device: torch.device | str = "cpu",
     matmul_precision: MatmulPrecision = "highest",
 ) -> Iterator[None]:
-    """What a run asks of its process; everything is put back as it was.
+    """Settings of the process for the time of a run; afterwards all are as before.
 
     Args:
         num_threads: CPU threads of torch; 0 leaves its own choice.
-        device: where new CUDA streams and graphs are made, where there is a choice of cards.
+        device: becomes the current device, on which torch makes CUDA streams and graphs.
         matmul_precision: of float32 matrix products on a GPU.
     """
     device = torch.device(device)
     with (
         cpu_threads(num_threads),
-        collector_at_rest(),
-        denormals_as_zero(),
+        gc_frozen(),
+        flush_denormals(),
         precision_of_products(matmul_precision if device.type == "cuda" else "highest"),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
     ):
@@ -103,9 +108,9 @@ def run_conditions(
 
 
 class ProcessSetting(Generic[T]):
-    """A setting of the whole process, lent to several users who may come and go in any order.
+    """A setting of the whole process that several users share, who may end in any order.
 
-    The last to come decides. When all have gone the setting is what it was before the first.
+    The user who began last decides. When all have ended, the setting has its first value again.
     """
 
     def __init__(self, read: Callable[[], T], write: Callable[[T], object]) -> None:
@@ -114,7 +119,7 @@ class ProcessSetting(Generic[T]):
 
     @contextmanager
     def lent(self, value: T | None) -> Iterator[None]:
-        """Set it for a while; None leaves it alone."""
+        """Set it within a context; None leaves it alone."""
         with self._lock:
             mine = [self._read()]
             self._before.append(mine)
@@ -125,7 +130,7 @@ class ProcessSetting(Generic[T]):
             with self._lock:
                 place = next(i for i, other in enumerate(self._before) if other is mine)
                 del self._before[place]
-                if place < len(self._before):  # somebody came later, and is still there
+                if place < len(self._before):  # a later user is still there
                     self._before[place][0] = mine[0]
                 else:
                     self._write(mine[0])
@@ -138,23 +143,26 @@ _threads = ProcessSetting[int](torch.get_num_threads, torch.set_num_threads)
 
 
 def precision_of_products(matmul_precision: MatmulPrecision) -> AbstractContextManager[None]:
-    """Multiply float32 matrices in float32 ("highest"), or where a GPU has it in TF32 ("high"):
-    10 instead of 23 bits of each factor's mantissa, sums in float32. It holds for the process: of
-    two runs at the same time the later one decides what is not captured yet."""
+    """Multiply float32 matrices in float32 ("highest") or, on a GPU that has it, in TF32 ("high").
+
+    TF32 keeps 10 of the 23 bits of each factor's mantissa and adds in float32. The setting belongs
+    to the process: of two runs at the same time the later one decides, except in graphs that are
+    already captured.
+    """
     return _precision.lent(matmul_precision)
 
 
 def cpu_threads(number: int) -> AbstractContextManager[None]:
-    """Let torch use so many CPU threads; 0 leaves its own choice."""
+    """Let torch use `number` CPU threads; 0 leaves its own choice."""
     return _threads.lent(number or None)
 
 
 @contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Keep Python's garbage collector from walking what is there already.
+def gc_frozen() -> Iterator[None]:
+    """Keep Python's garbage collector from visiting the objects that exist now.
 
-    torch alone leaves half a million objects; walking them takes 0.15 s, every few thousand
-    gradient steps. What is made meanwhile is collected as always.
+    torch alone makes half a million objects. A full collection visits them every few thousand
+    gradient steps and takes 0.15 s. Objects that are made within the context are collected.
     """
     frozen = gc.get_freeze_count() > 0
     gc.freeze()
@@ -166,15 +174,15 @@ def collector_at_rest() -> Iterator[None]:
 
 
 @contextmanager
-def denormals_as_zero() -> Iterator[None]:
-    """Let this thread's CPU take numbers below 1e-38 for 0.
+def flush_denormals() -> Iterator[None]:
+    """Let the CPU replace float32 numbers below 1e-38 by 0 in this thread.
 
-    It calculates slowly with them, and Adam's moments of a weight without gradients get there: in
-    LineWorld 38 % of the first moments after 2,000 gradient steps and 60 % after 20,000, which cost
-    6 % of the compiled loop.
+    A CPU computes slowly with them. Adam's moments of a weight without gradients become so small:
+    in LineWorld 38 % of the first moments after 2,000 gradient steps and 60 % after 20,000. They
+    cost 6 % of the compiled loop.
     """
     for dtype in (np.float32, np.float64):
-        np.finfo(dtype)  # NumPy remembers it; asked later, it would warn
+        np.finfo(dtype)  # NumPy caches it; a first call with denormals flushed would warn
     smallest = torch.full((), torch.finfo(torch.float32).tiny)
     before = bool(smallest / 2 == 0)
     torch.set_flush_denormal(True)
@@ -187,7 +195,8 @@ def denormals_as_zero() -> Iterator[None]:
 def upload(array: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a host tensor to `device` without waiting for it.
 
-    From pageable memory the copy to a CUDA device would block, and sync-debug mode would not say.
+    From pageable memory the copy to a CUDA device would block, and CUDA's sync-debug mode would not
+    report it.
     """
     if device.type != "cuda":
         return array.to(device)

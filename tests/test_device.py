@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
-from dqn_fast.device import ProcessSetting, choose_device, cpu_threads, run_conditions
+from dqn_fast.device import (
+    ProcessSetting,
+    choose_device,
+    cpu_threads,
+    gc_frozen,
+    run_conditions,
+)
 
 ZEROS = torch.zeros
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
@@ -40,7 +48,7 @@ def test_without_cards_auto_is_the_cpu(cards):
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError) as error:
         choose_device("H100")
-    assert str(error.value) == "--device H100: not to be had here; there is auto, cpu"
+    assert str(error.value) == "--device H100: not available here; there is auto, cpu"
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
@@ -88,7 +96,7 @@ def test_what_is_not_there_is_one_line_with_what_is(cards, name):
     with pytest.raises(ValueError) as error:
         choose_device(name)
     assert str(error.value) == (
-        f"--device {name}: not to be had here; there is auto, cpu, cuda:0 ({H100}), cuda:1 ({A100})"
+        f"--device {name}: not available here; there is auto, cpu, cuda:0 ({H100}), cuda:1 ({A100})"
     )
 
 
@@ -146,3 +154,30 @@ def test_users_of_a_setting_may_go_in_any_order():
         for name in order:
             users[name].__exit__(None, None, None)
         assert value == ["before"]
+
+
+def test_the_collector_is_given_back_as_it_was():
+    """Nothing stays frozen after a run, and what was frozen before it stays so."""
+    gc.unfreeze()  # another test may have run the training command, which freezes as it ends
+    with gc_frozen():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with gc_frozen():
+        pass
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_small_numbers_are_zero_during_a_run_and_then_as_before(before):
+    """Below float32's normal numbers there is only 0 while a run lasts."""
+    tiny = torch.full((), torch.finfo(torch.float32).tiny)
+    torch.set_flush_denormal(before)
+    try:
+        with run_conditions(1):
+            assert tiny / 2 == 0
+            assert tiny / 2 * 2 == 0
+        assert (tiny / 2 == 0) == before
+    finally:
+        torch.set_flush_denormal(False)

@@ -1,7 +1,7 @@
 """Engines: how the chunks of a run are executed.
 
-They know the protocol of `dqn_fast.algorithm` and no algorithm. Results are the same numbers, but
-for rounding, whichever engine runs.
+They know the protocol of `dqn_fast.algorithm` and no algorithm. All engines use the same random
+numbers. Their results differ only by rounding, because sums are evaluated in a different order.
 """
 
 from dqn_fast.engines.choice import (

@@ -13,32 +13,27 @@ import torch
 EngineName = Literal["auto", "eager", "compile", "graph"]
 
 AUTO_SWITCH = 16_384
-"""Gradient steps after which `auto` changes over on a CPU. A fixed number, so that a run can be
-repeated; compiling, 30 to 40 s on another core, is done by then or nearly so."""
+"""Gradient steps after which `auto` changes to compiled functions on a CPU. The number is fixed so
+that a run can be repeated. Compiling takes 30 to 40 s on another core, so it is nearly done."""
 
 AUTO_COMPILE_ON_CUDA = 100_000
-"""Gradient steps from which `auto` waits for the compiler before it captures on a GPU: compiled
-kernels save 0.6 ms a vector step with one gradient step (990 and 390 us on an H100, 813 and 273
-with 132 members), so a minute of compiling pays from here on."""
+"""Gradient steps of a run from which `auto` compiles before it captures on a GPU. A vector step
+with one gradient step takes 990 us with plain kernels and 390 us with compiled ones (H100; 813 and
+273 us with 132 members), so 100,000 of them save the minute that compiling takes."""
 
 
 class EngineUnavailableError(RuntimeError):
-    """An engine cannot run here; the message says why, in a few words."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """An engine cannot run on this machine; the message says why, in a few words."""
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """How a run is to be executed.
+    """Which engine executes a run.
 
     Attributes:
         engine: "eager", "compile" or "graph".
-        compiled: whether compiled functions are used, in or outside a graph.
-        switch: gradient steps that are taken plainly before; None: no change in mid-run.
+        compiled: whether functions are compiled; a graph then holds compiled kernels.
+        switch: eager gradient steps before the engine takes over; None: no change in mid-run.
         reason: why, in a few words.
     """
 
@@ -54,7 +49,7 @@ def choose_engine(
     """The engine that `name` stands for, and why.
 
     Args:
-        name: what was asked for. If the engine is not available on this machine, the next best one
+        name: value of --engine. If the engine is not available on this machine, the next best one
             is used and `reason` says why.
         device: of the run.
         num_updates: gradient steps to come.
@@ -66,7 +61,7 @@ def choose_engine(
         return EngineChoice("eager", False, "asked for")
     if name == "compile":
         if missing:
-            return EngineChoice("eager", False, f"compile cannot be had: {missing}")
+            return EngineChoice("eager", False, f"compile is not available: {missing}")
         return EngineChoice("compile", True, "asked for")
     if device.type == "cuda" and not on_host:
         pays = num_updates >= AUTO_COMPILE_ON_CUDA
@@ -82,8 +77,8 @@ def choose_engine(
     if name == "graph":
         where = "an environment on the host" if on_host else f"no CUDA graphs on {device.type}"
         if missing:
-            return EngineChoice("eager", False, f"graph cannot be had: {where}; {missing}")
-        return EngineChoice("compile", True, f"graph cannot be had: {where}")
+            return EngineChoice("eager", False, f"graph is not available: {where}; {missing}")
+        return EngineChoice("compile", True, f"graph is not available: {where}")
     if missing:
         return EngineChoice("eager", False, missing)
     if num_updates < 2 * AUTO_SWITCH:
@@ -92,15 +87,14 @@ def choose_engine(
 
 
 def without_compiler(choice: EngineChoice, why: str) -> EngineChoice:
-    """The next best choice where compiled functions cannot be had: plain ones, in a graph if that
-    was chosen."""
+    """The choice with plain functions in place of compiled ones; a graph stays a graph."""
     if choice.engine == "graph":
         return EngineChoice("graph", False, f"plain kernels, {why}")
     return EngineChoice("eager", False, why)
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """What the compiler lacks for `device`; None where it can be used."""
+    """Reason why the compiler does not work for `device`; None if it works."""
     if device.type == "cpu":
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             return "no C++ compiler"

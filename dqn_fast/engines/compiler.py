@@ -1,8 +1,8 @@
 """Functions of a state, traced and compiled for exactly the shapes of one run.
 
-Every tensor that lives longer than a call keeps its address, noise and schedules come in as
-tensors, and nothing is read on the host. So a function of the state and of its inputs is traced
-once, compiled, and never again: there is nothing to guard on.
+Every tensor of the state keeps its address, noise and schedules are input tensors, and no function
+reads a value on the host. So a function is traced and compiled once: its graph never changes, and
+a call checks no guards.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ import torch
 from torch import Tensor
 
 from dqn_fast import tree
+from dqn_fast.device import first_line
 from dqn_fast.engines import packages
-from dqn_fast.engines.choice import EngineUnavailableError, first_line
+from dqn_fast.engines.choice import EngineUnavailableError
 
 NARROW = 8
-"""Columns up to which a matrix product is compiled as multiplications and sums, which fuse with
-what stands around them; the routines for matrices take 10 us for [64, 128] x [128, 2], four times
-what they take for eight times the work."""
+"""Products with at most this many output columns are compiled as multiply-and-sum, so that Inductor
+fuses them with their neighbours: [64, 128] x [128, 2] takes 1 to 3 us with them, and 10 to 11 us
+alone as a product of MKL. Products with so few inner terms are compiled in the same way."""
 
 
 class Traced(NamedTuple):
     """A function to trace and compile.
 
     Attributes:
-        name: for messages and file names.
+        name: of the function, in messages and file names.
         function: takes the state and the inputs; returns a tree of tensors.
-        inputs: trees of tensors in the shapes of what the function is called with.
-        exact: whether compiled it must return the same bits, which the first call then checks.
+        inputs: trees of tensors; real inputs have their shapes, dtypes and strides.
+        exact: whether the compiled function must return the same bits; its first call checks this.
     """
 
     name: str
@@ -48,23 +49,22 @@ class Traced(NamedTuple):
 
 
 CompiledFn = Callable[[list[Tensor]], object]
-"""A compiled function: takes the tensors of the state, of the inputs and of the results in one list
-that it may empty, and writes the results. So a call makes no tensor that outlives it."""
+"""A compiled function. It takes one list, which it may empty: the tensors of the state, of the
+inputs and of the results. It writes state and results, so no tensor that it makes outlives it."""
 
 
 class Compiler:
-    """Compiles functions of one state, in a process beside this one.
+    """Compiles functions of one state.
 
-    A function is traced with stand-ins for the tensors, so nothing is computed and nothing is
-    written. On a CPU the result is a shared library that is kept beside torch's own cache and
-    loaded in milliseconds by the next run of the same shapes; a call costs 10 us, where one of
-    `torch.compile` costs 35 us and more with this many tensors. On a GPU `torch.compile` is called
-    on the traced function.
+    Tracing uses fake tensors, so it computes nothing and writes nothing. On a CPU a second process
+    compiles the traced function to a shared library inside torch's cache, and the next run with the
+    same shapes loads it in milliseconds. A call of it costs 10 us; one of `torch.compile` costs 35
+    us and more with as many tensors. On a GPU `torch.compile` compiles the traced function.
 
     Attributes:
         state: tensors of the state, in the order of `tree.leaves`; compiled functions read them and
             write them in place.
-        results: of each function by name, a tree in the shapes of what it returns.
+        results: buffers for the results of each function, a tree by name.
     """
 
     def __init__(self, state: Any) -> None:
@@ -77,7 +77,7 @@ class Compiler:
         self._packages: list[Path] = []
 
     def _call(self, traced: Traced, tensors: Iterable[Tensor]) -> Any:
-        """What the function returns for the tensors of the state and of the inputs."""
+        """Call the function with `tensors` in place of those of the state and of the inputs."""
         given = iter(tensors)
         carried = [
             tensor.detach().requires_grad_() if learns else tensor
@@ -88,7 +88,7 @@ class Compiler:
         )
 
     def _find_results(self, traced: Traced) -> Any:
-        """Tensors in the shapes of what the function returns; computes and writes nothing."""
+        """Zeros in the shapes of the results, which a call with fake tensors gives."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -99,12 +99,15 @@ class Compiler:
         )
 
     def trace(self, traced: Traced) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-        """The function as one graph of plain operations, gradients included; a whole graph or an
-        error, as with `fullgraph`.
+        """Trace the function, gradients included, to one graph of plain operations.
 
         Returns:
-            The graph, a function of the state, the inputs, the results, which it writes, and some
-            more tensors; and these: constants of the function, such as an environment's tables.
+            The graph, and the constants of the function, such as an environment's tables. The graph
+            takes the tensors of the state, of the inputs, of the results, which it writes, and the
+            constants.
+
+        Raises:
+            Exception: the function cannot be traced as a whole.
         """
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -133,10 +136,10 @@ class Compiler:
         return [*self.state, *(tensor.clone() for tensor in more)]
 
     def start(self, functions: Iterable[Traced]) -> None:
-        """Begin to compile; `finish` waits for the end.
+        """Start compiling; `finish` waits for the end.
 
         Raises:
-            EngineUnavailableError: a function cannot be traced, or the compiler not be started.
+            EngineUnavailableError: a function cannot be traced, or the compiler cannot be started.
         """
         self._functions = list(functions)
         try:
@@ -174,19 +177,21 @@ class Compiler:
                 *map(str, jobs),
             ]
             self._process = subprocess.Popen(
-                [*command, *map(str, jobs)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
 
     def finish(self) -> list[CompiledFn]:
-        """The compiled functions, in the order of `start`, each of which has run once on copies of
-        its tensors.
+        """Wait for the compiler, and call every function once on copies of its tensors.
+
+        Returns:
+            The compiled functions, in the order of `start`.
 
         Raises:
-            EngineUnavailableError: the compiler failed, or what it made cannot be loaded or run;
-                nothing that is carried was written.
+            EngineUnavailableError: the compiler failed, or a function cannot be loaded or called;
+                the state was not written.
         """
         try:
             return self._finish()
@@ -212,13 +217,13 @@ class Compiler:
             except Exception as error:
                 what = f"{traced.name} does not run: {first_line(error)}"
                 raise EngineUnavailableError(what) from error
-        return [_with(run, more) for run, more in zip(runs, self._constants, strict=True)]
+        return [_append(run, more) for run, more in zip(runs, self._constants, strict=True)]
 
     def _load(self) -> list[CompiledFn]:
         if not self._packages:
             options = inductor_options(torch.__version__)
             compiled = (torch.compile(g, fullgraph=True, options=options) for g in self._graphs)
-            return [_called_with_list(function) for function in compiled]
+            return [_take_list(function) for function in compiled]
         runs: list[CompiledFn] = []
         errors: list[Exception] = []
         for package in self._packages:
@@ -226,7 +231,7 @@ class Compiler:
                 runs.append(_load(package))
             except Exception as error:
                 errors.append(error)
-                with contextlib.suppress(OSError):  # or every run to come would find it damaged
+                with contextlib.suppress(OSError):  # or every later run would load it again
                     package.unlink()
         if errors:
             what = f"not loadable: {first_line(errors[0])}"
@@ -236,21 +241,21 @@ class Compiler:
     def _try(
         self, traced: Traced, run: CompiledFn, graph: Callable[..., Any], constants: list[Tensor]
     ) -> None:
-        """Call a compiled function on copies; on a GPU this is what compiles it.
+        """Call a compiled function on copies of its tensors; on a GPU this call compiles it.
 
         Raises:
             RuntimeError: an exact function returns other numbers than the plain one.
-            Exception: whatever goes wrong.
+            Exception: the call failed.
         """
         ours = [tensor.detach().clone() for tensor in self._example(traced)]
         results = ours[len(ours) - len(tree.leaves(self.results[traced.name])) :]
-        torch._foreach_zero_(results)  # they may hold the right numbers already
+        torch._foreach_zero_(results)  # copies may already hold the right numbers
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Inductor's own, about precision and deprecated names
             run([*ours, *constants])
         if ours[0].device.type == "cuda":  # errors of kernels come late
             torch.cuda.current_stream(ours[0].device).synchronize()
-        if traced.exact:  # it writes its results and nothing else
+        if traced.exact:  # it does not write the state
             made = [tensor.clone() for tensor in results]
             with torch.no_grad():
                 graph(*ours, *constants)
@@ -258,7 +263,7 @@ class Compiler:
                 raise RuntimeError("its numbers are not those of the plain function")
 
     def close(self) -> None:
-        """Stop the compiler, if it runs, and remove what it was given."""
+        """Stop the compiler if it runs, and remove its input files."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -269,26 +274,26 @@ class Compiler:
 
 
 def inductor_options(torch_version: str) -> dict[str, Any]:
-    """Options of Inductor that this version of torch needs for a GPU; for our own functions only.
+    """Options that Inductor needs on a GPU in a version of torch, for our functions only.
 
     Args:
-        torch_version: of torch, such as "2.11.0+cu130".
+        torch_version: such as "2.11.0+cu130".
     """
     release = tuple(int(part) for part in torch_version.split(".")[:2])
     if release < (2, 13):
-        # Fusing `_foreach_*` with reductions of tensors in several shapes, which Adam and the
-        # gradient norm are, fails in 2.11 with an assertion (pytorch#176591); mended in 2.13.
+        # Adam and the gradient norm are `_foreach_*` and reductions of tensors in several shapes.
+        # Fusing them fails in 2.11 with an assertion (pytorch#176591); 2.13 fixes it.
         return {"loop_ordering_after_fusion": False}
     return {}
 
 
 def _decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
-    """Products as the CPU's compiler makes the best of them; on a GPU they stay as they are."""
+    """Faster forms of matrix products for a CPU; on a GPU they stay as they are."""
     if device.type != "cpu":
         return {}
 
     def baddbmm(bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-        # Adding the bias joins the operation behind it; the product would copy it first.
+        # Inductor fuses the addition with the next operation; `baddbmm` copies the bias first.
         return torch.bmm(x, y) + bias if beta == alpha == 1 else NotImplemented
 
     def bmm(x: Tensor, y: Tensor) -> Tensor:
@@ -296,7 +301,7 @@ def _decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
             return (x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2)
         if y.shape[-1] > NARROW:
             return torch.ops.dqn_fast.product(x, y) if packages.own_product(x) else NotImplemented
-        if x.stride(-1) == 1:  # sums along what lies together in memory
+        if x.stride(-1) == 1:  # sum along contiguous memory
             return (x.unsqueeze(-2) * y.mT.unsqueeze(-3)).sum(-1)
         return (x.mT.unsqueeze(-3) * y.mT.unsqueeze(-1)).sum(-2).mT
 
@@ -313,7 +318,7 @@ def _cache() -> Path:
 
 
 def _key(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> str:
-    """Digest of everything that the compiled function depends on."""
+    """Hash of everything that the compiled function depends on."""
     digest = hashlib.sha256()
     flags = ""
     with contextlib.suppress(OSError, StopIteration):
@@ -335,13 +340,13 @@ def _load(package: Path) -> CompiledFn:
     return run
 
 
-def _with(run: CompiledFn, constants: list[Tensor]) -> CompiledFn:
-    """`run` with `constants` behind what it is called with."""
+def _append(run: CompiledFn, constants: list[Tensor]) -> CompiledFn:
+    """Make a function that calls `run` with `constants` appended to its list."""
     return (lambda tensors: run(tensors + constants)) if constants else run
 
 
 def _lift_constants(graph: torch.fx.GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph holds into inputs, the last ones; returns them."""
+    """Turn the tensors that a graph holds into its last inputs; return the tensors."""
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     lifted: dict[str, torch.fx.Node] = {}
     constants: list[Tensor] = []
@@ -361,7 +366,9 @@ def _lift_constants(graph: torch.fx.GraphModule) -> list[Tensor]:
     return constants
 
 
-def _called_with_list(function: Callable[..., Any]) -> CompiledFn:
+def _take_list(function: Callable[..., Any]) -> CompiledFn:
+    """Make a function that takes the arguments of `function` in a list."""
+
     def run(tensors: list[Tensor]) -> None:
         with torch.no_grad():
             function(*tensors)

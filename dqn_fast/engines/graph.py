@@ -1,4 +1,4 @@
-"""Calls recorded as CUDA graphs and replayed without their Python."""
+"""Records calls as CUDA graphs and replays them without running their Python code."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import torch
 from torch import Tensor
 
 from dqn_fast import tree
-from dqn_fast.engines.choice import EngineUnavailableError, first_line
+from dqn_fast.device import first_line
+from dqn_fast.engines.choice import EngineUnavailableError
 
 RECORDED_STEPS = 32
-"""Vector steps that a recording holds at most. To replay one costs the host about 0.1 ms, which the
-GPU does not wait for where it holds 16 steps or more; to record one costs what its steps cost."""
+"""Vector steps of a recording at most. A replay costs the host about 0.1 ms; with 16 steps or more
+the GPU is busy for longer and never waits. Recording costs as much as running the steps."""
 
 
 class Recorder(Protocol):
-    """Records calls, to run them again without their Python."""
+    """Records calls and replays them."""
 
     def warm_up(self, call: Callable[[], Any]) -> Any:
-        """Run a call as it is, where calls like it will be recorded."""
+        """Run a call plainly, before calls like it are recorded."""
 
     def record(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """Record a call, which computes nothing; returns what runs it and gives its outputs."""
+        """Record a call without computing anything; the returned function runs it."""
 
 
 _capturing = threading.Lock()
 
 
 class CudaGraphs:
-    """Records calls as CUDA graphs on one stream, in one memory pool, because they run in turn.
+    """Records calls as CUDA graphs on one stream and in one memory pool: replays run one by one.
 
-    Stream and pool belong to this object: other recorders of the process, earlier ones, later ones
-    and those of other threads, share neither.
+    Stream and pool belong to this object; no other recorder of the process shares them, in this
+    thread or in another one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +44,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, call: Callable[[], Any]) -> Any:
-        """Run a call on the stream of the recordings: kernels are loaded, workspaces are made."""
+        """Run a call on the stream of the recordings, which loads kernels and makes workspaces."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -52,10 +53,10 @@ class CudaGraphs:
         return result
 
     def record(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture a call, which computes nothing; every replay writes the same outputs."""
+        """Capture a call without computing anything; every replay overwrites the same outputs."""
         graph = torch.cuda.CUDAGraph()
-        # One at a time, because torch waits for the whole device first, which breaks a capture in
-        # another thread; thread_local, because whatever else other threads ask for does not.
+        # One capture at a time: torch waits for the whole device first, which breaks a capture in
+        # another thread. thread_local: other CUDA calls of other threads are allowed.
         with (
             _capturing,
             torch.cuda.graph(
@@ -77,17 +78,16 @@ class _Recording(NamedTuple):
 
 
 class Captured:
-    """Replays calls of a function whose tensors stay where they are, each kind recorded once.
+    """Records a function once for each kind of call, and replays the recordings.
 
-    Inputs are copied to where the recording reads them; outputs are overwritten by the next replay
-    of the same recording, so they are to be used before.
+    The function's tensors keep their addresses. A replay copies the inputs to the addresses that
+    the recording reads, and overwrites the outputs of the recording's last replay.
 
-    A call whose key has a part that no call had before runs as it is: it is the warm-up that
-    capture asks for, and does what it is called for. All other calls are recorded, which computes
-    nothing, and replayed.
+    A call whose key contains a part that no earlier key contained runs plainly: it is the warm-up
+    that a capture needs, and its results count. All other calls are recorded and replayed.
 
     Attributes:
-        num_plain: calls that ran as they are.
+        num_plain: calls that ran plainly.
         num_recordings: calls that were recorded.
     """
 
@@ -97,9 +97,8 @@ class Captured:
         """Record nothing yet.
 
         Args:
-            function: takes a key, a tuple that says what kind of call it is, and nested tuples of
-                tensors.
-            recorder: `CudaGraphs`, or for tests something that needs no GPU.
+            function: takes a key, a tuple that names the kind of call, and trees of tensors.
+            recorder: `CudaGraphs`, or in tests one that needs no GPU.
         """
         self._function, self._recorder = function, recorder
         self._warm: set[Any] = set()

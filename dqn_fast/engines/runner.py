@@ -1,7 +1,7 @@
-"""Runs chunks of vector steps of whatever algorithm it is given.
+"""Runs chunks of vector steps of any algorithm.
 
-The functions are the same whatever the engine: called as they are, compiled, or recorded in CUDA
-graphs that hold plain or compiled kernels.
+Every engine runs the same functions of the algorithm. It calls them plainly, compiles them, or
+records them in CUDA graphs, with plain or compiled kernels.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dqn_fast.algorithm import (
     StepRecord,
     UpdateInputs,
 )
-from dqn_fast.device import upload
-from dqn_fast.engines.choice import EngineChoice, EngineUnavailableError, first_line
+from dqn_fast.device import first_line, upload
+from dqn_fast.engines.choice import EngineChoice, EngineUnavailableError
 from dqn_fast.engines.compiler import CompiledFn, Compiler, Traced
 from dqn_fast.engines.graph import Captured, CudaGraphs
 from dqn_fast.noise import Noise
@@ -48,7 +48,7 @@ def chunk_(
         steps: inputs of the K vector steps.
         updates: inputs of the U gradient steps of all of them.
         update_counts: gradient steps after each vector step, length K.
-        step_: stands for the algorithm's `vector_step_`.
+        step_: replaces the algorithm's `vector_step_`.
     """
     step_ = step_ or algorithm.vector_step_
     each_update = (UpdateInputs(*row) for row in zip(*tree.leaves(updates), strict=True))
@@ -68,25 +68,25 @@ def chunk_(
 class RowBuffers:
     """Preallocated [K, ...] tensors with cached views of their rows; K grows on demand.
 
-    On a CPU they stay in memory, because to make a view costs as much as a small operation, 1 us.
-    Elsewhere every call makes new ones: recorded chunks must share none, and are not slowed down.
+    On a CPU they are kept, because making a view costs as much as a small operation, 1 us. On other
+    devices every call makes new ones: recordings must not share memory, and a replay makes none.
     """
 
     def __init__(self, example: Sequence[Tensor]) -> None:
-        """`example`: a row of each tensor."""
+        """Allocate nothing yet; `example` has one row of each tensor."""
         self._example, self._kept = example, example[0].device.type == "cpu"
         self._tensors: list[Tensor] = []
         self._rows: list[tuple[Tensor, ...]] = []
 
     def reserve(self, count: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """Tensors of `count` rows that hold anything, and the rows."""
+        """Uninitialised tensors of `count` rows, and views of their rows."""
         if not self._kept or not self._tensors or count > len(self._rows):
             self._tensors = [t.new_empty((count, *t.shape)) for t in self._example]
             self._rows = list(zip(*self._tensors, strict=True))
         return [tensor[:count] for tensor in self._tensors], self._rows
 
     def load(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """The rows of a copy of `tensors`."""
+        """Copy `tensors` into the buffers; returns views of the rows."""
         buffers, rows = self.reserve(len(tensors[0]))
         for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor)
@@ -96,14 +96,15 @@ class RowBuffers:
 class CompiledChunk:
     """Compiled replacement for `chunk_` of one state, and for the algorithm's `draw`.
 
-    A vector step and the gradient step after it are one function; where more gradient steps follow,
-    one function is the vector step and one a gradient step; where the environment lives on the
-    host, one is `act_` and one a gradient step. Several gradient steps in one function would each
-    write new tensors instead of the old ones: 8 took 215 us each, 1 takes 190.
+    It compiles "step-update", a vector step with one gradient step, if the plan has such steps;
+    "step" and "update", each alone, if another number of gradient steps follows a vector step;
+    "draw" in any case. If the environments live on the host, it compiles "act" and "update" instead
+    of vector steps. Eight gradient steps in one function take 215 us each and one takes 190 us,
+    because each of the eight writes new tensors instead of the old ones.
     """
 
     def __init__(self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise) -> None:
-        """Begin to compile, in a process beside this one.
+        """Start compiling.
 
         Raises:
             EngineUnavailableError: the functions cannot be traced.
@@ -126,8 +127,9 @@ class CompiledChunk:
         self._state, results = self._compiler.state, self._compiler.results
         self._drawn: tuple[Tensor, ...] = results["draw"]
         self._steps, self._updates = RowBuffers(step), RowBuffers(tree.leaves(update))
-        metrics = torch.empty(len(UPDATE_METRICS), algorithm.num_members, device=noise.device)
-        self._metrics = RowBuffers([metrics])
+        shape = (len(UPDATE_METRICS), algorithm.num_members)
+        self._update_metrics = torch.empty(shape, device=noise.device)
+        self._metrics = RowBuffers([self._update_metrics])
         if algorithm.on_host:
             self._action: Tensor = results["act"]
         else:
@@ -135,14 +137,14 @@ class CompiledChunk:
             self._record = RowBuffers(record)
 
     def _trace_draw(self, plan: Plan, noise: Noise) -> Traced:
-        """`draw` for the longest window; shorter ones are parts of it, because a number depends on
-        where it is drawn and on nothing else."""
+        """`draw` for the longest window. The numbers of a shorter window are the first of these,
+        because a number depends only on its place."""
         size, algorithm = (plan.window_steps, plan.window_updates), self._algorithm
 
         def draw(_: Any, keys: Tensor, counters: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
             return algorithm.draw(noise.with_tensors(keys, counters), *size, *first)
 
-        algorithm.draw(noise, *size, 0, 0)  # as many counters as this needs
+        algorithm.draw(noise, *size, 0, 0)  # makes as many counters as it needs
         self._keys, self._counters = noise.keys, noise.counters
         first = torch.zeros(2, dtype=torch.int64, device=noise.device).unbind()
         return Traced("draw", draw, (self._keys, self._counters, *first), exact=True)
@@ -167,8 +169,8 @@ class CompiledChunk:
         updates: UpdateInputs,
         update_counts: tuple[int, ...],
     ) -> ChunkRecord:
-        """As `chunk_`, of the state that this was made for; the next call may overwrite what it
-        returns."""
+        """`chunk_` of the state that the functions were compiled for; the next call overwrites the
+        record."""
         if algorithm.on_host:
             step_ = partial(algorithm.vector_step_, act_=self._act_, learn_=self._learn_)
             return chunk_(algorithm, state, steps, updates, update_counts, step_)
@@ -193,7 +195,7 @@ class CompiledChunk:
     def draw(
         self, noise: Noise, num_steps: int, num_updates: int, *first: int
     ) -> tuple[Tensor, ...]:
-        """As the algorithm's `draw`; the next call overwrites what it returns."""
+        """The algorithm's `draw`; the next call overwrites the numbers."""
         start = upload(torch.tensor(first), noise.device).unbind()
         inputs = (self._keys, self._counters, *start, *self._drawn)
         self._functions["draw"]([*self._state, *inputs])
@@ -206,36 +208,37 @@ class CompiledChunk:
         return action
 
     def _learn_(self, _state: Any, updates: list[UpdateInputs]) -> list[Tensor]:
-        _, rows = self._metrics.reserve(len(updates))
-        for update, row in zip(updates, rows, strict=False):
-            self._functions["update"]([*self._state, *tree.leaves(update), *row])
-        return [row for (row,) in rows[: len(updates)]]
+        metrics = [torch.empty_like(self._update_metrics) for _ in updates]
+        for update, row in zip(updates, metrics, strict=True):
+            self._functions["update"]([*self._state, *tree.leaves(update), row])
+        return metrics
 
 
 NO_GRAPHS = "no CUDA graphs"
 _STEP = ("step", "step-update")
-"""Name of a compiled vector step, with or without the gradient step after it."""
+"""Names of the compiled vector step, without and with a gradient step after it."""
 
 
 class Runner:
-    """Runs the chunks of one state with the engine that was chosen, or the next best.
+    """Runs the chunks of one state with the chosen engine, or with the next best one.
 
-    Whatever fails while an engine is made costs a reason in words: without compiled functions a
-    graph holds plain kernels, without graphs compiled functions are called, without either the
-    plain ones are. Nothing has run by then, so the run is the one that the next best engine makes.
+    If the compiler fails, a graph holds plain kernels. If graphs fail, compiled functions are
+    called. If both fail, the plain functions are called. `reason` then says why. An engine fails
+    before it has written the state, so the results are those of the engine that replaces it.
 
     Attributes:
-        engine: what runs now: eager, compile or graph.
+        engine: the engine that runs now: eager, compile or graph.
         reason: why, in a few words.
         compile_s: seconds that the loop waited for the compiler.
-        on_change: told engine, reason, compile_s and whether this is instead of an engine that
-            never ran, once compiled functions run, or an engine is not available.
+        on_change: called when compiled functions start to run and when an engine fails, with
+            engine, reason, compile_s and whether the engine before it never ran.
+        captured: the recordings; None without graphs.
     """
 
     def __init__(
         self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, choice: EngineChoice
     ) -> None:
-        """Begin to compile where that is called for.
+        """Start compiling if the choice asks for it.
 
         Args:
             algorithm: describes a vector step.
@@ -268,7 +271,7 @@ class Runner:
     def __call__(
         self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
     ) -> ChunkRecord:
-        """`chunk_`; what it returns is to be used before the next call."""
+        """`chunk_`; the next call may overwrite the record."""
         num_updates = sum(update_counts)
         if self._compiled is not None and num_updates and self._num_updates >= self._switch:
             self._change_over(self._compiled)
@@ -283,7 +286,7 @@ class Runner:
     def draw(
         self, num_steps: int, num_updates: int, first_step: int, first_update: int
     ) -> tuple[Tensor, ...]:
-        """The algorithm's `draw`; what it returns is to be used before the next call."""
+        """The algorithm's `draw`; the next call may overwrite the numbers."""
         return self._draw(self._noise, num_steps, num_updates, first_step, first_update)
 
     def _run(
@@ -292,7 +295,7 @@ class Runner:
         return self._chunk_(self._algorithm, self._state, steps, updates, update_counts)
 
     def _change_over(self, compiled: CompiledChunk) -> None:
-        """Wait for the compiler and go on with what it made."""
+        """Wait for the compiler and call compiled functions from now on."""
         began = time.perf_counter()
         announced = self.engine
         try:
@@ -302,7 +305,7 @@ class Runner:
                 self.engine = "compile"
         except EngineUnavailableError as error:
             self._drop_compiler(error)
-        finally:  # a compiler that an interrupt leaves behind would go on
+        finally:  # also after an interrupt, or the compiler would go on
             compiled.close()
             self._compiled = None
         self.compile_s = time.perf_counter() - began

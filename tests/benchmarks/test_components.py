@@ -146,7 +146,7 @@ def test_nothing_is_faster_than_its_floor():
         (["--seconds", "0"], "--seconds 0.0: must be above 0 and finite"),
         (["--hidden-sizes", "8", "0"], "--hidden-sizes (8, 0): must be at least 1 each"),
         (["--env-id", "gym:CartPole-v1"], "--env-id gym:CartPole-v1: must be an environment of "),
-        (["--device", "abacus"], "--device abacus: not to be had here"),
+        (["--device", "abacus"], "--device abacus: not available here"),
     ],
 )
 def test_bad_flags_are_one_clear_line(monkeypatch, capsys, flags, message):

@@ -107,7 +107,7 @@ def test_the_page_opens_without_network(rows, memory, tmp_path):
         (["--num-threads", "0"], "--num-threads 0: must be at least 1"),
         (["--seconds", "-1"], "--seconds -1.0: must be above 0 and finite"),
         (["--html", "nowhere/a.html"], "--html nowhere/a.html: must be in a folder that exists"),
-        (["--device", "abacus"], "--device abacus: not to be had here"),
+        (["--device", "abacus"], "--device abacus: not available here"),
     ],
 )
 def test_bad_flags_are_one_clear_line(monkeypatch, capsys, flags, message):

@@ -136,7 +136,7 @@ def test_an_environment_on_the_host():
         (["--cores", "4096"], "--cores 4096: must be among "),
         (["--trace", "nowhere/t.json"], "--trace nowhere/t.json: must be in a folder that exists"),
         (["--num-threads", "-1"], "--num-threads -1: must be at least 0"),
-        (["--device", "abacus"], "--device abacus: not to be had here"),
+        (["--device", "abacus"], "--device abacus: not available here"),
     ],
 )
 def test_bad_flags_are_one_clear_line(monkeypatch, capsys, flags, message):
