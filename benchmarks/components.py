@@ -16,17 +16,20 @@ an engine's to avoid.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Annotated, Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import tyro
+from torch import Tensor
 
 from benchmarks.common import above_zero, among_cores, at_least_one, finish, pin, synchronise
 from benchmarks.floors import (
@@ -44,27 +47,14 @@ from benchmarks.floors import (
     work_of,
 )
 from benchmarks.throughput import ENDLESS, fast_args
-from dqn_fast.agent import UpdateSchedule, update_
+from dqn_fast import tree
+from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
-from dqn_fast.envs import EnvError, TensorEnv, make_env
-from dqn_fast.noise import Noise
+from dqn_fast.envs import TensorEnv
 from dqn_fast.plan import Chunk
 from dqn_fast.record.run import UsageError
-from dqn_fast.replay import Transition
-from dqn_fast.train import (
-    Args,
-    Learner,
-    Runner,
-    StepInputs,
-    UpdateInputs,
-    act_,
-    check,
-    make_learner,
-    make_plan,
-    planned,
-    step_envs,
-    store_,
-)
+from dqn_fast.replay import Batch, Replay
+from dqn_fast.train import Args, Training, setup
 
 NamedEngine = Literal["eager", "compile", "graph"]
 
@@ -122,53 +112,58 @@ class ComponentsArgs:
 # ------------------------------------------------------------------------------------- the parts
 
 
-def learning_chunk(
-    args: Args, env: TensorEnv, noise: Noise, run: Callable[[Chunk, StepInputs, UpdateInputs], Any]
-) -> tuple[Chunk, StepInputs, UpdateInputs]:
+def learning_chunk(training: Training) -> tuple[Chunk, StepInputs, UpdateInputs]:
     """Run a loop until a whole chunk learns; returns that chunk, which has run, and its inputs."""
-    for chunk, steps, updates in planned(args, env, noise, make_plan(args, env)):
-        run(chunk, steps, updates)
+    for chunk, steps, updates in training.inputs():
+        training.runner(steps, updates, chunk.update_counts)
         if all(chunk.update_counts):
             return chunk, steps, updates
     raise AssertionError("the loop is endless")
 
 
-def parts_of(learner: Learner, steps: StepInputs, updates: UpdateInputs) -> dict[str, Job]:
-    """Every part as a call, on a full replay; they change the learner as training would."""
-    noise, schedule = (
-        StepInputs(*(t[0] for t in steps)),
-        UpdateSchedule(*(t[0] for t in updates[1:])),
-    )
-    env, replay = learner.env, learner.replay
-    action = act_(learner, noise.explore, noise.epsilon)
-    _, outcome = step_envs(learner, action, noise.env_step, noise.env_reset)
-    filled = torch.arange(replay.capacity, device=action.device) % replay.size.min()
-    for stored in replay.data:
+class SampledBatches(Replay):
+    """Gives batches that were sampled before, in turn, so that an update can be timed alone."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches = itertools.cycle(batches)
+
+    def sample(self, *_: object) -> Batch:
+        return next(self._batches)
+
+
+def parts_of(training: Training, steps: StepInputs, updates: UpdateInputs) -> dict[str, Job]:
+    """Every part as a call, on a full replay; they change the state as training would."""
+    dqn, state, env = training.dqn, training.state, training.env
+    first = StepInputs(*(tensor[0] for tensor in steps))
+    update_inputs = UpdateInputs(*(tensor[0] for tensor in tree.leaves(updates)))
+    action = dqn.act_(state, first.explore, first.epsilon)
+    _, outcome = dqn.step_envs(state, action, first.env_step, first.env_reset)
+    capacity = dqn.replay.capacity
+    filled = torch.arange(capacity, device=action.device) % state.replay.size.min()
+    for stored in dqn.replay.by_member(state.replay):
         stored.copy_(stored[:, filled])
-    replay.size.fill_(replay.capacity)
+    state.replay.size.fill_(capacity)
 
     def env_step() -> None:
-        vector, _ = step_envs(learner, action, noise.env_step, noise.env_reset)
-        learner.vector.copy_(vector)
+        vector, _ = dqn.step_envs(state, action, first.env_step, first.env_reset)
+        state.env.copy_(vector)
 
-    def sample(rows: torch.Tensor = updates.rows[0]) -> Transition:
-        batch = replay.sample(rows)
-        return batch._replace(obs=env.features(batch.obs), next_obs=env.features(batch.next_obs))
+    def sample(rows: Tensor = update_inputs.rows) -> Batch:
+        batch = dqn.replay.sample(state.replay, rows, state.hyper.gamma)
+        batch.obs, batch.next_obs = env.features(batch.obs), env.features(batch.next_obs)
+        return batch
 
-    # Several, because inputs that are in none of them have no gradients at all.
-    batches = itertools.cycle([sample(rows) for rows in updates.rows])
-
-    def update() -> torch.Tensor:
-        nets = learner.q_net, learner.target_net, learner.adam
-        limits = learner.gamma, learner.max_grad_norm
-        return update_(*nets, next(batches), *limits, learner.loss, learner.double_q, schedule)
-
+    # Several batches, because an input that is 0 in all of them would have no gradient at all.
+    batches = SampledBatches([sample(rows) for rows in updates.rows])
+    # Their observations are features already.
+    identity = cast(TensorEnv, SimpleNamespace(features=lambda features: features))
+    updating = dataclasses.replace(dqn, replay=batches, env=identity)
     return {
         "env step": env_step,
-        "replay add": lambda: store_(learner, action, outcome),
+        "replay add": lambda: dqn.store_(state, action, outcome),
         "replay sample": sample,
-        "act": lambda: act_(learner, noise.explore, noise.epsilon),
-        "update": update,
+        "act": lambda: dqn.act_(state, first.explore, first.epsilon),
+        "update": lambda: updating.update_(state, update_inputs),
     }
 
 
@@ -189,29 +184,23 @@ class Engine:
     startup_s: float
 
 
-def engines_of(args: Args, env: TensorEnv, names: tuple[NamedEngine, ...]) -> Iterator[Engine]:
-    """Those of the engines that can be had here, each with a learner of its own, running."""
-    noise = Noise(args.seed, args.num_seeds, choose_device(args.device))
+def engines_of(args: Args, names: tuple[NamedEngine, ...], stack: ExitStack) -> Iterator[Engine]:
+    """Those of the engines that are available here, each with a training of its own, running until
+    `stack` closes."""
     for name in names:
-        asked, start = dataclasses.replace(args, engine=name), time.perf_counter()
-        learner = make_learner(asked, env, noise)
-        runner = Runner(asked, learner, make_plan(asked, env), noise)
-
-        def run(
-            chunk: Chunk, steps: StepInputs, updates: UpdateInputs, runner: Any = runner
-        ) -> Any:
-            return runner(steps, updates, chunk.update_counts)
-
+        start = time.perf_counter()
+        training = stack.enter_context(closing(setup(dataclasses.replace(args, engine=name))))
+        runner = training.runner
         if runner.engine == name:  # the compiler may still fail
-            inputs = learning_chunk(asked, env, noise, run)
-            job = functools.partial(run, *inputs)
+            chunk, steps, updates = learning_chunk(training)
+            job = partial(runner, steps, updates, chunk.update_counts)
             for _ in range(2):  # a graph is recorded in the second call
                 job()
-            synchronise(noise.device)
+            synchronise(training.noise.device)
         if runner.engine == name:
-            yield Engine(name, job, inputs[0].num_steps, time.perf_counter() - start)
+            yield Engine(name, job, chunk.num_steps, time.perf_counter() - start)
         else:
-            runner.close()
+            training.close()
             print(f"{name}: left out, {runner.reason}", file=sys.stderr)
 
 
@@ -224,18 +213,21 @@ def measure(args: ComponentsArgs) -> dict[str, Any]:
     Raises:
         UsageError: a setting makes no sense.
     """
-    training, device, env = prepared(args)
-    noise = Noise(training.seed, training.num_seeds, device)
-    learner = make_learner(training, env, noise)
-    eager = dataclasses.replace(training, engine="eager")
-    runner = Runner(eager, learner, make_plan(training, env), noise)
-    _, steps, updates = learning_chunk(
-        training, env, noise, lambda chunk, s, u: runner(s, u, chunk.update_counts)
-    )
-    work = work_of(learner, args.batch_size)
-    parts = parts_of(learner, steps, updates)
+    at_least_one(args, "repeats", "num_threads")
+    among_cores(args.cores)
+    above_zero("--seconds", args.seconds)
+    with ExitStack() as stack:
+        return _measure(args, stack)
+
+
+def _measure(args: ComponentsArgs, stack: ExitStack) -> dict[str, Any]:
+    """As `measure`; everything that trains is closed with `stack`."""
+    training = stack.enter_context(closing(eager_training(args)))
+    device = training.noise.device
+    _, steps, updates = learning_chunk(training)
+    work, parts = work_of(training.dqn, training.state), parts_of(training, steps, updates)
     launches: dict[Any, int | None] = {n: count_launches(job, device) for n, job in parts.items()}
-    engines = list(engines_of(training, env, args.engines))
+    engines = list(engines_of(args.training(), args.engines, stack))
     for engine in engines:  # on a CPU a compiled step dispatches next to nothing
         can = device.type == "cuda" or engine.name == "eager"
         launches[engine] = count_launches(engine.job, device) if can else None
@@ -304,25 +296,17 @@ def _text(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 
-def prepared(args: ComponentsArgs) -> tuple[Args, torch.device, TensorEnv]:
-    """Settings of the loop, device and environment.
+def eager_training(args: ComponentsArgs, **settings: Any) -> Training:
+    """The loop whose parts are timed.
 
     Raises:
         UsageError: a setting makes no sense.
     """
-    at_least_one(args, "repeats", "num_threads")
-    among_cores(args.cores)
-    above_zero("--seconds", args.seconds)
-    training = args.training()
-    check(training)
-    try:
-        device = choose_device(args.device)
-        env = make_env(args.env_id, training.env_params)
-    except (ValueError, EnvError) as error:
-        raise UsageError(str(error)) from error
-    if env.on_host:
+    training = setup(dataclasses.replace(args.training(), engine="eager", **settings))
+    if training.env.on_host:
+        training.close()
         raise UsageError(f"--env-id {args.env_id}: must be an environment of tensors")
-    return training, device, env
+    return training
 
 
 def show(result: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ LineWorld of 15 states has S 13, O 1, T 8, D 1, F 15:
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
@@ -40,11 +41,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import synchronise
-from dqn_fast.train import Learner
+from dqn_fast import tree
+from dqn_fast.dqn import DQN, State
 
 Shape = tuple[int, int, int]
 Job = Callable[[], object]
@@ -79,20 +80,19 @@ class Work(NamedTuple):
         return sum(2 * num_members * math.prod(shape) for shape in self.products)
 
 
-def work_of(learner: Learner, batch_size: int) -> dict[str, Work]:
+def work_of(dqn: DQN, state: State) -> dict[str, Work]:
     """Work of every part, and of a "vector step" with one gradient step."""
-    (m, n), env, net, b = learner.copies, learner.env, learner.q_net, batch_size
-    layers = [(weight.shape[1], weight.shape[2]) for weight, _ in net.layers]
+    m, n, b = dqn.num_members, dqn.num_envs, dqn.batch_size
+    layers = [*itertools.pairwise(dqn.network.widths)]
     act = [(n, fan_in, fan_out) for fan_in, fan_out in layers]
-    update = [(b, *layer) for layer in layers] * (3 if learner.double_q else 2)
+    update = [(b, *layer) for layer in layers] * (3 if dqn.double_q else 2)
     update += [(fan_in, b, fan_out) for fan_in, fan_out in layers]
     update += [(b, fan_out, fan_in) for fan_in, fan_out in layers[1:]]
 
-    p, f, t = net.num_parameters, net.sizes[0], learner.replay.bytes_per_transition
-    s = sum(num_bytes(leaf) for leaf in learner.vector.leaves()) // (m * n)
-    o = num_bytes(learner.vector.obs) // (m * n)
-    d = env.step_noise_dim + env.reset_noise_dim
-    stored = learner.replay.num_bytes
+    p, f, t = dqn.network.num_parameters, layers[0][0], dqn.replay.bytes_per_transition
+    s, o = tree.num_bytes(state.env) // (m * n), state.env.obs.nbytes // (m * n)
+    d = dqn.env.step_noise_dim + dqn.env.reset_noise_dim
+    stored = dqn.replay.num_bytes
 
     def work(products: list[Shape], size: int, working_set: int = 0) -> Work:
         return Work(tuple(products), size, max(size, working_set))
@@ -107,10 +107,6 @@ def work_of(learner: Learner, batch_size: int) -> dict[str, Work]:
         "update": work(update, m * b * (8 * f + 13) + 40 * m * p),
         "vector step": work(act + update, step_bytes),
     }
-
-
-def num_bytes(tensor: Tensor) -> int:
-    return tensor.element_size() * tensor.numel()
 
 
 class Counting(TorchDispatchMode):

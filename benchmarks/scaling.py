@@ -5,7 +5,7 @@
 Sizes vary one at a time around 64 envs, batch 64, 128x128, chunks of 32 vector steps, always with
 one gradient step per vector step. All points live in one process and take turns, so a machine that
 drifts does not look like one that scales. A stretch is the loop as it trains, with noise, schedules
-and metrics; making the learner and the engine, the compiler included, is timed apart.
+and metrics; set-up, the compiler included, is timed apart.
 
 Chunks are shorter than asked for where the noise of many envs would leave the cache; each row says
 how long they are.
@@ -31,10 +31,9 @@ from benchmarks.comparison import write_png
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast.device import choose_device, run_conditions
 from dqn_fast.envs import make_env
-from dqn_fast.noise import Noise
 from dqn_fast.record.metrics import Metrics
-from dqn_fast.replay import Replay, Transition
-from dqn_fast.train import Args, Runner, check, make_learner, make_plan, planned
+from dqn_fast.replay import Replay, ReplayState
+from dqn_fast.train import Args, check, setup
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -116,25 +115,22 @@ class Loop:
 
     def __init__(self, args: Args) -> None:
         start = time.perf_counter()
-        env, self._device = make_env(args.env_id, args.env_params), choose_device(args.device)
-        noise = Noise(args.seed, args.num_seeds, self._device)
-        learner, plan = make_learner(args, env, noise), make_plan(args, env)
-        self._runner = Runner(args, learner, plan, noise)
+        self._training = setup(args)
+        self._device = self._training.noise.device
         # Room for many chunks: a run logs less often than once a chunk, too.
         room = min(1024 * args.num_envs * args.num_seeds, 2**20)
         self._metrics = Metrics(args.num_seeds, room, self._device)
-        self._inputs = planned(args, env, noise, plan, self._runner.draw_noise)
+        self._chunks = self._training.chunks()
         self.chunk_steps = learning = 0
         while learning < 3:  # a graph is recorded in the second chunk that learns
             learning += self._chunk()[1] > 0
         synchronise(self._device)
         self.startup_s = time.perf_counter() - start
-        self.engine = str(self._runner.engine)
+        self.engine = self._training.runner.engine
 
     def _chunk(self) -> tuple[int, int]:
         """Run one chunk; its vector steps and gradient steps."""
-        chunk, steps, updates = next(self._inputs)
-        record = self._runner(steps, updates, chunk.update_counts)
+        chunk, record = next(self._chunks)
         self._metrics.add_(record, chunk.before, chunk.first_update)
         self.chunk_steps = max(self.chunk_steps, chunk.num_steps)
         return chunk.num_steps, chunk.num_updates
@@ -151,8 +147,8 @@ class Loop:
         return time.perf_counter() - start, num_steps, num_updates
 
     def close(self) -> None:
-        """End what the engine may still do."""
-        self._runner.close()
+        """Stop the compiler if it still runs."""
+        self._training.close()
 
 
 def measure_time(
@@ -208,19 +204,16 @@ def replay_memory(device_name: str) -> list[dict[str, Any]]:
     """What filled replay memories add to this process, or to what is allocated on a GPU."""
     device = choose_device(device_name)
     rows: list[dict[str, Any]] = []
-    kept: list[Replay] = []  # all of them: given back, the pages of one would serve the next
+    kept: list[ReplayState] = []  # all of them: given back, the pages of one would serve the next
     for env_id in MEMORY_ENVS:
         env = make_env(env_id)
-        obs = env.example_obs().to(device)[None]
-        scalar = torch.zeros(1, 1, device=device)
-        example = Transition(obs, scalar.long(), scalar, obs, scalar.bool())
-        size = Replay(1, example, env.num_actions).bytes_per_transition
         for capacity in (1, *CAPACITIES):  # the first warms up
-            count = math.ceil(MEASURED_BYTES / (size * capacity)) if capacity > 1 else 1
+            replay = Replay(capacity, 1, 1, env.example_obs(), env.num_actions, device)
+            count = math.ceil(MEASURED_BYTES / replay.num_bytes) if capacity > 1 else 1
             before = memory_in_use(device)
-            kept += [Replay(capacity, example, env.num_actions) for _ in range(count)]
-            for replay in kept[-count:]:
-                for stored in replay.rows:
+            kept += [replay.init() for _ in range(count)]
+            for state in kept[-count:]:
+                for stored in state.rows:
                     stored.fill_(1)  # pages count from when they are written
             measured = (memory_in_use(device) - before) / count
             rows.append(

@@ -2,24 +2,24 @@
 
     python -m benchmarks.throughput --quick
 
-Each contender lives in a process of its own, pinned to the same cores, and they take turns; see
-`benchmarks.turns`. What is timed is the loop as it trains: acting, stepping, storing, sampling,
-updating, noise, schedules and metrics; not start-up, evaluation and files. Network, batch, replay,
-learning rate, loss and clipping are the same for all, and so is epsilon, constant at its final
-value: a loop that skips the network for random actions gains nothing by it. Environment steps per
-second mean little alone: every row also gives updates/s and the replay ratio. Rows of equal *work*
-take 64 samples for each transition, as the notebook does. `python -m benchmarks.learning
-throughput` checks that the same settings learn.
+Each contender runs in a process of its own, pinned to the same cores, and they take turns; see
+`benchmarks.turns`. The timed part is the loop as it trains: acting, stepping, storing, sampling,
+updating, noise, schedules and metrics. Start-up, evaluation and files are not timed. All contenders
+have the same network, batch, replay, learning rate, loss and clipping. Epsilon is constant at its
+final value, so a loop that skips the network for random actions has no advantage. Environment steps
+per second mean little alone: every row also gives updates/s and the replay ratio. Rows of equal
+*work* sample 64 transitions for each collected one, as the notebook does. `python -m
+benchmarks.learning throughput` checks that the same settings learn.
 
 A row `train ENGINE` is the training command itself, `dqn_fast.train.train`, with its log points,
-checkpoints and files, at the intervals that a run of 32,768 vector steps has. `x loop` compares it
-with the bare loop of the same engine. With --num-seeds a loop trains a population; its rates count
-all members.
+checkpoints and files, at the intervals of a run of 32,768 vector steps. `x loop` is its speed
+divided by that of the bare loop of the same engine. With --num-seeds a loop trains a population;
+its rates count all members.
 
     python -m benchmarks.throughput --check
 
-measures the rows of --quick again and compares their ratios with the recorded ones; it exits with
-1 where one is worse than the noise explains. `benchmarks.gate` holds the rule.
+measures the rows of --quick again and compares their ratios with the recorded ones. Its exit status
+is 1 if a ratio is worse than the noise explains. `benchmarks.gate` defines the rule.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ from benchmarks.turns import Body, LeftOutError, Start, Stopwatch, take_turns
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
 from dqn_fast.engines import EngineName
 from dqn_fast.envs import make_env
-from dqn_fast.noise import Noise
 from dqn_fast.record.metrics import Metrics
-from dqn_fast.train import Args, Runner, make_learner, make_plan, most_episodes, planned, train
+from dqn_fast.train import Args, make_plan, most_episodes, setup, train
 
 ENDLESS = 2**40
 
@@ -314,7 +313,7 @@ def start_of(contender: Contender, device: torch.device) -> Start:
 
 
 def contend(contender: Contender, args: ThroughputArgs, connection: Connection) -> Stopwatch:
-    """Body of a contender's process: train for ever, timed on demand."""
+    """Train without end in a contender's process, timed on demand."""
     settings, engine = contender.args, contender.engine
     torch.set_num_threads(args.num_threads)
     if engine is None:  # an engine is pinned once it has compiled, XLA before it starts
@@ -334,12 +333,12 @@ def contend(contender: Contender, args: ThroughputArgs, connection: Connection) 
     if contender.loop.startswith(TRAIN):
         training_loop(settings, stopwatch)
     else:
-        fast_loop(settings, device, stopwatch)
+        fast_loop(settings, stopwatch)
     return stopwatch
 
 
 def reference_loop(stopwatch: Stopwatch) -> None:
-    """The scalar loop from its first update on; the first episodes before that are not timed."""
+    """Run the scalar loop; the transitions before its first update are not timed."""
     config = ReferenceConfig(log_interval=0, eps_start=ReferenceConfig.eps_end)
 
     def lap(transitions: int, _: object) -> bool:
@@ -349,20 +348,18 @@ def reference_loop(stopwatch: Stopwatch) -> None:
     train_reference(config, max_transitions=ENDLESS, on_check=lap, check_interval=20)
 
 
-def fast_loop(args: Args, device: torch.device, stopwatch: Stopwatch) -> None:
-    """The fast loop from its first chunk with updates on.
+def fast_loop(args: Args, stopwatch: Stopwatch) -> None:
+    """Run the fast loop; laps begin with its first chunk that has updates.
 
     Raises:
         LeftOutError: the engine is not available here, or its compiler failed.
     """
     assert args.log_interval is not None  # `endless` sets it
-    env, noise = make_env(args.env_id, args.env_params), Noise(args.seed, args.num_seeds, device)
-    learner, plan = make_learner(args, env, noise), make_plan(args, env)
-    metrics = Metrics(args.num_seeds, most_episodes(args), device)
+    device = choose_device(args.device)
     conditions = run_conditions(args.num_threads, device, args.matmul_precision)
-    with closing(Runner(args, learner, plan, noise)) as runner, conditions:
-        for chunk, steps, updates in planned(args, env, noise, plan, runner.draw_noise):
-            record = runner(steps, updates, chunk.update_counts)
+    with closing(setup(args)) as training, conditions:
+        runner, metrics = training.runner, Metrics(args.num_seeds, most_episodes(args), device)
+        for chunk, record in training.chunks():
             metrics.add_(record, chunk.before, chunk.first_update)
             if chunk.crosses(args.log_interval):
                 metrics.read_()
@@ -377,11 +374,11 @@ def fast_loop(args: Args, device: torch.device, stopwatch: Stopwatch) -> None:
 
 
 def training_loop(args: Args, stopwatch: Stopwatch) -> None:
-    """The training command from its first log point with updates on.
+    """Run the training command; laps begin with its first log point that has updates.
 
-    A stretch goes from log point to log point, so that each holds its share of logging. One that is
-    shorter than a checkpoint interval holds a checkpoint in some rounds only. Evaluations are left
-    out, as the command's own rates leave them out; so is the report.
+    A stretch goes from log point to log point, so it contains its share of logging. A stretch
+    shorter than a checkpoint interval contains a checkpoint in some rounds only. There are no
+    evaluations, which the command's own rates exclude too, and there is no report.
 
     Raises:
         LeftOutError: another engine ran than the one that was asked for.
@@ -419,7 +416,7 @@ def training_loop(args: Args, stopwatch: Stopwatch) -> None:
 
 
 def peer_loop(loop: str, args: Args, device: torch.device, stopwatch: Stopwatch) -> None:
-    """A peer's loop from its first update on.
+    """Run a peer's loop; laps begin with its first update.
 
     Raises:
         LeftOutError: its package is not installed, or does not know the device.

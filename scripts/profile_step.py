@@ -15,21 +15,20 @@ divided by the steps that it serves. The trace opens in chrome://tracing or ui.p
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
-from unittest import mock
 
 import tyro
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.common import (
@@ -41,23 +40,18 @@ from benchmarks.common import (
     synchronise,
 )
 from dqn_fast import train
+from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.device import choose_device, run_conditions
-from dqn_fast.engines import choose_engine
-from dqn_fast.envs import EnvError, make_env
-from dqn_fast.noise import Noise
+from dqn_fast.dqn import DQN
+from dqn_fast.engines import EngineChoice, Runner, choose_engine
+from dqn_fast.envs import EnvError, Outcome, VectorState
 from dqn_fast.plan import Chunk
 from dqn_fast.record.checkpoint import finite
 from dqn_fast.record.metrics import Metrics
 from dqn_fast.record.run import UsageError
 
-PARTS = {
-    "act": "act_",
-    "env step": "step_envs",
-    "store": "store_",
-    "sample + update": "learn_",
-}
-"""Functions of `dqn_fast.train` that a plain vector step calls."""
-
+PARTS = ACT, ENV_STEP, STORE, LEARN = "act", "env step", "store", "sample + update"
+"""Parts of a plain vector step; see `MarkedDQN`."""
 DRAW, STEPS, METRICS, REST = "noise, schedules", "vector step", "metrics", "carry over, records"
 TOP = 15
 
@@ -78,6 +72,26 @@ class ProfileArgs:
     """Write the Chrome trace of the median round."""
 
 
+class MarkedDQN(DQN):
+    """Marks the parts of its vector step for the profiler."""
+
+    def act_(self, *args: Any) -> Tensor:
+        with record_function(ACT):
+            return super().act_(*args)
+
+    def step_envs(self, *args: Any) -> tuple[VectorState, Outcome]:
+        with record_function(ENV_STEP):
+            return super().step_envs(*args)
+
+    def store_(self, *args: Any) -> None:
+        with record_function(STORE):
+            super().store_(*args)
+
+    def learn_(self, *args: Any) -> list[Tensor]:
+        with record_function(LEARN):
+            return super().learn_(*args)
+
+
 class Loop:
     """The training loop from its first gradient steps on, over the same vector steps each time.
 
@@ -89,21 +103,19 @@ class Loop:
     """
 
     def __init__(self, args: train.Args, profile_steps: int) -> None:
-        try:
-            self.device = choose_device(args.device)
-            self._env = make_env(args.env_id, args.env_params, args.vectorization_mode)
-        except (ValueError, EnvError) as error:
-            raise UsageError(str(error)) from error
-        plan = train.make_plan(args, self._env)
-        choice = choose_engine(args.engine, self.device, plan.total_updates, self._env.on_host)
-        choice = dataclasses.replace(choice, switch=None)  # what the run ends up with
-        self._args, self._noise = args, Noise(args.seed, args.num_seeds, self.device)
+        # The run has no end here, and from its start the engine that the asked run ends up with.
+        made = train.setup(dataclasses.replace(args, engine="eager"))
+        args, self.device = dataclasses.replace(made.args, engine=args.engine), made.noise.device
+        plan = train.make_plan(args, made.env)
+        choice = choose_engine(args.engine, self.device, plan.total_updates, made.env.on_host)
+        choice = dataclasses.replace(choice, switch=None)
         self._plan = dataclasses.replace(plan, total_timesteps=10**12)
-        self._learner = train.make_learner(args, self._env, self._noise)
+        self._training = dataclasses.replace(made, args=args, plan=self._plan)
+        runner = self._training.runner = self._runner(made.dqn, choice)
+        made.on_close.callback(runner.close)
         self._metrics = Metrics(args.num_seeds, train.most_episodes(args), self.device)
-        self._runner = train.Runner(args, self._learner, self._plan, self._noise, choice)
         last = self._warm_up()
-        self.engine, self.engine_reason = str(self._runner.engine), self._runner.reason
+        self.engine, self.engine_reason = runner.engine, runner.reason
 
         first = last.after // args.num_envs
         chunks = self._plan.chunks(first, last.first_update + last.num_updates)
@@ -120,22 +132,22 @@ class Loop:
     def num_steps(self) -> int:
         return sum(chunk.num_steps for chunk in self._chunks)
 
+    def _runner(self, dqn: DQN, choice: EngineChoice) -> Runner:
+        return Runner(dqn, self._training.state, self._plan, self._training.noise, choice)
+
     def _warm_up(self) -> Chunk:
         """Run until learning has begun, and for some chunks more."""
         learned = 0
-        inputs = train.planned(
-            self._args, self._env, self._noise, self._plan, self._runner.draw_noise
-        )
-        for chunk, steps, updates in inputs:
-            self._advance(chunk, steps, updates)
+        for chunk, record in self._training.chunks():
+            self._metrics.add_(record, chunk.before, chunk.first_update)
             learned += chunk.before >= self._plan.learning_starts_at
             if learned >= 3:
                 return chunk
         raise AssertionError("the loop is endless")
 
-    def _advance(self, chunk: Chunk, steps: train.StepInputs, updates: train.UpdateInputs) -> None:
+    def _advance(self, chunk: Chunk, steps: StepInputs, updates: UpdateInputs) -> None:
         with record_function(STEPS):
-            record = self._runner(steps, updates, chunk.update_counts)
+            record = self._training.runner(steps, updates, chunk.update_counts)
         with record_function(METRICS):
             self._metrics.add_(record, chunk.before, chunk.first_update)
 
@@ -144,18 +156,12 @@ class Loop:
         synchronise(self.device)
         start = time.perf_counter()
         with record_function(DRAW):
-            steps, updates = train.draw_inputs(
-                self._args, self._env, self._noise, self._window, self._runner.draw_noise
-            )
+            steps, updates = self._training.inputs_of(self._window)
         synchronise(self.device)
         drawn = time.perf_counter()
         for chunk in self._chunks:
-            k, u = chunk.within(self._window)
-            self._advance(
-                chunk,
-                train.StepInputs(*(t[k] for t in steps)),
-                train.UpdateInputs(*(t[u] for t in updates)),
-            )
+            k, u = chunk.slices_in(self._window)
+            self._advance(chunk, train.rows_of(steps, k), train.rows_of(updates, u))
         synchronise(self.device)
         end = time.perf_counter()
         return 1e6 * ((drawn - start) / self.drawn + (end - drawn) / self.num_steps)
@@ -166,31 +172,17 @@ class Loop:
         if self.engine != "eager":
             yield
             return
-
-        def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(function)
-            def call(*args: Any) -> Any:
-                with record_function(name):
-                    return function(*args)
-
-            return call
-
-        with ExitStack() as stack, mock.patch.object(self, "_runner"):
-            parts = {f: marked(name, getattr(train, f)) for name, f in PARTS.items()}
-            step_ = functools.partial(
-                train.vector_step_, act_=parts["act_"], learn_=parts["learn_"]
-            )
-            chunk_ = functools.partial(train.chunk_, step_=step_)
-            for name, function in {**parts, "chunk_": chunk_}.items():
-                stack.enter_context(mock.patch.object(train, name, function))
-            args = dataclasses.replace(self._args, engine="eager")
-            self._runner = train.Runner(args, self._learner, self._plan, self._noise)
+        plain, dqn = self._training.runner, self._training.dqn
+        marked = MarkedDQN(**{f.name: getattr(dqn, f.name) for f in dataclasses.fields(dqn)})
+        self._training.runner = self._runner(marked, EngineChoice("eager", False, "asked for"))
+        try:
             yield
+        finally:
+            self._training.runner = plain
 
     def close(self) -> None:
-        """End what the engine and the environment still hold."""
-        self._runner.close()
-        self._env.close()
+        """Stop the compiler if it still runs, and close the environment."""
+        self._training.close()
 
 
 class Part(NamedTuple):
@@ -295,7 +287,12 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
     among_cores(args.cores)
     in_a_folder("--trace", args.trace)
     train.check(args.training)
-    loop = Loop(args.training, args.profile_steps)
+    with closing(Loop(args.training, args.profile_steps)) as loop:
+        return _measure(args, loop)
+
+
+def _measure(args: ProfileArgs, loop: Loop) -> dict[str, Any]:
+    """As `measure`, of a loop that learns."""
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if loop.device.type == "cuda" else []
 
@@ -315,7 +312,7 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
     if args.trace is not None:
         rounds[middle][1].export_chrome_trace(str(args.trace))
     kernels, busy_us = kernels_of(rounds[middle][1].events(), loop)
-    result = {
+    return {
         "device": str(loop.device),
         "engine": loop.engine,
         "engine_reason": loop.engine_reason,
@@ -344,8 +341,6 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
         "plain_us_min": min(plain),
         "plain_us_max": max(plain),
     }
-    loop.close()
-    return result
 
 
 def show(args: train.Args, result: dict[str, Any]) -> None:

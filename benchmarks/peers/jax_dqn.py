@@ -45,8 +45,10 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from dqn_fast.device import MatmulPrecision
+from dqn_fast.dqn import QFunction
 from dqn_fast.envs import make_env
-from dqn_fast.evaluate import solve
+from dqn_fast.exact import solve
+from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.record.run import UsageError
 from dqn_fast.train import Args, asked_env_id, check
@@ -208,7 +210,7 @@ class Inputs(NamedTuple):
         epsilon: float32 [G, P].
         update: numbers of the gradient steps, uint32 [G, U].
         step_size: learning rate / (1 - b1^t), float32 [G, U].
-        root_scale: 1 / sqrt(1 - b2^t), float32 [G, U].
+        inverse_correction: 1 / sqrt(1 - b2^t), float32 [G, U].
         sync: weight of the online network in the target after that step, float32 [G, U].
         learns: whether the group's gradient steps are taken, bool [G].
     """
@@ -217,7 +219,7 @@ class Inputs(NamedTuple):
     epsilon: Any
     update: Any
     step_size: Any
-    root_scale: Any
+    inverse_correction: Any
     sync: Any
     learns: Any
 
@@ -296,7 +298,7 @@ class Schedule:
             epsilon=_linear(step * n, args.eps_start, args.eps_end, ramp).astype(np.float32),
             update=t.astype(np.uint32),
             step_size=(rate / (1.0 - ADAM_BETAS[0] ** t)).astype(np.float32),
-            root_scale=(1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)).astype(np.float32),
+            inverse_correction=(1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)).astype(np.float32),
             sync=np.where(self._syncs(group, stamp), args.tau, 0.0).astype(np.float32),
             learns=group >= self.fill,
         )
@@ -524,7 +526,7 @@ class Algorithm:
         learner: Learner,
         batch: tuple[Array, ...],
         step_size: Array,
-        root_scale: Array,
+        inverse_correction: Array,
         sync: Array,
     ) -> tuple[Learner, Array, Array]:
         """One gradient step on a batch (state, action, reward, next state, terminated).
@@ -555,7 +557,7 @@ class Algorithm:
         mean = tree(lambda m, g: m + (1.0 - b1) * (g - m), learner.mean, grads)
         square = tree(lambda v, g: b2 * v + (1.0 - b2) * (g * g), learner.square, grads)
         params = tree(
-            lambda p, m, v: p - step_size * (m / (jnp.sqrt(v) * root_scale + ADAM_EPS)),
+            lambda p, m, v: p - step_size * (m / (jnp.sqrt(v) * inverse_correction + ADAM_EPS)),
             learner.params,
             mean,
             square,
@@ -576,7 +578,9 @@ class Algorithm:
             return (learner, s._replace(loss=s.loss + loss, grad_norm=s.grad_norm + norm)), None
 
         (learner, statistics), _ = lax.scan(
-            one, (carry.learner, carry.statistics), (x.update, x.step_size, x.root_scale, x.sync)
+            one,
+            (carry.learner, carry.statistics),
+            (x.update, x.step_size, x.inverse_correction, x.sync),
         )
         return carry._replace(learner=learner, statistics=statistics)
 
@@ -764,15 +768,12 @@ def jax_loop(
         jax.device_get(loop.statistics)
 
 
-def as_q_network(params: Params) -> QNetwork:
-    """The same network in torch, of one member."""
+def as_q_function(params: Params) -> QFunction:
+    """The same Q-values in torch, of one member."""
     sizes = (params[0][0].shape[0], *(weight.shape[1] for weight, _ in params))
-    q_net = QNetwork(sizes)
-    with torch.no_grad():
-        for (weight, bias), (w, b) in zip(q_net.layers, params, strict=True):
-            weight[0].copy_(torch.from_numpy(np.array(w)))
-            bias[0, 0].copy_(torch.from_numpy(np.array(b)))
-    return q_net
+    arrays = [array for weight, bias in params for array in (weight[None], bias[None, None])]
+    tensors = [torch.from_numpy(np.array(array)) for array in arrays]
+    return QFunction(QNetwork(sizes), ScalarHead(), tensors)
 
 
 def train_jax(
@@ -825,7 +826,7 @@ def train_jax(
         returns = play(params, jax.random.fold_in(key, len(history)))
         row = {"global_step": loop.global_step, "return_mean": float(returns.mean())}
         if exact is not None:
-            known = exact.compare(as_q_network(params))
+            known = exact.compare(as_q_function(params))
             row |= {name: values[0] for name, values in known.items()}
         row["wall_s"] = time.perf_counter() - began
         eval_s += row["wall_s"] + began - asked

@@ -18,16 +18,16 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
+from benchmarks.peers.to_goal import copied, fresh
+from dqn_fast.dqn import QFunction
 from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
-from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.plan import crossed, linear_schedule
 from dqn_fast.record.checkpoint import write_json
@@ -129,20 +129,15 @@ def _learning_rate(start: float, end: float, remaining: float) -> float:
     return float(linear_schedule(1.0 - remaining, start, end, 1.0))
 
 
-@torch.no_grad()
-def copy_policy_(q_net: QNetwork, model: DQN) -> QNetwork:
+def copy_policy_(q_net: QFunction, model: DQN) -> QFunction:
     """Overwrite `q_net`, of one member and the same sizes, with the model's online network."""
-    linears = [layer for layer in model.q_net.q_net if isinstance(layer, nn.Linear)]
-    for (weight, bias), linear in zip(q_net.layers, linears, strict=True):
-        weight[0].copy_(linear.weight.T)
-        bias[0, 0].copy_(linear.bias)
-    return q_net
+    return copied(q_net, model.q_net.q_net)
 
 
 class Recorder(BaseCallback):
     """Evaluates as `train` does and keeps the episodes.
 
-    The network is copied into a `QNetwork` and plays in the tensor environment: the same policy,
+    The network is copied into a `QFunction` and plays in the tensor environment: the same policy,
     the same start states as the run of that seed here, and a fraction of the time.
 
     Attributes:
@@ -157,11 +152,9 @@ class Recorder(BaseCallback):
         assert args.run_dir is not None
         self._args, self._env = args, make_env(args.env_id)
         self._eval_interval = intervals(args)["eval_interval"]
-        features = self._env.features(
-            self._env.observe(self._env.reset(torch.zeros(1, self._env.reset_noise_dim)))
-        )
-        sizes = (features.shape[-1], *args.hidden_sizes, self._env.num_actions)
-        self._q_net, self._noise = QNetwork(sizes), Noise(args.seed, 1, torch.device("cpu"))
+        num_features = self._env.features(self._env.example_obs()).shape[-1]
+        self._q_net = fresh((num_features, *args.hidden_sizes, self._env.num_actions))
+        self._noise = Noise(args.seed, 1)
         self._tracker = JsonlTracker(args.run_dir / "metrics.jsonl")
         self._evaluated_at = self._num_evaluations = 0
         self.summary: dict[str, float] = {}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import gymnasium
     from torch import nn
 
-    from dqn_fast.networks import QNetwork
+    from dqn_fast.dqn import QFunction
     from dqn_fast.train import Args
 
     Env = Callable[[], gymnasium.Env[Any, Any]]
@@ -74,16 +74,27 @@ class Judged:
         return self.told.reached
 
 
-def copied(q_net: QNetwork, network: nn.Module) -> QNetwork:
+def fresh(sizes: tuple[int, ...]) -> QFunction:
+    """Q-values of one member, to be overwritten by `copied`."""
+    from dqn_fast.dqn import QFunction
+    from dqn_fast.heads import ScalarHead
+    from dqn_fast.networks import QNetwork
+    from dqn_fast.noise import Noise
+
+    network = QNetwork(sizes)
+    return QFunction(network, ScalarHead(), network.init(Noise(0, 1)))
+
+
+def copied(q_net: QFunction, network: nn.Module) -> QFunction:
     """`q_net`, of one member, with the weights of the linear layers of `network`."""
     import torch
     from torch import nn
 
     linears = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    given = [tensor for linear in linears for tensor in (linear.weight.T, linear.bias)]
     with torch.no_grad():
-        for (weight, bias), linear in zip(q_net.layers, linears, strict=True):
-            weight[0].copy_(linear.weight.T)
-            bias[0, 0].copy_(linear.bias)
+        for param, tensor in zip(q_net.parameters(), given, strict=True):
+            param[0].copy_(tensor)
     return q_net
 
 
@@ -94,12 +105,11 @@ def exact_judge(
     import torch
 
     from dqn_fast.envs import make_env
-    from dqn_fast.evaluate import solve
-    from dqn_fast.networks import QNetwork
+    from dqn_fast.exact import solve
 
     exact = solve(make_env(env_id, env_params), gamma, torch.device("cpu"))
     assert exact is not None
-    q_net = QNetwork(sizes)
+    q_net = fresh(sizes)
 
     def judge(network: nn.Module) -> tuple[bool, float]:
         known = exact.compare(copied(q_net, network))
@@ -116,10 +126,9 @@ def return_judge(args: Args, sizes: tuple[int, ...]) -> Judge:
 
     from dqn_fast.envs import make_env
     from dqn_fast.evaluate import evaluate
-    from dqn_fast.networks import QNetwork
     from dqn_fast.noise import Noise
 
-    env, q_net, least = make_env(args.env_id), QNetwork(sizes), args.stop_at_return
+    env, q_net, least = make_env(args.env_id), fresh(sizes), args.stop_at_return
     assert least is not None
     noise, epoch = Noise(args.seed, 1, torch.device("cpu")), itertools.count()
 

@@ -9,30 +9,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import components
-from benchmarks.components import ComponentsArgs, learning_chunk, measure, parts_of, prepared
+from benchmarks.components import (
+    ComponentsArgs,
+    eager_training,
+    learning_chunk,
+    measure,
+    parts_of,
+)
 from benchmarks.floors import Counting, Floor, Rates, Work, count_launches, time_in_turns, work_of
-from dqn_fast.noise import Noise
-from dqn_fast.train import Args, Runner, make_learner, make_plan
 
 CPU = torch.device("cpu")
 SMALL = ComponentsArgs(num_envs=3, num_seeds=2, batch_size=5, hidden_sizes=(4,), device="cpu")
 
 
 def learning(args: ComponentsArgs, **settings):
-    """A learner whose loop has begun to learn, and its parts."""
-    training, device, env = prepared(args)
-    training = Args(**{**vars(training), "engine": "eager", **settings})
-    noise = Noise(0, training.num_seeds, device)
-    learner = make_learner(training, env, noise)
-    runner = Runner(training, learner, make_plan(training, env), noise)
-    _, *inputs = learning_chunk(training, env, noise, lambda c, s, u: runner(s, u, c.update_counts))
-    return learner, parts_of(learner, *inputs)
+    """The work of a loop that has begun to learn, and its parts."""
+    training = eager_training(args, **settings)
+    _, *inputs = learning_chunk(training)
+    return work_of(training.dqn, training.state), parts_of(training, *inputs)
 
 
 def test_work_by_hand():
     """LineWorld with 2 members of 3 copies, batch 5, a 15-4-2 network of 74 parameters."""
-    learner, _ = learning(SMALL)
-    work = work_of(learner, batch_size=5)
+    work, _ = learning(SMALL)
     assert {name: part.flops(2) for name, part in work.items()} == {
         "env step": 0,
         "replay add": 0,
@@ -58,8 +57,7 @@ def test_work_by_hand():
 def test_flops_are_those_that_torch_counts(double_q, hidden_sizes):
     """The products of act and update, by torch.utils.flop_counter."""
     args = ComponentsArgs(**{**vars(SMALL), "hidden_sizes": hidden_sizes})
-    learner, parts = learning(args, double_q=double_q)
-    work = work_of(learner, batch_size=5)
+    work, parts = learning(args, double_q=double_q)
     for name, job in parts.items():
         with FlopCounterMode(display=False) as counter:
             job()
@@ -81,11 +79,11 @@ def test_views_are_no_launches():
 
 def test_launches_of_an_update():
     """Two passes forward and one backward: a product for each entry of the work, and no more."""
-    learner, parts = learning(SMALL)
+    work, parts = learning(SMALL)
     with Counting() as counting:
         parts["update"]()
     products = sum(n for name, n in counting.operations.items() if "bmm" in name)
-    assert products == len(work_of(learner, 5)["update"].products)
+    assert products == len(work["update"].products)
     assert counting.operations.total() == count_launches(parts["update"], CPU)
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from dqn_fast.agent import Adam, UpdateSchedule, update_
+from benchmarks.components import SampledBatches
+from dqn_fast.algorithm import UpdateInputs
+from dqn_fast.dqn import Adam
 from dqn_fast.envs import make_env
-from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.plan import linear_schedule
 from dqn_fast.record.run import UsageError
-from dqn_fast.replay import Transition
-from dqn_fast.train import Args, epsilon, make_plan
+from dqn_fast.replay import Batch
+from dqn_fast.train import Args, hyper_of, make_dqn, make_plan, schedules_of
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
@@ -30,7 +31,7 @@ from benchmarks.peers.jax_dqn import (  # noqa: E402
     Learner,
     Replay,
     Schedule,
-    as_q_network,
+    as_q_function,
     env_step,
     environment,
     jax_loop,
@@ -113,55 +114,48 @@ def test_a_step_is_that_of_the_tensor_environment(env_id, params, num_steps):
         ("CartPole-v1", {"double_q": True, "loss": "squared", "max_grad_norm": 1e6}),
     ],
 )
-def test_a_gradient_step_is_that_of_the_agent(env_id, settings, for_cpu):
+def test_a_gradient_step_is_that_of_dqn(env_id, settings, for_cpu):
     """From equal weights, moments and batch: equal loss, norm, weights, moments and target."""
-    args = Args(env_id=env_id, **settings)
+    args = Args(env_id=env_id, hidden_sizes=(16, 32), device="cpu", **settings)
     torch_env, env = make_env(env_id), environment(args)
     generator = torch.Generator().manual_seed(1)
     if env_id == "LineWorld-v0":
         obs, next_obs = torch.randint(15, (2, 64), generator=generator).to(torch.uint8)
     else:
         obs, next_obs = torch.randn(2, 64, 4, generator=generator)
-    batch = Transition(
+    batch = (
         obs,
         torch.randint(2, (64,), generator=generator),
         3.0 * torch.randn(64, generator=generator),
         next_obs,
         torch.rand(64, generator=generator) < 0.3,
     )
-    num_features = torch_env.features(obs).shape[-1]
-    nets = [QNetwork((num_features, 16, 32, 2)) for _ in range(4)]
-    for i, net in enumerate(nets):
-        net.init_(Noise(i, 1, torch.device("cpu"))).requires_grad_(i == 0)
-    q_net, target_net, *moments = nets
-    square = [p.square() + 1e-3 for p in moments[1].params]
-    adam = Adam([p.clone() for p in moments[0].params], square)
+    dqn = make_dqn(args, torch_env)
+    state = dqn.init(Noise(0, 1), hyper_of(args))
+    target, mean, other = (
+        [param.detach() for param in dqn.network.init(Noise(i, 1))] for i in (1, 2, 3)
+    )
+    adam = Adam(mean, [param.square() + 1e-3 for param in other])
+    state = state._replace(target_params=target, adam=adam)
 
     def layers(params):
         flat = [jnp.array(p.detach().numpy()[0]) for p in params]
         return [(w, b[0]) for w, b in zip(flat[::2], flat[1::2], strict=True)]
 
-    learner = Learner(*map(layers, (q_net.params, target_net.params, adam.mean, adam.square)))
+    learner = Learner(*map(layers, (state.params, target, *adam)))
     schedule = (2e-3, 1.5, 0.25)
     update = jax.jit(Algorithm(args, env, for_cpu).update)
     learner, loss, norm = update(learner, tuple(t.numpy() for t in batch), *schedule)
 
-    features = [torch_env.features(t)[None] for t in (obs, next_obs)]
-    metrics = update_(
-        q_net,
-        target_net,
-        adam,
-        Transition(*(t[None] for t in batch))._replace(obs=features[0], next_obs=features[1]),
-        torch.full((1, 1), args.gamma),
-        torch.full((1, 1), args.max_grad_norm),
-        args.loss,
-        args.double_q,
-        UpdateSchedule(*map(torch.tensor, schedule)),
-    )
+    *rows, terminated = (t[None] for t in batch)
+    sampled = SampledBatches([Batch(*rows, torch.where(terminated, 0.0, args.gamma))])
+    step_size, inverse_correction, sync = map(torch.tensor, schedule)
+    inputs = UpdateInputs(torch.zeros(1, 64), step_size[None], inverse_correction, sync[None])
+    metrics = replace(dqn, replay=sampled).update_(state, inputs)
     np.testing.assert_allclose(loss, metrics[0, 0], rtol=1e-5)
     np.testing.assert_allclose(norm, metrics[3, 0], rtol=1e-5)
     assert (float(norm) > args.max_grad_norm) == (env_id == "LineWorld-v0")
-    expected = (q_net.params, target_net.params, adam.mean, adam.square)
+    expected = (state.params, target, *adam)
     for ours, theirs in zip(learner, map(layers, expected), strict=True):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -196,16 +190,19 @@ def test_steps_and_schedules_follow_the_plan(settings):
     assert counts.ravel().tolist() == list(window.update_counts)
     assert counts.sum() == plan.total_updates > 0
     learns = inputs.learns
-    np.testing.assert_allclose(inputs.epsilon.ravel(), epsilon(args, window.steps), rtol=1e-6)
+    epsilon = schedules_of(args).epsilon(window.steps)[:, 0]
+    np.testing.assert_allclose(inputs.epsilon.ravel(), epsilon, rtol=1e-6)
     np.testing.assert_array_equal(
         inputs.sync[learns].ravel(), np.where(window.syncs, args.tau, 0.0).astype(np.float32)
     )
     end = args.learning_rate if args.learning_rate_end is None else args.learning_rate_end
-    rate = linear_schedule(window.stamps, args.learning_rate, end, args.total_timesteps)
+    rate = linear_schedule(window.update_steps, args.learning_rate, end, args.total_timesteps)
     t = np.arange(1, plan.total_updates + 1)
     np.testing.assert_array_equal(inputs.update[learns].ravel(), t)
     np.testing.assert_allclose(inputs.step_size[learns].ravel(), rate / (1 - 0.9**t), rtol=1e-6)
-    np.testing.assert_allclose(inputs.root_scale[learns].ravel(), (1 - 0.999**t) ** -0.5, 1e-6)
+    np.testing.assert_allclose(
+        inputs.inverse_correction[learns].ravel(), (1 - 0.999**t) ** -0.5, rtol=1e-6
+    )
 
 
 def test_replay_holds_the_newest_rows_whole():
@@ -339,7 +336,7 @@ def test_the_network_in_torch_is_the_same_function():
     states = np.arange(15, dtype=np.uint8)
     features = make_env("LineWorld-v0").features(torch.from_numpy(states))
     with torch.no_grad():
-        theirs = as_q_network(params)(features[None])[0]
+        theirs = as_q_function(params)(features[None])[0]
     np.testing.assert_allclose(algorithm.q_values(params, states), theirs, rtol=1e-5, atol=1e-6)
     for i, (weight, bias) in enumerate(params):
         bound = weight.shape[0] ** -0.5

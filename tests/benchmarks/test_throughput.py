@@ -38,7 +38,6 @@ from benchmarks.throughput import (
     why_not,
 )
 from benchmarks.turns import LeftOutError, family_memory, take_turns
-from dqn_fast.train import Args
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MACHINE = {"processor": "P", "instruction_set": "AVX2", "cores": 2, "gpu": None}
@@ -56,10 +55,6 @@ def stretches(loop, *seconds: float) -> list[list[float]]:
     ours.send(None)
     thread.join()
     return results
-
-
-def run_fast(args: Args, stopwatch: Stopwatch) -> None:
-    fast_loop(args, CPU, stopwatch)
 
 
 # ------------------------------------------------------------------------------------- the rows
@@ -185,10 +180,8 @@ def test_records_without_a_column_have_its_default():
 def test_every_vector_step_of_the_fast_loop_learns(args):
     """Timed stretches hold the updates that the replay ratio says, none from before learning."""
     per_step = args.batch_size * args.gradient_steps / args.train_freq
-    args = replace(endless(args), engine="eager")
-    for duration, env_steps, updates in stretches(
-        lambda watch: fast_loop(args, CPU, watch), 0.2, 0.2
-    ):
+    args = replace(endless(args), engine="eager", device="cpu")
+    for duration, env_steps, updates in stretches(partial(fast_loop, args), 0.2, 0.2):
         assert duration >= 0.2
         assert updates * args.batch_size == env_steps * per_step > 0
 
@@ -196,8 +189,8 @@ def test_every_vector_step_of_the_fast_loop_learns(args):
 def test_a_population_counts_all_members():
     """Transitions and gradient steps of three members are three times those of one."""
     args = replace(endless(fast_args(4)), engine="eager", num_seeds=3, chunk_steps=5)
-    args = replace(args, hidden_sizes=(4,), batch_size=8)
-    ((_, env_steps, updates),) = stretches(partial(run_fast, args), 0.1)
+    args = replace(args, hidden_sizes=(4,), batch_size=8, device="cpu")
+    ((_, env_steps, updates),) = stretches(partial(fast_loop, args), 0.1)
     assert env_steps == 4 * updates > 0
     assert updates % (3 * 5) == 0
 
@@ -211,8 +204,8 @@ def test_the_loop_runs_under_its_conditions(monkeypatch):
         return nullcontext()
 
     monkeypatch.setattr(throughput, "run_conditions", conditions)
-    args = replace(endless(fast_args(8)), engine="eager", matmul_precision="high")
-    stretches(partial(run_fast, args), 0.01)
+    args = replace(endless(fast_args(8, "cpu")), engine="eager", matmul_precision="high")
+    stretches(partial(fast_loop, args), 0.01)
     assert seen == [(1, CPU, "high")]
 
 
@@ -278,7 +271,7 @@ def test_the_training_command_says_which_engine_ran(monkeypatch):
         return str(caught.value)
 
     Spy(monkeypatch)
-    monkeypatch.setattr("dqn_fast.engines.why_not_compiled", lambda device: "no compiler")
+    monkeypatch.setattr("dqn_fast.engines.choice.why_not_compiled", lambda device: "no compiler")
     args = replace(endless(fast_args(8)), engine="compile", device="cpu")
     assert "no compiler" in why_left_out()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dqn_fast import train
+from dqn_fast.dqn import DQN
 from dqn_fast.train import Args
 from scripts import profile_step
 from scripts.profile_step import (
@@ -31,9 +31,10 @@ EAGER = Args(engine="eager", device="cpu", train_freq=64, chunk_steps=4)
 def profiled(tmp_path_factory):
     """A short profile and its trace."""
     path = tmp_path_factory.mktemp("profile") / "step.json"
-    before = [getattr(train, name) for name in (*PARTS.values(), "chunk_")]
+    methods = ("act_", "step_envs", "store_", "learn_")
+    before = [getattr(DQN, name) for name in methods]
     result = measure(ProfileArgs(EAGER, profile_steps=4, repeats=3, trace=path))
-    assert before == [getattr(train, name) for name in (*PARTS.values(), "chunk_")]
+    assert before == [getattr(DQN, name) for name in methods]
     return result, json.loads(path.read_text())
 
 
