@@ -386,7 +386,7 @@ def test_no_film_is_no_trouble(tmp_path, monkeypatch, capfd, without):
     assert capfd.readouterr() == ("", "")
     if report:
         page = (tmp_path / "run" / "report.html").read_text()
-        assert "pip install -e &quot;.[video]&quot;" in page
+        assert "pip install -e ".[video]"" in page
 
 
 def test_a_method_that_fails_costs_one_warning(tmp_path, capfd):

@@ -180,7 +180,7 @@ def test_constants_are_those_of_the_modules_that_use_them():
     assert train.most_episodes(replace(SMALL, log_interval=0, total_timesteps=10**9)) == 2**20
     for states in (memory.SOLVED_STATES, memory.SOLVED_STATES + 1):
         env = make_env("LineWorld-v0", {"n_states": states})
-        solved = exact.solve(env, 0.5, CPU) is not None
+        solved = exact.solve(env, [0.5]) is not None
         assert (Layout.of(env).num_states > 0) == solved
 
 

@@ -805,7 +805,7 @@ def train_jax(
     need(args, args.num_seeds == 1, "num_seeds", "1")
     loop = JaxLoop(args, tuned, precision)
     schedule, algorithm = loop.schedule, loop.algorithm
-    exact = solve(make_env(args.env_id, args.env_params), args.gamma, torch.device("cpu"))
+    exact = solve(make_env(args.env_id, args.env_params), [args.gamma])
     if args.stop_when_optimal and exact is None:
         raise UsageError(f"--stop-when-optimal: {args.env_id} has no exact solution here")
     interval = args.eval_interval or schedule.num_groups * schedule.transitions

@@ -102,12 +102,11 @@ def exact_judge(
     env_id: str, env_params: dict[str, Any], gamma: float, sizes: tuple[int, ...]
 ) -> Judge:
     """Optimal in every state, and the largest value error; see `ExactValues.compare`."""
-    import torch
 
     from dqn_fast.envs import make_env
     from dqn_fast.exact import solve
 
-    exact = solve(make_env(env_id, env_params), gamma, torch.device("cpu"))
+    exact = solve(make_env(env_id, env_params), [gamma])
     assert exact is not None
     q_net = fresh(sizes)
 

@@ -119,8 +119,9 @@ class Diagnostics:
         stacked["quantile_levels"] = np.array(QUANTILE_LEVELS)
         stacked["td_error_sample"] = td_error[-1]
         if self._exact is not None:
-            q_star = self._exact.q_star  # one for all members, unless they differ in gamma
-            stacked["q_star"] = (q_star[0] if (q_star == q_star[0]).all() else q_star).numpy()
+            q_star = self._exact.q_star.numpy()
+            same = (q_star == q_star[0]).all()  # unless members differ in gamma
+            stacked["q_star"] = q_star[0] if same else q_star
             stacked["terminal"] = self._exact.mdp.terminal.numpy()
             stacked["optimal_return"] = np.array(one_or_all(self._exact.optimal_return))
         return stacked
