@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import sys
 from dataclasses import dataclass
@@ -386,7 +387,7 @@ def test_no_film_is_no_trouble(tmp_path, monkeypatch, capfd, without):
     assert capfd.readouterr() == ("", "")
     if report:
         page = (tmp_path / "run" / "report.html").read_text()
-        assert "pip install -e ".[video]"" in page
+        assert 'pip install -e ".[video]"' in html.unescape(page)
 
 
 def test_a_method_that_fails_costs_one_warning(tmp_path, capfd):

@@ -226,7 +226,7 @@ def test_a_setting_that_does_not_exist_is_named():
         ({"double_q": "False"}, "--double-q 'False': must be True or False"),
         ({"engine": "jit"}, "--engine jit: must be auto or eager or compile or graph"),
         ({"seed": None}, "--seed None: must be a whole number, at least 0"),
-        ({"learning_rate": lambda left: left}, "--learning-rate <function"),
+        ({"learning_rate": abs}, "--learning-rate <built-in function abs>"),
         ({"buffer_size": 32.0}, "--buffer-size 32: must be at least --num-envs 64"),
     ],
     ids=str,

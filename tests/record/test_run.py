@@ -66,8 +66,9 @@ def test_members_become_a_mean_and_a_row_each(tmp_path):
 
 def test_summaries_say_what_is_not_known():
     """None for a member makes the mean None; one member needs no rows."""
-    assert summarise({"seed": 1}, {"x": [None]}, 1) == {"seed": 1, "x": None}
-    both = summarise({"seed": 1}, {"x": [1.0, 2.0], "ok": [True, False]}, 2)
+    assert summarise({"seed": 1}, {"x": [None]}, [{"seed": 1}]) == {"seed": 1, "x": None}
+    members = [{"seed": 1}, {"seed": 2}]
+    both = summarise({"seed": 1}, {"x": [1.0, 2.0], "ok": [True, False]}, members)
     assert both["x"] == 1.5
     assert both["ok"] is False
     assert both["members"] == [
