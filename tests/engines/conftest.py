@@ -30,6 +30,7 @@ def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_on_one_thread(engine: Any) -> Ran:
+    """Run `SMALL` with an engine, as tests do, on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
