@@ -190,21 +190,21 @@ def test_damaged_packages_are_made_again(compiled):
     (whole, *_) = sorted(compiler._cache().glob("step-update-*.pt2"))
 
     def start() -> Compiler:
-        one = Compiler(torch.ones(3))
-        one.start([Traced("damaged", double_and_add_, (torch.ones(3),))])
-        return one
+        both = Compiler(torch.ones(3))
+        both.start([Traced(name, double_and_add_, (torch.ones(3),)) for name in ("one", "other")])
+        return both
 
     first = start()
-    (package,) = first._packages
     first.close()
-    package.write_bytes(whole.read_bytes()[:1_000])
+    for package in first._packages:
+        package.write_bytes(whole.read_bytes()[:1_000])
     second = start()
-    assert second._process is None  # as if it were compiled
+    assert second._process is None  # as if they were compiled
     with pytest.raises(EngineUnavailableError, match="not loadable"):
         second.finish()
-    assert not package.exists()
+    assert not any(package.exists() for package in first._packages)
     third = start()
-    assert third._process is not None  # it is compiled again
+    assert third._process is not None  # they are compiled again
     third.close()
 
 
