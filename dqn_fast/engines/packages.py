@@ -1,9 +1,9 @@
-"""Exported graphs in, compiled packages out, with the project's own matrix product in them.
+"""Compiles exported graphs into packages that contain the project's own matrix product.
 
     python packages.py NUM_THREADS SOURCE TARGET [SOURCE TARGET ...]
 
-`Compiler` runs this file as a program beside the loop; so it imports nothing of the package. Nobody
-else knows of product.cpp: without it everything runs, with torch's product.
+`Compiler` runs this file as a program in a second process, so it imports nothing of the package. No
+other file depends on product.cpp: without it, compiled functions use torch's product.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def _shape_of_product(x: Tensor, y: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], y.shape[2]))
 
 
-# The matrix product of compiled functions, see product.cpp; whatever else calls it gets torch's.
-if not hasattr(torch.ops.dqn_fast, "product"):  # a module may be loaded again
+# The matrix product of compiled functions, see product.cpp; a plain call of it runs torch's.
+if not hasattr(torch.ops.dqn_fast, "product"):  # the module may be loaded twice
     torch.library.define(
         "dqn_fast::product", "(Tensor x, Tensor y) -> Tensor", tags=(torch.Tag.flexible_layout,)
     )
@@ -36,14 +36,14 @@ PRODUCT = Path(__file__).with_name("product.cpp")
 
 
 def own_product(x: Tensor) -> bool:
-    """Whether `product.cpp` can multiply and is faster; on several threads torch's shares work."""
+    """Whether `product.cpp` works here and is faster; torch's product can use several threads."""
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return fast and torch.get_num_threads() == 1 and x.dtype == torch.float32
 
 
 @functools.cache
 def _build_product(folder: Path) -> dict[str, Any]:
-    """Build `product.cpp` in `folder`; the options with which Inductor calls and links it."""
+    """Build `product.cpp` in `folder`; returns Inductor's options to call it and link it."""
     include, built = Path(torch.__file__).with_name("include"), folder / "product.o"
     flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", f"-I{include}"]
     compiler = [os.environ.get("CXX", "g++"), *flags]
@@ -54,7 +54,7 @@ def _build_product(folder: Path) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{PRODUCT.name}: {(done.stderr.splitlines() or ['failed'])[0]}")
-    # Where compilers look for what is linked.
+    # Linkers search these folders for libraries.
     paths = [str(folder), os.environ.get("LIBRARY_PATH", "")]
     os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     declaration = (
@@ -71,8 +71,8 @@ def compile_packages(num_threads: int, jobs: Sequence[str]) -> None:
     """Compile exported graphs into packages.
 
     Args:
-        num_threads: that the compiled functions will use.
-        jobs: for each of them the file of `torch.export.save` and the package to write.
+        num_threads: threads that the compiled functions will use.
+        jobs: for each graph a file of `torch.export.save` and the package to write.
     """
     torch.set_num_threads(num_threads)
     for source, target in zip(jobs[::2], jobs[1::2], strict=True):

@@ -8,8 +8,8 @@
 // the panel at a time, in place if its rows are contiguous. Each row of the result is computed alone,
 // in one order of k, so it does not depend on how many rows there are.
 //
-// engine.py builds this into the functions that it compiles. They call it through torch's C
-// interface for them, hence the handles.
+// packages.py builds this into compiled functions. They call it through torch's C interface, hence
+// the handles.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dqn_fast.engines import EngineChoice, choose_engine
-from dqn_fast.train import train
-from tests.engines.runs import SHORT, SMALL, Ran, Rerun, plan_of_short_windows, run
+from dqn_fast.train import Training, train
+from tests.engines.runs import SHORT, SMALL, Ran, Rerun, begin, finish, plan_of_short_windows, run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,25 +28,24 @@ def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dqn_fast.train.make_plan", plan_of_short_windows)
 
 
-def run_on_one_thread(engine: Any) -> Ran:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return run(replace(SMALL, engine=engine))
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def eager() -> Ran:
     """`SMALL`, run plainly."""
-    return run_on_one_thread("eager")
+    return run(replace(SMALL, engine="eager"))
 
 
 @pytest.fixture(scope="session")
-def compiled(cache: None) -> Ran:
+def compiling(cache: None) -> Iterator[Training]:
+    """`SMALL`, whose compiler works while other tests run."""
+    training = begin(replace(SMALL, engine="compile"))
+    yield training
+    training.close()
+
+
+@pytest.fixture(scope="session")
+def compiled(compiling: Training) -> Ran:
     """`SMALL`, compiled; from then on the cache holds what runs of its shapes need."""
-    return run_on_one_thread("compile")
+    return finish(compiling)
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dqn_fast import tree
 from dqn_fast.algorithm import ChunkRecord, StepInputs, StepRecord, UpdateInputs
+from dqn_fast.device import cpu_threads
 from dqn_fast.engines import EngineChoice, Runner, chunk_
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan
-from dqn_fast.train import Args, make_plan, setup
+from dqn_fast.train import Args, Training, make_plan, setup
 
 # Random play: actions do not follow from values, so that rounding cannot change the data.
 SMALL = Args(
@@ -80,18 +81,28 @@ class Ran(NamedTuple):
     runner: Runner
 
 
-def run(args: Args, num_updates: int = 10**9) -> Ran:
+def begin(args: Args) -> Training:
+    """Set a run up, on one thread; its compiler starts."""
+    with pytest.MonkeyPatch.context() as patch, cpu_threads(1):
+        patch.setattr("dqn_fast.train.make_plan", plan_of_short_windows)
+        return setup(args)
+
+
+def finish(training: Training, num_updates: int = 10**9) -> Ran:
     """Run until so many gradient steps are taken, or to the end."""
     metrics: list[Tensor] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dqn_fast.train.make_plan", plan_of_short_windows)
-        training = setup(args)
-    for _, record in training.chunks():
-        metrics.append(record.updates.clone())
-        if sum(map(len, metrics)) >= num_updates:
-            break
+    with cpu_threads(1):
+        for _, record in training.chunks():
+            metrics.append(record.updates.clone())
+            if sum(map(len, metrics)) >= num_updates:
+                break
     training.close()
     return Ran(torch.cat(metrics)[:num_updates], training.state, training.runner)
+
+
+def run(args: Args, num_updates: int = 10**9) -> Ran:
+    """Set a run up and run it."""
+    return finish(begin(args), num_updates)
 
 
 def copy_of(state: Any) -> Any:

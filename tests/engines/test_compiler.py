@@ -17,6 +17,9 @@ from dqn_fast.engines.compiler import Compiler, Traced, inductor_options
 from dqn_fast.train import Args, setup
 from tests.engines.runs import CASES, assert_equal, copy_of
 
+# Its process compiles what the tests of runs need while these trace.
+pytestmark = pytest.mark.usefixtures("compiling")
+
 # ------------------------------------------------------------------------------------- tracing
 
 
@@ -185,26 +188,27 @@ def test_every_function_is_compiled_once():
     assert len(jobs) == len(set(jobs)) == 4
 
 
-def test_damaged_packages_are_made_again(compiled):
+def test_damaged_packages_are_made_again(tmp_path):
     """They cost one run its compiled functions, not all the runs to come."""
-    (whole, *_) = sorted(compiler._cache().glob("step-update-*.pt2"))
+    torch.save(torch.zeros(1_000), tmp_path / "whole.pt2")  # packages are archives of this kind
+    damaged = (tmp_path / "whole.pt2").read_bytes()[:1_000]
 
     def start() -> Compiler:
-        one = Compiler(torch.ones(3))
-        one.start([Traced("damaged", double_and_add_, (torch.ones(3),))])
-        return one
+        both = Compiler(torch.ones(3))
+        both.start([Traced(name, double_and_add_, (torch.ones(3),)) for name in ("one", "other")])
+        return both
 
     first = start()
-    (package,) = first._packages
     first.close()
-    package.write_bytes(whole.read_bytes()[:1_000])
+    for package in first._packages:
+        package.write_bytes(damaged)
     second = start()
-    assert second._process is None  # as if it were compiled
+    assert second._process is None  # as if they were compiled
     with pytest.raises(EngineUnavailableError, match="not loadable"):
         second.finish()
-    assert not package.exists()
+    assert not any(package.exists() for package in first._packages)
     third = start()
-    assert third._process is not None  # it is compiled again
+    assert third._process is not None  # they are compiled again
     third.close()
 
 

@@ -122,8 +122,9 @@ def test_compiled_functions_are_captured_too(eager, compiled, graphs_on_the_cpu)
 def test_gpu_engines_agree_with_eager(name, num_seeds):
     """Captured and compiled runs draw the same and lose the same over 1 000 gradient steps."""
     args = replace(SMALL, num_seeds=num_seeds, device="cuda")
-    eager = run(replace(args, engine="eager"), 1_000)
-    other = run(replace(args, engine=name), 1_000)
+    eager = run(replace(args, engine="eager"))
+    other = run(replace(args, engine=name))
+    assert len(other.metrics) >= 1_000
     assert other.runner.engine == ("compile" if name == "compile" else "graph")
     assert_same_learning(eager, other, rtol=1e-3)
 
@@ -214,7 +215,7 @@ PLAIN, COMPILED = EngineChoice("eager", False, "test"), EngineChoice("compile", 
 )
 def test_engines_run_an_algorithm_that_is_not_dqn(choice, recordings, graphs_on_the_cpu):
     """One that adds noise up and counts its updates: the same records and the same state from
-    every engine as from `chunk_` alone."""
+    every engine as from `chunk_` alone. So the calls that try an engine write nothing."""
     expected, expected_state, _ = count(Counting(), Counts, None)
     record, state, runner = count(Counting(), Counts, choice)
     assert runner.engine == choice.engine, runner.reason
