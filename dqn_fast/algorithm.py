@@ -59,8 +59,8 @@ class StepRecord(NamedTuple):
     """What one vector step leaves behind for the log.
 
     Attributes:
-        episode_return: return of each copy's episode up to and with this step, float32 [M, N].
-        episode_length: its length where it is over, 0 elsewhere, int32 [M, N].
+        episode_return: return of each copy's episode up to and with this step, float32 [E].
+        episode_length: its length where it is over, 0 elsewhere, int32 [E].
         updates: UPDATE_METRICS of each gradient step, float32 [4, M].
     """
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from dqn_fast import tree
 from dqn_fast.algorithm import StepInputs, StepRecord, UpdateInputs
 from dqn_fast.envs import EnvError, Outcome, TensorEnv, VectorState
-from dqn_fast.heads import Head, take
+from dqn_fast.heads import Head
 from dqn_fast.networks import Params, QNetwork
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.plan import ADAM_BETAS
@@ -222,11 +222,11 @@ class DQN:
         """Epsilon-greedy actions of all copies, int64 [E]; explore [M, N, 2], epsilon [M]."""
         q_values = self.q_values(state)
         if state.held is None:
-            return epsilon_greedy(q_values, explore, epsilon[:, None]).flatten()
+            return epsilon_greedy(q_values, explore, epsilon.unsqueeze(-1)).flatten()
         # A new episode never continues the held action of the previous one.
         held = torch.where(self.by_member(state.env.elapsed) > 0, state.held, -1)
         action, held = held_epsilon_greedy(
-            q_values, explore, epsilon[:, None], held, state.hyper.eps_repeat
+            q_values, explore, epsilon.unsqueeze(-1), held, state.hyper.eps_repeat
         )
         state.held.copy_(held)
         return action.flatten()
@@ -266,40 +266,43 @@ class DQN:
         """
         beta = None if inputs.beta is None else inputs.beta[:, None]
         batch = self.replay.sample(state.replay, inputs.rows, state.hyper.gamma, beta)
-        outputs, target = self.outputs_and_target(state, batch)
-        loss = self.head.loss(outputs, target)
+        taken, target = self.taken_and_target(state, batch)
+        loss = self.head.loss(taken, target)
         mean_loss = (loss if batch.weight is None else batch.weight * loss).mean(-1)
 
         grads = torch.autograd.grad(mean_loss.sum(), state.params)
         grad_norm = clip_global_norm_(grads, state.hyper.max_grad_norm)
         adam_step_(state.adam, state.params, grads, inputs.step_size, inputs.inverse_correction)
         sync_target_(state.target_params, state.params, inputs.sync)
-        outputs = outputs.detach()
+        taken = taken.detach()
         if batch.index is not None:  # rows have priorities
-            priority = self.head.priority(outputs, target)
+            priority = self.head.priority(taken, target)
             self.replay.update_priority_(state.replay, batch.index, priority)
-        means = [self.head.values(outputs).mean(-1), self.head.target_values(target).mean(-1)]
-        return torch.stack([mean_loss.detach(), *means, grad_norm])
+        q_taken, td_target = self.head.taken_values(taken), self.head.target_values(target)
+        return torch.stack([mean_loss.detach(), q_taken.mean(-1), td_target.mean(-1), grad_norm])
 
-    def outputs_and_target(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs of the actions taken, [M, B, K], and what they are to become, without gradient.
+    def taken_and_target(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs of the actions taken, as `Head.take`, and what they are to become.
 
         The successor's action is argmax_a Q_target(s', a); with `double_q` argmax_a Q(s', a).
         """
         with torch.no_grad():
             next_obs = self.env.features(batch.next_obs)
             next_outputs = self.network(state.target_params, next_obs)
-            chooser = self.network(state.params, next_obs) if self.double_q else next_outputs
-            best = take(next_outputs, self.head.values(chooser).argmax(-1))
+            if self.double_q:
+                chosen = self.head.values(self.network(state.params, next_obs)).argmax(-1)
+                best = self.head.take(next_outputs, chosen)
+            else:
+                best = self.head.best(next_outputs)
             target = self.head.target(best, batch.reward, batch.discount)
         outputs = self.network(state.params, self.env.features(batch.obs))
-        return take(outputs, batch.action), target
+        return self.head.take(outputs, batch.action), target
 
     @torch.no_grad()
     def td_error(self, state: State, batch: Batch) -> Tensor:
         """Expected return of the target less Q(s, a), float32 [M, B]."""
-        outputs, target = self.outputs_and_target(state, batch)
-        return self.head.target_values(target) - self.head.values(outputs)
+        taken, target = self.taken_and_target(state, batch)
+        return self.head.target_values(target) - self.head.taken_values(taken)
 
     def vector_step_(
         self,
@@ -329,7 +332,7 @@ class DQN:
             metrics = learn_(state, updates)
         state.env.copy_(env)
         length = torch.where(outcome.done, outcome.episode_length, 0)
-        return StepRecord(self.by_member(outcome.episode_return), self.by_member(length), metrics)
+        return StepRecord(outcome.episode_return, length, metrics)
 
 
 # ---------------------------------------------------------------------------- parts of the step
@@ -400,8 +403,7 @@ def clip_global_norm_(grads: Sequence[Tensor], max_norm: Tensor) -> Tensor:
     # min(1, max_norm / norm). Logarithms the compiler considers expensive and computes once; the
     # quotient, and the root in the norm, it computes again for every 16 weights: 4 % of a step.
     scale = torch.exp(-torch.relu(torch.log(norm / max_norm[:, 0])))
-    for grad in grads:
-        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
+    torch._foreach_mul_(list(grads), for_each(grads, scale))
     return norm
 
 
@@ -434,13 +436,17 @@ def adam_step_(
     torch._foreach_mul_(denominator, inverse_correction)
     torch._foreach_add_(denominator, ADAM_EPS)
     steps = torch._foreach_div(adam.mean, denominator)
-    for step in steps:
-        step.mul_(step_size.view(-1, *[1] * (step.ndim - 1)))
+    torch._foreach_mul_(steps, for_each(params, step_size))
     torch._foreach_sub_(params, steps)
 
 
 @torch.no_grad()
 def sync_target_(target_params: Params, params: Params, weight: Tensor) -> None:
     """target <- (1 - weight) * target + weight * online, weight [M] in [0, 1]; exact at 0 and 1."""
-    for target, param in zip(target_params, params, strict=True):
-        target.lerp_(param, weight.view(-1, *[1] * (param.ndim - 1)))
+    torch._foreach_lerp_(target_params, params, for_each(params, weight))
+
+
+def for_each(params: Sequence[Tensor], values: Tensor) -> list[Tensor]:
+    """A value of each member, [M], in the shape in which it multiplies each parameter [M, ...]."""
+    shapes = {ndim: values.view(-1, *[1] * (ndim - 1)) for ndim in {p.ndim for p in params}}
+    return [shapes[param.ndim] for param in params]

@@ -59,17 +59,16 @@ class QNetwork:
         return [param.requires_grad_() for param in params]
 
     def __call__(self, params: Params, features: Tensor) -> Tensor:
-        """Outputs [M, B, A, K] of features [M, B, F], float32."""
+        """Outputs [M, B, A * K] of features [M, B, F], float32."""
         return self.activations(params, features)[-1]
 
     def activations(self, params: Params, features: Tensor) -> list[Tensor]:
-        """Output of every hidden layer, [M, B, width] each, and the outputs [M, B, A, K]."""
+        """Output of every hidden layer, [M, B, width] each, and the outputs [M, B, A * K]."""
         x, outputs = features, []
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
             x = torch.relu(torch.baddbmm(bias, x, weight))
             outputs.append(x)
-        x = torch.baddbmm(params[-1], x, params[-2])
-        return [*outputs, x.view(*x.shape[:-1], self.sizes[-1], self.num_outputs)]
+        return [*outputs, torch.baddbmm(params[-1], x, params[-2])]
 
     def named(self, params: Params) -> dict[str, Tensor]:
         """The parameters by name, as a checkpoint holds them."""

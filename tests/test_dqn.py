@@ -235,8 +235,8 @@ def test_bootstrap_by_hand(double_q, expected):
     online = [[[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]]
     dqn, state = linear_state(online, [[[5.0, 2.0], [3.0, 4.0]]] * 2, double_q)
     states = torch.eye(2).expand(2, 2, 2)  # each row of weights is the values there
-    _, target = dqn.outputs_and_target(state, batch_of(states))
-    assert target.tolist() == [[[x] for x in row] for row in expected]
+    _, target = dqn.taken_and_target(state, batch_of(states))
+    assert target.tolist() == expected
     assert not target.requires_grad
 
 
@@ -248,7 +248,7 @@ def test_double_q_does_not_overestimate():
     means = []
     for double_q in (False, True):
         dqn, state = linear_state(*nets, double_q)
-        _, target = dqn.outputs_and_target(state, batch_of(torch.eye(2_000)[None]))
+        _, target = dqn.taken_and_target(state, batch_of(torch.eye(2_000)[None]))
         means.append(target.mean().item())
     assert means[0] == pytest.approx(1.5388, abs=4 * 0.587 / 2_000**0.5)
     assert means[1] == pytest.approx(0.0, abs=4 / 2_000**0.5)
@@ -274,9 +274,9 @@ def test_a_time_limit_bootstraps_and_a_terminal_state_does_not(double_q):
     )
     dqn.replay.add_(state.replay, rows)
     batch = dqn.replay.sample(state.replay, inputs(1, dqn).rows, state.hyper.gamma)
-    _, target = dqn.outputs_and_target(state, batch)
+    _, target = dqn.taken_and_target(state, batch)
     expected = torch.tensor([[1.4, 2.6, 0.25, 2.0], [1.0, 1.0, 0.25, 2.0]])
-    torch.testing.assert_close(target[..., 0], expected)
+    torch.testing.assert_close(target, expected)
 
 
 def test_td_error_is_target_less_value():

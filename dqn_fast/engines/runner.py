@@ -57,10 +57,11 @@ def chunk_(
         for step, count in zip(zip(*steps, strict=True), update_counts, strict=True)
     ]
     metrics = [update for record in records for update in record.updates]
+    copies = (algorithm.num_members, -1)
     shape = (0, len(UPDATE_METRICS), algorithm.num_members)
     return ChunkRecord(
-        torch.stack([record.episode_return for record in records]),
-        torch.stack([record.episode_length for record in records]),
+        torch.stack([record.episode_return for record in records]).unflatten(1, copies),
+        torch.stack([record.episode_length for record in records]).unflatten(1, copies),
         torch.stack(metrics) if metrics else updates.step_size.new_empty(shape),
     )
 
@@ -190,7 +191,10 @@ class CompiledChunk:
                 for u in range(first, last):
                     self._functions["update"]([*self._state, *schedules[u], *rows[u]])
             first = last
-        return ChunkRecord(episode_return, episode_length, metrics)
+        copies = (algorithm.num_members, -1)
+        return ChunkRecord(
+            episode_return.unflatten(1, copies), episode_length.unflatten(1, copies), metrics
+        )
 
     def draw(
         self, noise: Noise, num_steps: int, num_updates: int, *first: int

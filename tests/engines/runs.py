@@ -204,7 +204,7 @@ class Counting:
         if isinstance(state, CountsAndPeak):
             state.peak.copy_(torch.maximum(state.peak, action))
         metrics = learn_(state, updates)
-        return StepRecord(state.total.clone(), action.int(), metrics)
+        return StepRecord(state.total.clone().flatten(), action.int().flatten(), metrics)
 
     def act_(self, state: Any, explore: Tensor, epsilon: Tensor) -> Tensor:
         noise = explore[..., 0] + epsilon[:, None] + state.weight[:, None]

@@ -114,7 +114,7 @@ def test_a_snapshot_looks_at_rows_spread_over_the_replay():
     )
     with torch.no_grad():
         q_values, next_q = (
-            dqn.network(params, dqn.env.features(x))[..., 0]
+            dqn.network(params, dqn.env.features(x))
             for params, x in ((state.params, obs), (state.target_params, next_obs))
         )
     target = reward + 0.99 * next_q.amax(-1) * ~terminated
