@@ -14,6 +14,7 @@ import torch
 from dqn_fast import tree
 from dqn_fast.agent import load_agent
 from dqn_fast.algorithm import ChunkRecord
+from dqn_fast.report.recorded import read_run, split_settings
 from dqn_fast.settings import UsageError
 from dqn_fast.sweep import SCALES, SWEPT, label_of, members_of, points_of, read_sweep, sweep_error
 from dqn_fast.train import Args, Training, check, setup, train
@@ -197,3 +198,63 @@ def test_every_file_names_each_members_settings(tmp_path):
     assert agent.member == int(np.argmax(agent.eval_return_mean))
     assert max(returns) <= max(agent.eval_return_mean)
     assert load_agent(tmp_path / "run", member=1, device="cpu").member == 1
+
+
+def test_loggers_and_report_name_each_members_settings(tmp_path):
+    """A TensorBoard folder and a wandb run for each member; in the report each setting is a curve and
+    a row of its own, and members keep their number."""
+    sweep = {"learning_rate": (1e-4, 5e-3)}
+    args = replace(SHORT, sweep=sweep, run_dir=tmp_path / "run", name="rates", num_seeds=2)
+    args = replace(args, report=True, tensorboard=True, track=True, wandb_mode="offline")
+    summary = train(args).summary
+    folders = {path.name for path in (tmp_path / "run" / "tensorboard").iterdir() if path.is_dir()}
+    assert folders == {
+        "member_0 learning_rate 0.0001",
+        "member_1 learning_rate 0.0001",
+        "member_2 learning_rate 0.005",
+        "member_3 learning_rate 0.005",
+    }
+    parts = split_settings(read_run(tmp_path / "run"))
+    assert [part.name for part in parts] == [
+        "rates · learning_rate 0.0001",
+        "rates · learning_rate 0.005",
+    ]
+    assert [part.first_member for part in parts] == [0, 2]
+    whole = read_run(tmp_path / "run")
+    for i, part in enumerate(parts):
+        mine = slice(2 * i, 2 * i + 2)
+        assert part.num_members == 2
+        assert part.part("args")["learning_rate"] == sweep["learning_rate"][i]
+        for name in ("losses/td_loss", "eval/return_mean"):
+            ours, all_members = part.metrics[name], whole.metrics[name][:, mine]
+            assert np.array_equal(ours, all_members, equal_nan=True)
+        rows = summary["members"][mine]
+        assert part.summary["members"] == rows
+        mean = np.mean([row["eval_return_mean"] for row in rows])
+        assert part.number("eval_return_mean") == pytest.approx(mean)
+        episodes = [row["num_episodes"] for row in rows]
+        assert np.bincount(part.episodes["member"], minlength=2).tolist() == episodes
+        assert part.diagnostics["q_values"].shape[1] == 2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "rates · learning_rate 0.005" in page
+    assert "learning_rate 0.0001, member 1" in page
+
+
+def test_a_report_compares_with_the_exact_values_of_each_gamma(tmp_path):
+    """Members that differ in gamma have different optima."""
+    args = replace(SHORT, sweep={"gamma": (0.9, 0.99)}, run_dir=tmp_path / "run", report=True)
+    train(args)
+    parts = split_settings(read_run(tmp_path / "run"))
+    q_stars = [part.diagnostics["q_star"] for part in parts]
+    assert [q.shape for q in q_stars] == [(15, 2)] * 2
+    assert q_stars[0][0, 1] < 0.5 < q_stars[1][0, 1]
+    assert all(not part.gaps for part in parts)
+    assert [part.optimal_return for part in parts] == pytest.approx([0.845, 0.845], abs=0.02)
+
+
+def test_a_run_without_a_sweep_is_one(tmp_path):
+    """Several seeds of the same settings stay together."""
+    train(replace(SHORT, num_seeds=2, run_dir=tmp_path / "run"))
+    run = read_run(tmp_path / "run")
+    assert split_settings(run) == [run]
+    assert run.num_members == 2

@@ -20,7 +20,6 @@ from dqn_fast.envs import TabularEnv
 from dqn_fast.exact import ExactValues
 from dqn_fast.networks import Params
 from dqn_fast.replay import Replay, ReplayState
-from dqn_fast.sweep import one_or_all
 
 QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 SAMPLE_SIZE = 128
@@ -120,10 +119,13 @@ class Diagnostics:
         stacked["td_error_sample"] = td_error[-1]
         if self._exact is not None:
             q_star = self._exact.q_star.numpy()
-            same = (q_star == q_star[0]).all()  # unless members differ in gamma
-            stacked["q_star"] = q_star[0] if same else q_star
+            optimal = self._exact.optimal_return
+            if (q_star == q_star[0]).all():
+                stacked |= {"q_star": q_star[0], "optimal_return": np.array(optimal[0])}
+            else:  # members differ in gamma
+                stacked |= {"q_star_of_members": q_star}
+                stacked |= {"optimal_return_of_members": np.array(optimal)}
             stacked["terminal"] = self._exact.mdp.terminal.numpy()
-            stacked["optimal_return"] = np.array(one_or_all(self._exact.optimal_return))
         return stacked
 
 

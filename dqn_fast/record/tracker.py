@@ -41,6 +41,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
+from dqn_fast.sweep import label_of
+
 if TYPE_CHECKING:  # each takes a second to import, and only some runs use it
     import plotly.graph_objects as go
     from torch.utils.tensorboard import SummaryWriter
@@ -97,6 +99,14 @@ class TrackerConfig:
     """None: WANDB_MODE, or online. If the server or the API key is missing: offline."""
     tensorboard: bool = False
     """Write event files under run_dir/tensorboard; needs the extra `tensorboard`."""
+
+    @property
+    def members(self) -> list[dict[str, Any]]:
+        """Seed and swept settings of each member."""
+        seed = self.config["args"]["seed"]
+        usual = [{"seed": seed + i} for i in range(self.num_members)]
+        known: list[dict[str, Any]] = self.config.get("derived", {}).get("members", usual)
+        return known
 
 
 class Tracker:
@@ -417,10 +427,11 @@ class WandbTracker(Tracker):
         self._runs.append(mean)
         settings.x_disable_stats = True  # the run of the mean records the system metrics
         for i in range(members):
-            args = config.config["args"]
-            own = {**config.config, "args": {**args, "seed": args["seed"] + i}, "member": i}
+            member = config.members[i]
+            args = {**config.config["args"], **member}
+            own = {**config.config, "args": args, "member": i}
             run = wandb.init(
-                name=f"{name}__m{i}",
+                name=" ".join(filter(None, (f"{name}__m{i}", label_of(member)))),
                 id=os.urandom(4).hex(),  # WANDB_RUN_ID can name one run only
                 config=own,
                 job_type="member",
@@ -510,7 +521,9 @@ class TensorBoardTracker(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = config.run_dir / "tensorboard"
-        folders = [folder, *(folder / f"member_{i}" for i in range(_count_curves(config)))]
+        folders = [folder]
+        for i, member in enumerate(config.members[: _count_curves(config)]):
+            folders.append(folder / " ".join(filter(None, (f"member_{i}", label_of(member)))))
         self._writers: list[SummaryWriter] = [SummaryWriter(str(path)) for path in folders]
 
     def log(self, global_step: int, metrics: Metrics) -> None:

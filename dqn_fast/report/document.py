@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dqn_fast.report.health import Finding, Status, check_health
-from dqn_fast.report.recorded import RecordedRun, read_run
+from dqn_fast.report.recorded import RecordedRun, read_run, split_settings
 from dqn_fast.report.statistics import interquartile_mean, stratified_bootstrap_interval
 
 if TYPE_CHECKING:  # training imports this file; only a report needs Plotly
@@ -51,7 +51,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     from dqn_fast.report.figures import group_runs
     from dqn_fast.report.panels import make_panels
 
-    runs = [read_run(path) for path in {path.resolve(): path for path in run_dirs}.values()]
+    found = {path.resolve(): path for path in run_dirs}.values()
+    runs = [part for path in found for part in split_settings(read_run(path))]
     groups = group_runs(runs)
     html = _render_page(groups, runs, make_panels(groups))
     write_whole(out, lambda file: file.write(html.encode()))
@@ -63,7 +64,7 @@ def run_figures(run_dir: Path) -> dict[str, go.Figure]:
     from dqn_fast.report.figures import group_runs
     from dqn_fast.report.panels import make_panels
 
-    made = make_panels(group_runs([read_run(run_dir)]))
+    made = make_panels(group_runs(split_settings(read_run(run_dir))))
     return {panel.key: panel.figure for panel in made if panel.figure is not None}
 
 
@@ -234,7 +235,8 @@ def _list_agents(run: RecordedRun) -> list[list[str]]:
     rows = []
     for i, entry in enumerate(entries):
         score = returns[i] if i < len(returns) else None
-        label = str(run.path) + (f", member {i}" if len(entries) > 1 else "")
+        several = len(entries) > 1 or run.first_member > 0
+        label = str(run.path) + (f", member {run.first_member + i}" if several else "")
         seed = entry.get("seed", run.part("args").get("seed"))
         status = str(run.summary.get("status", "cut off"))
         rows.append(

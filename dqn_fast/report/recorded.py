@@ -11,12 +11,14 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dqn_fast.sweep import label_of
 
 Array = NDArray[np.float64]
 
@@ -38,6 +40,8 @@ DIAGNOSTICS_AXES = {
     "q_star": "XA",
     "terminal": "X",
     "optimal_return": "",
+    "q_star_of_members": "MXA",  # instead of q_star, where members differ in gamma
+    "optimal_return_of_members": "M",
 }
 
 
@@ -58,6 +62,7 @@ class RecordedRun:
         diagnostics: arrays of `diagnostics.npz` by name; {} if there is none.
         gaps: one sentence for each file or array that is missing or damaged.
         film: content of `agent.gif`, empty if there is none.
+        first_member: number that the first member has in its run; see `split_settings`.
     """
 
     path: Path
@@ -71,6 +76,7 @@ class RecordedRun:
     diagnostics: Mapping[str, NDArray[Any]]
     gaps: tuple[str, ...]
     film: bytes = b""
+    first_member: int = 0
 
     @property
     def env_id(self) -> str:
@@ -88,7 +94,7 @@ class RecordedRun:
     @property
     def num_members(self) -> int:
         """M, the number of agents that were trained together."""
-        return max(1, int(self.number("num_seeds") or 1))
+        return max(1, int(self.number("num_members") or self.number("num_seeds") or 1))
 
     def number(self, name: str) -> float | None:
         """A finite number from the summary or, if it has none, from the settings; else None."""
@@ -176,6 +182,80 @@ def read_run(path: Path) -> RecordedRun:
         gaps=tuple(gaps),
         film=_read_film(path / "agent.gif"),
     )
+
+
+def split_settings(run: RecordedRun) -> list[RecordedRun]:
+    """One run for each setting of a sweep, named by it; the run itself if its members have none.
+
+    The members of a setting follow each other and differ in their seeds.
+    """
+    members = run.part("derived").get("members")
+    if not isinstance(members, list) or len(members) != run.num_members:
+        return [run]
+    labels = [label_of(member) for member in members]
+    if not any(labels):
+        return [run]
+    best = int(np.nanargmax([-np.inf, *_of_members(run.summary, "eval_return_mean")])) - 1
+    parts = []
+    for label in dict.fromkeys(labels):
+        first, count = labels.index(label), labels.count(label)
+        part = _take_members(run, slice(first, first + count), label)
+        film = run.film if first <= best < first + count else b""
+        parts.append(replace(part, film=film, gaps=run.gaps if first == 0 else ()))
+    return parts
+
+
+def _of_members(summary: Mapping[str, Any], name: str) -> list[float]:
+    rows = summary.get("members")
+    return [_float(row.get(name)) for row in rows] if isinstance(rows, list) else []
+
+
+def _take_members(run: RecordedRun, kept: slice, label: str) -> RecordedRun:
+    """The part of a run that is about some of its members, which have the same settings."""
+    count = kept.stop - kept.start
+    own = {k: v for k, v in run.part("derived")["members"][kept.start].items() if k != "seed"}
+    args = {**run.part("args"), **own, "name": f"{run.name} · {label}", "num_seeds": count}
+    summary = {**run.summary, "num_members": count, "num_seeds": count}
+    rows = summary.pop("members", None)
+    if isinstance(rows, list):
+        rows = rows[kept]
+        summary |= {name: _join([row.get(name) for row in rows]) for name in rows[0]}
+        summary |= {"members": rows} if count > 1 else {}
+    diagnostics = {
+        name: array[tuple(kept if axis == "M" else slice(None) for axis in DIAGNOSTICS_AXES[name])]
+        for name, array in run.diagnostics.items()
+    }
+    for name in ("q_star", "optimal_return"):  # equal within a setting
+        if f"{name}_of_members" in diagnostics:
+            diagnostics[name] = diagnostics.pop(f"{name}_of_members")[0]
+    episodes = dict(run.episodes)
+    if episodes:
+        mine = (episodes["member"] >= kept.start) & (episodes["member"] < kept.stop)
+        episodes |= {name: episodes[name][mine] for name in EPISODE_AXES}
+        episodes["member"] = episodes["member"] - kept.start
+    return replace(
+        run,
+        path=run.path.with_name(f"{run.path.name} · {label}"),
+        config={**run.config, "args": args},
+        summary=summary,
+        metrics={
+            name: table[:, kept] if table.shape[1] == run.num_members else table
+            for name, table in run.metrics.items()
+        },
+        episodes=episodes,
+        diagnostics=diagnostics,
+        first_member=kept.start,
+    )
+
+
+def _join(values: list[Any]) -> Any:
+    """One value of several members: the one that all have, else the mean of numbers."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    if all(isinstance(value, bool) for value in values):
+        return all(values)
+    known = all(isinstance(value, (int, float)) for value in values)
+    return float(np.mean(values)) if known else None
 
 
 def _read_json(path: Path, consequence: str, gaps: list[str]) -> Mapping[str, Any]:
