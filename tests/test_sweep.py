@@ -201,8 +201,8 @@ def test_every_file_names_each_members_settings(tmp_path):
 
 
 def test_loggers_and_report_name_each_members_settings(tmp_path):
-    """A TensorBoard folder and a wandb run for each member; in the report each setting is a curve and
-    a row of its own, and members keep their number."""
+    """A TensorBoard folder and a wandb run for each member; in the report each setting is a curve
+    and a row of its own, and members keep their number."""
     sweep = {"learning_rate": (1e-4, 5e-3)}
     args = replace(SHORT, sweep=sweep, run_dir=tmp_path / "run", name="rates", num_seeds=2)
     args = replace(args, report=True, tensorboard=True, track=True, wandb_mode="offline")
