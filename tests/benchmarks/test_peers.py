@@ -17,14 +17,14 @@ import torch
 from benchmarks import learning
 from benchmarks.comparison import ZOO_CARTPOLE, compare, learning_curves, write_png
 from benchmarks.learning import LearningArgs, run_group
+from benchmarks.peers.to_goal import fresh
 from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
-from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.plan import linear_schedule
 from dqn_fast.record.run import UsageError
 from dqn_fast.report.recorded import read_run
-from dqn_fast.train import Args, epsilon, make_plan, train
+from dqn_fast.train import Args, make_plan, schedules_of, train
 
 stable_baselines3 = pytest.importorskip("stable_baselines3")
 from benchmarks.peers.sb3 import copy_policy_, sb3_settings, train_sb3  # noqa: E402
@@ -128,7 +128,9 @@ def test_sb3_takes_the_same_steps(num_envs, train_freq, gradient_steps, monkeypa
     )
     assert model.epsilons
     before = np.array([*model.epsilons])
-    np.testing.assert_allclose([*model.epsilons.values()], epsilon(args, before), atol=1e-12)
+    np.testing.assert_allclose(
+        [*model.epsilons.values()], schedules_of(args).epsilon(before)[:, 0], atol=1e-12
+    )
 
     # Which gradient step left the network that the target was synchronised with, for each step.
     theirs = [max(n for _, n in syncs if n <= g) for g in range(plan.total_updates)]
@@ -211,7 +213,7 @@ def test_the_copied_policy_is_the_same_and_plays_alike():
     starts = env.reset(noise.uniform(Stream.EVALUATION_RESET, 0, 1, (50, 4), 0)[0, 0]).physics
     gym_env = Monitor(FromStarts(starts.double().tolist()))
     model = stable_baselines3.DQN(env=gymnasium.make("CartPole-v1"), **settings)
-    q_net = QNetwork((4, 8, 16, 2))
+    q_net = fresh((4, 8, 16, 2))
     obs = torch.rand(500, 4, generator=torch.Generator().manual_seed(0)) - 0.5
     with torch.no_grad():
         torch.testing.assert_close(copy_policy_(q_net, model)(obs[None])[0], model.q_net(obs))

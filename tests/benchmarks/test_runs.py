@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.learning import TABLE
-from benchmarks.peers.to_goal import Judged, ToGoal, copied, exact_judge
+from benchmarks.peers.to_goal import Judged, ToGoal, copied, exact_judge, fresh
 from benchmarks.runs import PACKAGES, PARTS, TO_GOAL, TRAIN, flags, run_module, run_side
-from dqn_fast.networks import QNetwork
 from dqn_fast.train import Args
 
 TINY = {
@@ -90,7 +89,7 @@ def test_networks_of_others_are_judged_as_they_are():
     """The copy has the same values; optimal ones pass, others do not; time is kept."""
     network = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     obs = torch.eye(3)
-    q_net = copied(QNetwork((3, 5, 2)), network)
+    q_net = copied(fresh((3, 5, 2)), network)
     torch.testing.assert_close(q_net(obs[None])[0], network(obs))
 
     exact = nn.Sequential(nn.Linear(3, 2))

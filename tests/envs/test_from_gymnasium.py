@@ -19,9 +19,11 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
+from dqn_fast.dqn import QFunction
 from dqn_fast.envs.core import EnvError
 from dqn_fast.envs.from_gymnasium import GymnasiumEnv, _pack, _unpack, from_gymnasium
 from dqn_fast.evaluate import evaluate
+from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.replay import Replay, Transition
@@ -213,20 +215,18 @@ def test_replays_filled_in_two_modes_hold_the_same_per_copy():
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
         env = from_gymnasium(SyncVectorEnv([limited] * E, autoreset_mode=mode))
         vector, nothing = env.vector_reset(uniform()), torch.zeros(E, 0)
-        scalar = torch.zeros(1, E)
-        obs = vector.obs[None]
-        example = Transition(obs, scalar.long(), scalar, obs, scalar.bool())
-        replay = Replay(400, example, 3)
+        replay = Replay(400, 1, E, vector.obs[:1], 3)
+        state = replay.init()
         for _ in range(60):
             action = torch.ones(E).long()
             before, (vector, o) = vector, env.vector_step(vector, action, nothing, nothing)
             batch = Transition(before.obs, action, o.reward, o.next_obs, o.terminated)
             valid = None if o.valid is None else o.valid[None]
-            replay.add_(Transition(*(t[None] for t in batch)), valid)
+            replay.add_(state, Transition(*(t[None] for t in batch)), valid)
         env.close()
-        size = int(replay.size)
-        rows = torch.cat([t[0, :size].float().reshape(size, -1) for t in replay.data], 1).tolist()
-        contents.append(rows)
+        size = int(state.size)
+        stored = (t[0, :size].float().reshape(size, -1) for t in replay.by_member(state))
+        contents.append(torch.cat(list(stored), 1).tolist())
     # The copies' rows interleave differently; episodes link: a row starts where one has ended.
     late, same = ([tuple(row) for row in rows] for rows in contents)
     assert len(late) < len(same)
@@ -297,9 +297,9 @@ def test_members_are_seeded_as_in_their_single_runs():
 # ------------------------------------------------------------------------------- evaluation
 
 
-def greedy(env: GymnasiumEnv) -> QNetwork:
-    num_features = env.observation_space.shape[0]
-    return QNetwork((num_features, 8, env.num_actions), 1).init_(Noise(0, 1))
+def greedy(env: GymnasiumEnv) -> QFunction:
+    network = QNetwork((env.observation_space.shape[0], 8, env.num_actions))
+    return QFunction(network, ScalarHead(), network.init(Noise(0, 1)))
 
 
 def test_evaluation_leaves_training_alone():

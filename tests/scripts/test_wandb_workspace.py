@@ -22,7 +22,7 @@ import pytest
 
 from dqn_fast.train import Args, train
 from scripts import wandb_workspace
-from tests.test_tracker import WandbFile, wandb_files
+from tests.record.test_tracker import WandbFile, wandb_files
 
 pytest.importorskip("wandb_workspaces", reason='needs pip install -e ".[wandb]"')
 pytestmark = pytest.mark.filterwarnings(  # of the package, where it is imported
