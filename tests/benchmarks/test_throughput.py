@@ -438,11 +438,11 @@ def test_what_is_not_warm_in_time_is_left_out():
     """The others have at least one round, and no further one begins once the time is over."""
     bodies = [("slow", partial(sleeper, how="is slow")), ("fast", sleeper)]
     began = time.monotonic()
-    slow, fast = take_turns(bodies, 0.5, 100, ["first", "in turn"], time_limit=9.0)
+    slow, fast = take_turns(bodies, 0.5, 100, ["first", "in turn"], time_limit=15.0)
     assert slow.left_out == "was not warm in time"
     assert fast.left_out is None
     assert 1 <= len(fast.rounds) < 30
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
 
 
 def test_memory_counts_children():
