@@ -197,7 +197,8 @@ class DQN:
             epsilon=zeros(m),
         )
         rows = zeros(m, self.batch_size, dtype=torch.int64)
-        return step, UpdateInputs(rows, zeros(m), zeros(()), zeros(m))
+        beta = zeros(m) if self.replay.weighted else None
+        return step, UpdateInputs(rows, zeros(m), zeros(()), zeros(m), beta)
 
     def q_function(self, state: State) -> QFunction:
         """The online network's Q-values."""

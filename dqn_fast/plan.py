@@ -315,6 +315,7 @@ class Schedules:
         eps_steps: transitions over which the probability decays.
         tau: weight of the online network in a synchronisation of the target.
         total_timesteps: length of the run in transitions.
+        beta: strength of importance weights, at the start and at the end; None: no weights.
     """
 
     learning_rate: NDArray[np.float64]
@@ -324,14 +325,15 @@ class Schedules:
     eps_steps: NDArray[np.float64]
     tau: NDArray[np.float64]
     total_timesteps: int
+    beta: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     def epsilon(self, step: npt.ArrayLike) -> NDArray[np.float64]:
         """Probability of a random action at global_step `step`, [*, M]."""
         return linear_schedule(step, self.eps_start, self.eps_end, self.eps_steps)
 
     def of(self, chunk: Chunk) -> tuple[NDArray[np.float64], ...]:
-        """Epsilon [K, M] of a chunk; step_size [U, M], inverse_correction [U] and sync [U, M] as in
-        `algorithm.UpdateInputs`."""
+        """Epsilon [K, M] of a chunk; step_size [U, M], inverse_correction [U], sync [U, M] and, where
+        there is one, beta [U, M], as in `algorithm.UpdateInputs`."""
         rate = linear_schedule(
             chunk.update_steps, self.learning_rate, self.learning_rate_end, self.total_timesteps
         )
@@ -339,4 +341,7 @@ class Schedules:
         step_size = rate / (1.0 - ADAM_BETAS[0] ** t)[:, None]
         inverse_correction = 1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)
         sync = np.where(chunk.syncs[:, None], self.tau, 0.0)
-        return self.epsilon(chunk.steps), step_size, inverse_correction, sync
+        scheduled = (self.epsilon(chunk.steps), step_size, inverse_correction, sync)
+        if self.beta is None:
+            return scheduled
+        return *scheduled, linear_schedule(chunk.update_steps, *self.beta, self.total_timesteps)

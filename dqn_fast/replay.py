@@ -77,7 +77,10 @@ class Replay:
     Attributes:
         capacity: C.
         num_members: M.
+        weighted: whether sampled rows carry importance weights, for which `sample` needs beta.
     """
+
+    weighted = False
 
     def __init__(
         self,
