@@ -437,7 +437,7 @@ def test_without_room_for_a_copy_nothing_is_compiled(tmp_path, monkeypatch):
     set_free(monkeypatch, memory_needs(resolved, env, CPU).total)
     summary = train.train(replace(args, run_dir=tmp_path / "run")).summary
     assert summary["engine"] == "eager"
-    assert summary["engine_reason"].startswith("no memory to try compiled functions")
+    assert summary["engine_reason"].startswith("too little memory to try compiled functions")
 
 
 def test_a_device_that_holds_no_run_is_named(monkeypatch):
