@@ -115,8 +115,8 @@ class QFunction:
 # ----------------------------------------------------------------------------- one vector step
 
 ACT_BLOCK, MOST_BLOCKS = 1_024, 16
-"""A CPU computes the Q-values of at most ACT_BLOCK copies at a time, so that hidden activations stay
-in its cache: 11 ms instead of 33 ms for 16,384 copies. More than MOST_BLOCKS blocks would make the
+"""A CPU computes Q-values for ACT_BLOCK copies at a time, so that hidden activations stay in its
+cache: 11 ms instead of 33 ms for 16,384 copies. More than MOST_BLOCKS blocks would make the
 compiled function too long."""
 
 
@@ -401,8 +401,8 @@ def clip_global_norm_(grads: Sequence[Tensor], max_norm: Tensor) -> Tensor:
     # Tensor by tensor: to join them, compiled code would copy them first, which costs 8 us.
     norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    # min(1, max_norm / norm). The compiler considers logarithms expensive and computes them once. It
-    # would compute the quotient, and the root in the norm, for every 16 weights: 4 % of a step.
+    # min(1, max_norm / norm). The compiler considers logarithms expensive and computes them once.
+    # It would repeat the quotient, and the root in the norm, for every 16 weights: 4 % of a step.
     scale = torch.exp(-torch.relu(torch.log(norm / max_norm[:, 0])))
     torch._foreach_mul_(list(grads), for_each(grads, scale))
     return norm
