@@ -332,8 +332,8 @@ class Schedules:
         return linear_schedule(step, self.eps_start, self.eps_end, self.eps_steps)
 
     def of(self, chunk: Chunk) -> tuple[NDArray[np.float64], ...]:
-        """Epsilon [K, M] of a chunk; then step_size [U, M], inverse_correction [U], sync [U, M] and,
-        if there is one, beta [U, M], as in `algorithm.UpdateInputs`."""
+        """Epsilon [K, M] of a chunk; then step_size [U, M], inverse_correction [U], sync [U, M], and
+        where there is one beta [U, M], as in `algorithm.UpdateInputs`."""
         rate = linear_schedule(
             chunk.update_steps, self.learning_rate, self.learning_rate_end, self.total_timesteps
         )
