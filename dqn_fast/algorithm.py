@@ -1,7 +1,7 @@
-"""What the engines and the record of a run know of a learning algorithm, and nothing more.
+"""The interface between a learning algorithm, the engines and the record of a run.
 
-An algorithm describes one vector step over a state, which is a tree of tensors. Engines run it:
-plainly, compiled, captured, for one member or many. `dqn_fast.dqn` is one.
+An algorithm describes one vector step over a state, which is a tree of tensors. Engines run it
+eager, compiled or captured, for one member or many. `dqn_fast.dqn` is an algorithm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UPDATE_METRICS = ("losses/td_loss", "losses/q_value", "losses/td_target", "losse
 
 
 class StepInputs(NamedTuple):
-    """Noise and schedule of vector steps; [K, ...] of a chunk, without K of one step.
+    """Noise and schedule of vector steps: [K, ...] for a chunk, without K for a single step.
 
     Attributes:
         explore: uniform, float32 [K, M, N, 2]: coin and random action.
@@ -34,17 +34,17 @@ class StepInputs(NamedTuple):
 
 
 class UpdateInputs(NamedTuple):
-    """Noise and schedules of gradient steps; [U, ...] of a chunk, without U of one step.
+    """Noise and schedules of gradient steps: [U, ...] for a chunk, without U for a single step.
 
-    With t the number of a gradient step, counted from 1:
+    t is the number of a gradient step, counted from 1.
 
     Attributes:
-        rows: which replay rows, int64 [U, M, B] in [0, 2**63).
+        rows: random numbers that select replay rows, int64 [U, M, B] in [0, 2**63).
         step_size: learning rate / (1 - b1^t), Adam's first bias correction included, float32
             [U, M].
         inverse_correction: 1 / sqrt(1 - b2^t), Adam's second bias correction, float32 [U].
-        sync: weight of the online network in the target after this step, float32 [U, M]: 0 where
-            the target is left alone, tau where it is synchronised (1 is a hard copy).
+        sync: weight of the online network in the target after this step, float32 [U, M]: tau if the
+            target is synchronised (1 is a hard copy), else 0.
         beta: strength of importance weights, float32 [U, M]; None for uniform replay.
     """
 
@@ -56,11 +56,11 @@ class UpdateInputs(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What one vector step leaves behind for the log.
+    """Measurements of one vector step, for the log.
 
     Attributes:
-        episode_return: return of each copy's episode up to and with this step, float32 [E].
-        episode_length: its length where it is over, 0 elsewhere, int32 [E].
+        episode_return: return of each copy's episode up to and including this step, float32 [E].
+        episode_length: length of an episode that ended in this step, else 0, int32 [E].
         updates: UPDATE_METRICS of each gradient step, float32 [4, M].
     """
 
@@ -70,12 +70,11 @@ class StepRecord(NamedTuple):
 
 
 class ChunkRecord(NamedTuple):
-    """What K vector steps leave behind for the log; the member axis is the second, and the third
-    of `updates`.
+    """Measurements of K vector steps, for the log.
 
     Attributes:
         episode_return: after each vector step, float32 [K, M, N].
-        episode_length: in steps where an episode finished, 0 elsewhere, int32 [K, M, N].
+        episode_length: length of an episode that ended in this step, else 0, int32 [K, M, N].
         updates: UPDATE_METRICS of each gradient step, float32 [U, 4, M].
     """
 
@@ -87,13 +86,13 @@ class ChunkRecord(NamedTuple):
 class Algorithm(Protocol):
     """One vector step, as functions of a state and of inputs.
 
-    The state is a tree of tensors whose first axes go from member to member: [M, ...] or
-    [M * rows, ...]. All that lives longer than a step is in it, and is written in place.
+    The state is a tree of tensors. Their first axis is the member's: [M, ...] or [M * rows, ...].
+    Everything that outlives a step is in the state and is written in place.
 
     Attributes:
         num_members: M.
-        on_host: whether the environments live outside torch: then `act_` and `learn_` are compiled,
-            and `vector_step_` is not.
+        on_host: whether the environments run outside torch; then `act_` and `learn_` are compiled
+            instead of `vector_step_`.
     """
 
     @property
@@ -116,7 +115,7 @@ class Algorithm(Protocol):
             state: written.
             inputs: of this step.
             updates: of the gradient steps that follow it.
-            act_, learn_: stand for the methods of these names.
+            act_, learn_: replace the methods of these names, for example by compiled functions.
         """
 
     def act_(self, state: Any, explore: Tensor, epsilon: Tensor) -> Tensor:
@@ -133,8 +132,8 @@ class Algorithm(Protocol):
         first_step: int | Tensor,
         first_update: int | Tensor,
     ) -> tuple[Tensor, ...]:
-        """Everything random in vector steps first_step .. and gradient steps first_update ..: the
+        """Random numbers of vector steps first_step .. and gradient steps first_update ..: the
         first three fields of `StepInputs` and the first one of `UpdateInputs`."""
 
     def example_inputs(self, device: torch.device) -> tuple[StepInputs, UpdateInputs]:
-        """Inputs of one vector step and of one gradient step, all 0, in their shapes and dtypes."""
+        """Inputs of one vector step and one gradient step, all 0, with their shapes and dtypes."""

@@ -6,10 +6,10 @@
     learn_       U gradient steps: sample, target, loss, gradients, clip, Adam, target network
     vector_step_ these four in turn
 
-M members learn side by side: independent agents whose tensors have the axis M in front, N env
-copies each, E = M * N. Everything random and everything scheduled comes in as data, nothing is read
-on the host, and every tensor that outlives the step is part of `State` and written in place. So an
-engine may run these functions as they are, compiled, or captured in a CUDA graph.
+M members learn side by side: independent agents with N env copies each, E = M * N; M is the first
+axis of their tensors. Random numbers and schedules are inputs. Nothing is read on the host. Every
+tensor that outlives the step is part of `State` and is written in place. So an engine may run these
+functions as they are, compiled, or captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from dqn_fast.replay import Batch, Replay, ReplayState, Transition
 
 ADAM_EPS = 1e-8
 
-# -------------------------------------------------------------------------------- what is carried
+# ------------------------------------------------------------------------------------------ state
 
 
 class Hyper(NamedTuple):
-    """Settings that a step reads and members may differ in, float32 [M, 1] each.
+    """Settings that a vector step reads and in which members may differ, float32 [M, 1] each.
 
     Attributes:
         gamma: discount per env step, in [0, 1].
         max_grad_norm: global norm to which gradients are clipped; infinity: no clipping.
-        eps_repeat: probability that a random action goes on for one step more, in [0, 1).
+        eps_repeat: probability that a random action is repeated for one more step, in [0, 1).
     """
 
     gamma: Tensor
@@ -51,17 +51,17 @@ class Hyper(NamedTuple):
 
 
 class Adam(NamedTuple):
-    """Moments of Adam, a tensor [M, ...] for each parameter; elementwise: members do not mix."""
+    """Moments of Adam, one tensor [M, ...] per parameter; elementwise, so members do not mix."""
 
     mean: list[Tensor]
     square: list[Tensor]
 
 
 class State(NamedTuple):
-    """Everything that is carried from vector step to vector step.
+    """Everything that is carried from one vector step to the next.
 
-    The first axis of every tensor goes from member to member, [M, ...] or [M * rows, ...], so
-    `tree.member` gives the state of a run of one. Every tensor keeps its address.
+    The first axis of every tensor is the member's, [M, ...] or [M * rows, ...], so `tree.member`
+    gives the state of a run with one member. Every tensor keeps its address.
 
     Attributes:
         params: of the online network.
@@ -69,8 +69,8 @@ class State(NamedTuple):
         adam: moments.
         env: of the env copies, [E, ...].
         replay: memory.
-        held: random action that each copy is carrying out, int64 [M, N], -1 where there is none;
-            None: they last one step.
+        held: random action that each copy is repeating, int64 [M, N], -1 for none; None if random
+            actions last one step.
         hyper: settings.
     """
 
@@ -85,7 +85,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class QFunction:
-    """Q-values of M members: a network, its parameters, and what its outputs mean."""
+    """Q-values of M members: a network, its parameters and its head."""
 
     network: QNetwork
     head: Head
@@ -115,8 +115,9 @@ class QFunction:
 # ----------------------------------------------------------------------------- one vector step
 
 ACT_BLOCK, MOST_BLOCKS = 1_024, 16
-"""Copies whose values a CPU computes at a time, so that what lies between two layers stays in its
-cache: 11 ms instead of 33 for 16,384 copies. More blocks would make what is compiled too long."""
+"""A CPU computes Q-values for ACT_BLOCK copies at a time, so that hidden activations stay in its
+cache: 11 ms instead of 33 ms for 16,384 copies. More than MOST_BLOCKS blocks would make the
+compiled function too long."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,13 @@ class DQN:
     Attributes:
         env: environment.
         network: describes the Q-network.
-        head: what its outputs mean.
+        head: meaning of the network's outputs.
         replay: how transitions are stored and sampled.
         num_members, num_envs: M and N.
         batch_size: B.
-        double_q: whether the online network chooses the action that the target network judges, so
-            noise in one is not taken for value by the other; van Hasselt, Guez & Silver (2016).
-        holds_actions: whether random actions last.
+        double_q: whether the online network selects the action that the target network evaluates.
+            Then noise in one does not become value in the other; van Hasselt, Guez & Silver (2016).
+        holds_actions: whether random actions may last longer than one step.
     """
 
     env: TensorEnv
@@ -160,7 +161,7 @@ class DQN:
             params=params,
             target_params=[param.detach().clone() for param in params],
             adam=Adam(moments, tree.clone(moments)),
-            # Memory of its own for each tensor: a reset may give one twice.
+            # Each tensor gets its own memory, because a reset may return one tensor twice.
             env=tree.clone(self.env.vector_reset(draws.flatten(0, 1))),
             replay=self.replay.init(),
             held=torch.full(shape, -1, device=noise.device) if self.holds_actions else None,
@@ -175,7 +176,7 @@ class DQN:
         first_step: int | Tensor,
         first_update: int | Tensor,
     ) -> tuple[Tensor, ...]:
-        """Everything random in vector steps first_step .. and gradient steps first_update ..:
+        """Random numbers of vector steps first_step .. and gradient steps first_update ..:
         explore, env_step and env_reset of `StepInputs`, rows of `UpdateInputs`."""
         n, env = self.num_envs, self.env
         uniform = partial(noise.uniform, count=num_steps)
@@ -187,7 +188,7 @@ class DQN:
         )
 
     def example_inputs(self, device: torch.device) -> tuple[StepInputs, UpdateInputs]:
-        """Inputs of one vector step and of one gradient step, all 0, in their shapes and dtypes."""
+        """Inputs of one vector step and one gradient step, all 0, with their shapes and dtypes."""
         (m, n), env = (self.num_members, self.num_envs), self.env
         zeros = partial(torch.zeros, device=device)
         step = StepInputs(
@@ -209,7 +210,7 @@ class DQN:
         return tensor.view(self.num_members, self.num_envs, *tensor.shape[1:])
 
     def q_values(self, state: State) -> Tensor:
-        """Q-values of what the env copies show, float32 [M, N, A]."""
+        """Q-values of the current observations, float32 [M, N, A]."""
         obs = self.by_member(state.env.obs)
         size = self.num_envs
         if obs.device.type == "cpu":
@@ -245,7 +246,7 @@ class DQN:
             raise EnvError(f"{type(self.env).__name__}: {type(error).__name__}: {error}") from error
 
     def store_(self, state: State, action: Tensor, outcome: Outcome) -> None:
-        """Write the transitions that start at `state.env` into replay."""
+        """Write the transitions from `state.env` into replay."""
         rows = Transition(
             state.env.obs, action, outcome.reward, outcome.next_obs, outcome.terminated
         )
@@ -283,7 +284,7 @@ class DQN:
         return torch.stack([mean_loss.detach(), q_taken.mean(-1), td_target.mean(-1), grad_norm])
 
     def taken_and_target(self, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs of the actions taken, as `Head.take`, and what they are to become.
+        """Outputs of the actions taken, as `Head.take`, and their targets.
 
         The successor's action is argmax_a Q_target(s', a); with `double_q` argmax_a Q(s', a).
         """
@@ -301,7 +302,7 @@ class DQN:
 
     @torch.no_grad()
     def td_error(self, state: State, batch: Batch) -> Tensor:
-        """Expected return of the target less Q(s, a), float32 [M, B]."""
+        """Expected return of the target minus Q(s, a), float32 [M, B]."""
         taken, target = self.taken_and_target(state, batch)
         return self.head.target_values(target) - self.head.taken_values(taken)
 
@@ -319,12 +320,12 @@ class DQN:
             state: written.
             inputs: of this step.
             updates: of the gradient steps that follow it.
-            act_, learn_: stand for the methods of these names.
+            act_, learn_: replace the methods of these names, for example by compiled functions.
         """
         act_, learn_ = act_ or self.act_, learn_ or self.learn_
         metrics = []
         action = act_(state, inputs.explore, inputs.epsilon)
-        if self.env.background:  # learn while they step, from what was stored before
+        if self.env.background:  # learn while they step, from the transitions stored so far
             self.env.send(action)
             metrics = learn_(state, updates)
         env, outcome = self.step_envs(state, action, inputs.env_step, inputs.env_reset)
@@ -360,28 +361,27 @@ def epsilon_greedy(q_values: Tensor, noise: Tensor, epsilon: Tensor) -> Tensor:
 def held_epsilon_greedy(
     q_values: Tensor, noise: Tensor, epsilon: Tensor, held: Tensor, repeat: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Epsilon-greedy whose random actions last: each goes on with probability `repeat`.
+    """Epsilon-greedy with lasting random actions: each is repeated with probability `repeat`.
 
-    A copy that holds a random action carries it out again with probability `repeat`; otherwise it
-    draws a new one with probability epsilon, and else is greedy. So a random action lasts
-    1 / (1 - repeat) steps on average, and a share epsilon / (1 - repeat + repeat * epsilon) of all
-    steps is random. Where the dynamics are slow a single step in another direction changes
-    nothing; ten in a row do.
+    A copy that holds a random action repeats it with probability `repeat`. Otherwise it draws a new
+    one with probability epsilon, and else acts greedily. So a random action lasts 1 / (1 - repeat)
+    steps on average, and a fraction epsilon / (1 - repeat + repeat * epsilon) of all steps is
+    random. In slow dynamics one random step changes nothing; ten equal ones do.
 
     Args:
         q_values, noise, epsilon: as `epsilon_greedy`.
-        held: the random action that each copy carried out last step, int64 [M, N]; -1: none.
+        held: random action of each copy in the last step, int64 [M, N]; -1: none.
         repeat: [M, 1] float32, in [0, 1).
 
     Returns:
-        The actions and the actions held now, int64 [M, N] each.
+        The actions and the random actions now held, int64 [M, N] each.
 
     Source: Dabney, Ostrovski & Barreto (2021), "Temporally-extended epsilon-greedy exploration",
     with geometric durations.
     """
     coin, choice = noise.unbind(-1)
     random = (choice * q_values.shape[-1]).long()
-    # One coin decides: first whether the held action goes on, then whether a new one begins.
+    # One coin decides first whether the held action is repeated, then whether a new one begins.
     stays = torch.where(held >= 0, repeat, 0.0)
     starts = coin < stays + (1.0 - stays) * epsilon
     held = torch.where(coin < stays, held, torch.where(starts, random, -1))
@@ -393,16 +393,16 @@ def clip_global_norm_(grads: Sequence[Tensor], max_norm: Tensor) -> Tensor:
 
     Args:
         grads: tensors [M, ...], scaled in place.
-        max_norm: [M, 1], > 0; infinity switches it off.
+        max_norm: [M, 1], > 0; infinity: no clipping.
 
     Returns:
         Norm before clipping, float32 [M].
     """
-    # Tensor by tensor: joined, they would be copied first, which costs 8 us where this is compiled.
+    # Tensor by tensor: to join them, compiled code would copy them first, which costs 8 us.
     norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    # min(1, max_norm / norm). Logarithms the compiler considers expensive and computes once; the
-    # quotient, and the root in the norm, it computes again for every 16 weights: 4 % of a step.
+    # min(1, max_norm / norm). The compiler considers logarithms expensive and computes them once.
+    # It would repeat the quotient, and the root in the norm, for every 16 weights: 4 % of a step.
     scale = torch.exp(-torch.relu(torch.log(norm / max_norm[:, 0])))
     torch._foreach_mul_(list(grads), for_each(grads, scale))
     return norm
@@ -426,8 +426,8 @@ def adam_step_(
         step_size: lr / (1 - b1^t), [M].
         inverse_correction: 1 / sqrt(1 - b2^t), [].
 
-    Source: Kingma & Ba (2015), algorithm 1. Eager, `torch._fused_adam_` would take a fifth of the
-    time, but it can neither be traced nor take a learning rate from the device.
+    Source: Kingma & Ba (2015), algorithm 1. Run eagerly, `torch._fused_adam_` would take a fifth of
+    the time, but it cannot be traced and cannot take a learning rate from the device.
     """
     beta1, beta2 = ADAM_BETAS
     torch._foreach_lerp_(adam.mean, grads, 1.0 - beta1)
@@ -448,6 +448,6 @@ def sync_target_(target_params: Params, params: Params, weight: Tensor) -> None:
 
 
 def for_each(params: Sequence[Tensor], values: Tensor) -> list[Tensor]:
-    """A value of each member, [M], in the shape in which it multiplies each parameter [M, ...]."""
+    """One value per member, [M], reshaped for each parameter [M, ...] so that it broadcasts."""
     shapes = {ndim: values.view(-1, *[1] * (ndim - 1)) for ndim in {p.ndim for p in params}}
     return [shapes[param.ndim] for param in params]

@@ -1,10 +1,10 @@
 """Memory of a run, computed from its settings before the first tensor is made.
 
-    check_memory(args, env, device)  # ValueError: one line that names the flag and what fits
+    check_memory(args, env, device)  # ValueError: one line with the flag and the value that fits
 
-The shape of every tensor follows from the settings, so its bytes are arithmetic on whole numbers of
-any size. Nothing is allocated in proportion to a setting: one copy of the environment shows shapes
-and dtypes. What else takes memory is a constant for each device: libraries that are loaded later,
+The shape of every tensor follows from the settings, so its size is integer arithmetic, without
+overflow. Nothing is allocated in proportion to a setting: one copy of the environment shows shapes
+and dtypes. All other memory is a constant of the device: libraries that are loaded later,
 workspaces of matrix products, gaps between allocations.
 """
 
@@ -26,38 +26,38 @@ from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
 from dqn_fast.record.metrics import Metrics
 
 PROGRAM = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-"""What a run takes beside its tensors, by type of device. CPU: measured 28 MB, and 66 MB with the
-report. CUDA: an estimate, for kernels, which are loaded when first called, and cuBLAS."""
+"""Bytes of a run that are not tensors, by type of device. CPU: measured 28 MB, and 66 MB with the
+report. CUDA: an estimate for cuBLAS and for kernels, which are loaded at their first call."""
 
 HOST_COPY, WORKER = 4 * 2**10, 4 * 2**20
-"""What a copy of an environment outside torch takes at least, in this process and in one of its
-own: measured 4 to 27 KB for five of Gymnasium's, and 4.8 MB."""
+"""Lower bounds of the bytes of one Gymnasium environment, in this process and in a process of its
+own. Measured: 4 to 27 KB for five environments of Gymnasium, and 4.8 MB."""
 
 ROOT = Path("/")
 
 GAPS = 256 * 2**20
-"""Freed memory that a CPU's allocator keeps at most. glibc puts blocks below 32 MiB into a heap, in
-which later ones leave gaps: measured up to 300 MB, and nothing with larger blocks."""
+"""Maximum freed memory that a CPU's allocator keeps. glibc puts blocks below 32 MiB into a heap, in
+which later blocks leave gaps: measured up to 300 MB, and 0 with larger blocks."""
 
-# Equal to what they stand for in modules of later layers, or that keep theirs to themselves; a test
+# Copies of constants of modules that this one may not import, or that are private there; a test
 # compares them.
 COPIED_BYTES = 2**28
-"""Size up to which a checkpoint is copied and written beside the loop, see `run.RunRecord.save`."""
+"""Maximum bytes of a checkpoint that is copied and written while the loop runs: `record.run`."""
 ACT_BLOCK, MOST_BLOCKS = 1_024, 16
-"""Env copies whose Q-values a CPU computes at a time, see `train.q_of_copies`."""
+"""Env copies whose Q-values a CPU computes at a time, and number of such blocks: `dqn`."""
 NUMBERS_AT_ONCE = 2**19
-"""Random numbers that are drawn at once, see `train.make_plan`; one vector step may take more."""
+"""Random numbers drawn at once, see `train.make_plan`; a single vector step may need more."""
 STEPS_PER_CHECK = 32
-"""Vector steps whose noise an evaluation draws at once."""
+"""Vector steps whose noise an evaluation draws at once: `evaluate`."""
 MOST_EPISODES = 2**20
-"""Finished episodes that are listed at most."""
+"""Maximum number of finished episodes that are listed: `train.most_episodes`, `EpisodeLog`."""
 SOLVED_STATES = 1_024
-"""States of a table up to which it is solved exactly."""
+"""Maximum number of states of a table that is solved exactly: `exact.solve`."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The settings that memory depends on, by field of `train.Args`."""
+    """The settings on which memory depends; names as in `train.Args`."""
 
     num_seeds: int
     num_points: int
@@ -80,23 +80,23 @@ class Sizes:
 
     @classmethod
     def of(cls, args: object) -> Sizes:
-        """Those of `train.Args`, or of an object that has these attributes."""
+        """From `train.Args`, or from another object with these attributes."""
         return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
 class Layout(NamedTuple):
-    """One copy of an environment, in bytes and numbers.
+    """Sizes of one copy of an environment.
 
     Attributes:
-        obs_bytes: an observation as the replay stores it.
-        state_bytes: what the copy carries from step to step, its observation included.
+        obs_bytes: bytes of an observation as the replay stores it.
+        state_bytes: bytes of the copy's state between steps, its observation included.
         num_features: F, float32 numbers that the network reads.
         num_actions: A.
-        step_noise, reset_noise: uniform numbers of a step.
+        step_noise, reset_noise: uniform numbers per step.
         max_steps: time limit of an episode.
         num_states: X, states that are solved exactly; 0: none.
-        on_host: whether the copy lives outside torch.
-        in_workers: whether each lives in a process of its own.
+        on_host: whether the copy runs outside torch.
+        in_workers: whether each copy runs in its own process.
     """
 
     obs_bytes: int
@@ -112,7 +112,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, env: TensorEnv) -> Layout:
-        """That of `env`, seen from one copy on the CPU; environments on the host make none."""
+        """Sizes of `env`, from one copy on the CPU; for an environment on the host without one."""
         obs = env.example_obs()
         if env.on_host:
             state_bytes = obs.nbytes + 8
@@ -139,8 +139,8 @@ class Needs:
     """Bytes of a run's parts.
 
     Attributes:
-        kept: what is there all the time, by part.
-        passing: what is needed for a moment, by what is done then; never two of them at once.
+        kept: parts that are allocated during the whole run.
+        passing: parts that are allocated for one activity; no two at the same time.
     """
 
     kept: dict[str, int]
@@ -176,13 +176,13 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "log point": ("num_seeds", "buffer_size"),
     "compiling": ("buffer_size", "num_seeds"),
 }
-"""By part, the settings that it grows with; the first one is the first to be called too large."""
+"""The settings with which each part grows; the first is the first that an error message names."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run in numbers; one letter as in the rest of the project: M members, N env copies of each,
-    B rows of a batch, K vector steps of a chunk, U gradient steps of a vector step."""
+    """Sizes of a run: M members, N env copies of each, B rows of a batch, K vector steps of a
+    chunk, U gradient steps of a vector step."""
 
     sizes: Sizes
     layout: Layout
@@ -195,14 +195,14 @@ class _Run:
 
     @property
     def num_parameters(self) -> int:
-        """Of one network of all members."""
+        """Parameters of one network, over all members."""
         widths = (self.layout.num_features, *self.sizes.hidden_sizes, self.layout.num_actions)
         one = sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
         return self.sizes.num_members * one
 
     @property
     def outputs(self) -> int:
-        """Numbers that the layers of a network make of one row."""
+        """Outputs of all layers of a network for one row."""
         return sum(self.sizes.hidden_sizes) + self.layout.num_actions
 
     @property
@@ -211,13 +211,13 @@ class _Run:
 
     @property
     def forward(self) -> int:
-        """Bytes of one row on its way through a network: features, what the layers make of them,
-        and one hidden layer before its ReLU."""
+        """Bytes of one row in a forward pass: features, outputs of all layers, and one hidden layer
+        before its ReLU."""
         return 4 * (self.layout.num_features + self.outputs + self.widest)
 
     @property
     def updates(self) -> int:
-        """U at most."""
+        """Maximum U."""
         return self.sizes.gradient_steps * -(-self.sizes.num_envs // self.sizes.train_freq)
 
     @property
@@ -227,7 +227,7 @@ class _Run:
 
     @property
     def numbers(self) -> int:
-        """32-bit numbers that one vector step draws; an integer takes the room of two."""
+        """32-bit numbers that one vector step draws; an integer counts as two."""
         per_copy = 2 + self.layout.step_noise + self.layout.reset_noise
         return self.copies * per_copy + 2 * self.replay_rows
 
@@ -239,29 +239,29 @@ class _Run:
 
     @property
     def chunk(self) -> int:
-        """K at most."""
+        """Maximum K."""
         return 1 if self.layout.on_host else min(self.window, self.sizes.chunk_steps)
 
     @property
     def interval(self) -> int:
-        """Transitions of a member between two log points, at most."""
+        """Maximum number of transitions of a member between two log points."""
         asked = self.sizes.log_interval or self.sizes.total_timesteps
         return min(asked, self.sizes.total_timesteps) + self.sizes.num_envs - 1
 
     @property
     def episodes(self) -> int:
-        """Finished episodes that are listed between two log points, at most."""
+        """Maximum number of finished episodes that are listed between two log points."""
         return min(self.interval * self.sizes.num_members, MOST_EPISODES)
 
     @property
     def record(self) -> int:
-        """Bytes that a chunk leaves behind for the metrics."""
+        """Bytes of a chunk's `ChunkRecord`."""
         updates = len(UPDATE_METRICS) * self.sizes.num_members * self.updates
         return 4 * self.chunk * (2 * self.copies + updates)
 
     @property
     def transition(self) -> int:
-        """Bytes of a transition as the replay stores it: two observations, action, reward, flag."""
+        """Bytes of a stored transition: two observations, action, reward, flag."""
         action = 1 if self.layout.num_actions <= 2**8 else 2
         return 2 * self.layout.obs_bytes + action + 4 + 1
 
@@ -271,30 +271,30 @@ class _Run:
 
     @property
     def environments(self) -> int:
-        """Tensors of the env copies, the random actions that they hold included."""
+        """Bytes of the env copies' tensors, held random actions included."""
         return self.copies * (self.layout.state_bytes + (8 if self.sizes.eps_repeat else 0))
 
     @property
     def state(self) -> int:
-        """What is carried, and a checkpoint holds: with the online and the target network and two
-        moments of Adam."""
+        """Bytes of `dqn.State`, which a checkpoint contains: replay, environments, and four sets of
+        parameters: online network, target network, two moments of Adam."""
         return self.replay + self.environments + 4 * 4 * self.num_parameters
 
     @property
     def dynamics(self) -> int:
-        """Bytes of one copy in a step: the new state, what the step did, replay rows, and terms
-        between; measured 60 for LineWorld, 85 for CartPole and 139 for Acrobot."""
+        """Bytes of one copy in a step: new state, outcome, replay rows, intermediate results.
+        Measured: 60 for LineWorld, 85 for CartPole and 139 for Acrobot."""
         return 3 * (self.layout.state_bytes + self.layout.obs_bytes) // 2 + 40
 
     @property
     def files(self) -> int:
-        """Copies on the host that are written beside the loop: a checkpoint and the one before it,
-        unless they are large, and the best agent."""
+        """Bytes of the host copies that are written while the loop runs: two consecutive
+        checkpoints, unless they are large, and the best agent."""
         return 2 * min(self.state, COPIED_BYTES) + 4 * self.num_parameters
 
     @property
     def diagnostics(self) -> int:
-        """Snapshots on the host, and all of them once more where they are written."""
+        """Bytes of the snapshots on the host, and of a second copy while they are written."""
         interval = self.sizes.log_interval or self.sizes.total_timesteps
         count = min(self.sizes.total_timesteps // interval, MOST_SNAPSHOTS) + 2
         tables = self.layout.num_states * (4 * self.layout.num_actions + 8)
@@ -302,7 +302,7 @@ class _Run:
 
     def needs(self, state_copies: int) -> Needs:
         kept, passing = self._kept(), self._passing() | {"compiling": state_copies * self.state}
-        if self.on_cuda:  # recorded in CUDA graphs, whose memory is their own
+        if self.on_cuda:  # captured in CUDA graphs, which keep their memory
             kept |= {name: passing.pop(name) for name in ("vector step", "gradient step")}
         else:
             kept |= {
@@ -320,10 +320,10 @@ class _Run:
         update_metrics = 4 * len(UPDATE_METRICS) * self.sizes.num_members * num_updates
         return {
             "replay": self.replay,
-            # The state's four, the best evaluation's and that of the last log point.
+            # Four sets of the state, the best evaluation's and the last log point's.
             "members": (4 + 2) * 4 * self.num_parameters,
             "environments": self.environments + on_host,
-            # Compiled and captured functions read copies of a chunk.
+            # Compiled and captured functions read a copy of each chunk.
             "noise": 4 * self.numbers * (self.window + self.chunk),
             "metrics": 8 * max(self.chunk * self.copies, self.episodes) + update_metrics,
             "program": PROGRAM["cuda" if self.on_cuda else "cpu"],
@@ -338,19 +338,19 @@ class _Run:
             layout.num_features,
             layout.num_actions,
         )
-        # Of the stream with the most numbers, words of 64 bits and as many more on the way.
+        # The stream with the most numbers: 64-bit words, and as many intermediate results.
         most_drawn = max(
             self.copies * max(2, layout.step_noise, layout.reset_noise), 2 * self.replay_rows
         )
 
         rows = n if self.on_cuda else max(min(n, ACT_BLOCK), -(-n // MOST_BLOCKS))
         acting = m * rows * self.forward + self.copies * (8 * a + 24)
-        # Both observations, stored and as features; then the backward pass keeps what every layer
-        # made, and makes two of the widest. Adam: gradients, denominators, steps.
+        # Both observations, stored and as features. The backward pass keeps the output of every
+        # layer and allocates the widest twice. Adam: gradients, denominators, steps.
         batch = self.transition + 32 + 2 * 4 * f + f
         backward = 4 * (self.outputs + 2 * self.widest + 5 * a) + 32
 
-        # An evaluation plays all episodes at once; it draws a window of noise beside the last one.
+        # An evaluation plays all episodes at once, and draws noise before it frees the last.
         episodes = m * sizes.eval_episodes
         check = min(STEPS_PER_CHECK, layout.max_steps)
         drawn = 4 * check * (layout.step_noise + layout.reset_noise)
@@ -362,7 +362,7 @@ class _Run:
         newest = min(sizes.buffer_size, self.interval) if layout.num_states else 0
         visited = m * newest * (24 + 2 * layout.obs_bytes)
         return {
-            # The next window is drawn while the last is there.
+            # The next window is drawn before the last is freed.
             "drawing noise": self.window * (4 * self.numbers + 20 * most_drawn),
             "vector step": self.record + max(acting, self.copies * self.dynamics),
             "gradient step": m * b * (batch + backward) + 3 * 4 * self.num_parameters,
@@ -380,22 +380,21 @@ def memory_needs(
     Args:
         args: settings, `train.Args`.
         env: the environment.
-        device: of the run. What a run on CUDA holds on the host beside is not counted.
-        state_copies: copies of everything carried that the engine makes for a moment; the compiler
-            makes some.
+        device: of the run. For a run on CUDA the memory of the host is not counted.
+        state_copies: temporary copies of the state that the engine makes while it compiles.
     """
     run = _Run(Sizes.of(args), Layout.of(env), device.type == "cuda")
     return run.needs(state_copies)
 
 
-# --------------------------------------------------------------------------------- what is free
+# ---------------------------------------------------------------------------------- free memory
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a run may still take on `device`; None: not known.
+    """Free bytes on `device`; None: not known.
 
-    On CUDA what the card has free and what torch's allocator holds unused; elsewhere the memory of
-    the host, which MPS shares.
+    On CUDA the free memory of the card and the unused memory of torch's allocator; elsewhere the
+    memory of the host, which MPS shares.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -404,11 +403,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_on_host(root: Path = ROOT) -> int | None:
-    """Bytes of the host's memory that processes can still take, within the limits of this one's
-    control groups; None: not known.
+    """Free bytes of the host, within the limits of this process's control groups; None: not known.
 
     Args:
-        root: where `proc` and `sys` are.
+        root: folder of `proc` and `sys`.
     """
     available = _available(root / "proc" / "meminfo")
     limits = [available] if available is not None else []
@@ -416,8 +414,8 @@ def free_on_host(root: Path = ROOT) -> int | None:
 
 
 def _available(meminfo: Path) -> int | None:
-    """Linux: MemAvailable. Elsewhere free pages where they are counted, else all pages: what is
-    larger than all of the memory does not fit into a part of it."""
+    """Linux: MemAvailable. Other systems: free pages if they are counted, else all pages, which is
+    an upper bound."""
     try:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -435,8 +433,8 @@ def _available(meminfo: Path) -> int | None:
 
 
 class _GroupFiles(NamedTuple):
-    """Names of a memory control group's files, and of the line of its statistics that counts file
-    pages that can be given up."""
+    """Names of a memory control group's files, and of the line of its statistics that counts
+    reclaimable file pages."""
 
     limit: str
     usage: str
@@ -448,7 +446,7 @@ _V1 = _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inact
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """What this process's memory control groups, and the groups around them, leave free."""
+    """Free bytes of this process's memory control groups and of all their parents."""
     try:
         lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -461,8 +459,8 @@ def _free_in_groups(root: Path) -> Iterator[int]:
             folders, files = [mounts / "memory"], _V1
             if "memory" not in controllers.split(","):
                 continue
-        # In a container the path may be the host's, of which only the last group is to be seen, as
-        # the root: folders that are not there are passed over.
+        # In a container the path may be the host's, while only the last group is visible, as the
+        # root. Folders that do not exist are skipped.
         for folder in folders:
             group = folder / path.lstrip("/")
             for place in (group, *group.parents):
@@ -471,14 +469,14 @@ def _free_in_groups(root: Path) -> Iterator[int]:
 
 
 def _free_in_group(group: Path, files: _GroupFiles) -> Iterator[int]:
-    """What one group leaves free; nothing where it has no limit or is not to be seen."""
+    """Free bytes of one group; nothing if it has no limit or is not visible."""
     try:
         limit = (group / files.limit).read_text().strip()
         usage = int((group / files.usage).read_text())
         statistics = (group / "memory.stat").read_text().split()
     except OSError:
         return
-    if limit.isdigit() and int(limit) < 2**60:  # else "max", or the largest number of pages
+    if limit.isdigit() and int(limit) < 2**60:  # otherwise "max", or the largest number of pages
         values = dict(zip(statistics[::2], statistics[1::2], strict=False))
         yield max(int(limit) - usage + int(values.get(files.inactive, 0)), 0)
 
@@ -487,20 +485,20 @@ def _free_in_group(group: Path, files: _GroupFiles) -> Iterator[int]:
 
 
 def fits(args: object, env: TensorEnv, device: torch.device, state_copies: int = 0) -> bool:
-    """Whether a run fits into what is free on its device, as far as that is known; arguments as
-    `memory_needs`."""
+    """Whether a run fits into the free memory of its device; true if that is not known. Arguments
+    as `memory_needs`."""
     free = free_memory(device)
     return free is None or memory_needs(args, env, device, state_copies).total <= free
 
 
 def check_memory(args: object, env: TensorEnv, device: torch.device, state_copies: int = 0) -> None:
-    """Refuse a run that does not fit into what is free on its device.
+    """Refuse a run that does not fit into the free memory of its device.
 
     Arguments as `memory_needs`; cost: below 1 ms.
 
     Raises:
         ValueError: it does not fit. The message names the flag of the largest part that can be made
-            small enough, and the largest value that fits while all others stay.
+            small enough, and the largest value that fits if all other settings stay.
     """
     free = free_memory(device)
     if free is None:
@@ -516,25 +514,25 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
     asked = needs(sizes)
     if asked.total <= free:
         return
-    place = f"the {_in_words(free)} free on {device} ({_in_words(asked.total)} asked for)"
+    place = f"the {_in_words(free)} free on {device}; this run needs {_in_words(asked.total)}"
     flags = list(dict.fromkeys(flag for part in asked.parts for flag in FLAGS[part]))
     for flag in flags:
         if (most := _largest(sizes, flag, fits)) is not None:
             each = " each" if flag == "hidden_sizes" else ""
             raise ValueError(
-                f"{_shown(sizes, flag)}: must be at most {most:,}{each}, what fits into {place}"
+                f"{_shown(sizes, flag)}: must be at most {most:,}{each} to fit into {place}"
             )
     if fits(_with_least(sizes, flags)):
-        for flag in list(flags):  # leave out what need not be smaller
+        for flag in list(flags):  # leave out settings that need not be smaller
             others = [other for other in flags if other != flag]
             flags = others if fits(_with_least(sizes, others)) else flags
         shown = " ".join(_shown(sizes, flag) for flag in flags)
-        raise ValueError(f"{shown}: must be smaller, all of them, to fit into {place}")
-    raise ValueError(f"--device {device}: must have more memory, no run fits into {place}")
+        raise ValueError(f"{shown}: must all be smaller to fit into {place}")
+    raise ValueError(f"--device {device}: must have more memory; no run fits into {place}")
 
 
 def _largest(sizes: Sizes, flag: str, fits: Callable[[Sizes], bool]) -> int | None:
-    """The largest value of a setting that fits, in three digits; None: not even the least does."""
+    """The largest value of a setting that fits, rounded to three digits; None: no value fits."""
     low, high = _least(sizes, flag), _value(sizes, flag)
     if low >= high or not fits(_with_value(sizes, flag, low)):
         return None
@@ -545,14 +543,14 @@ def _largest(sizes: Sizes, flag: str, fits: Callable[[Sizes], bool]) -> int | No
             low = middle
         else:
             high = middle
-    # Less than three digits' worth of what is free may be taken by the time it is tried.
+    # Rounded down, because a little memory may be taken before the user tries the value.
     unit = 10 ** max(len(str(low)) - 3, 0)
     rounded = low // unit * unit
     return rounded if rounded >= least and fits(_with_value(sizes, flag, rounded)) else low
 
 
 def _least(sizes: Sizes, flag: str) -> int:
-    """The smallest value that a setting may have beside the others, see `train.check`."""
+    """The smallest value that a setting may have with the others as they are, see `train.check`."""
     if flag == "buffer_size":
         return max(sizes.num_envs, sizes.batch_size)
     if flag == "num_envs" and sizes.total_timesteps < sizes.batch_size:
@@ -561,12 +559,12 @@ def _least(sizes: Sizes, flag: str) -> int:
 
 
 def _value(sizes: Sizes, flag: str) -> int:
-    """A setting's value; of the hidden layers that of the widest."""
+    """A setting's value; for `hidden_sizes` the width of the widest layer."""
     return max(sizes.hidden_sizes, default=0) if flag == "hidden_sizes" else getattr(sizes, flag)
 
 
 def _with_value(sizes: Sizes, flag: str, value: int) -> Sizes:
-    """The settings with another value; no hidden layer wider than it."""
+    """The settings with one value changed; for `hidden_sizes` no layer is wider than it."""
     if flag == "hidden_sizes":
         hidden = tuple(min(size, value) for size in sizes.hidden_sizes)
         return dataclasses.replace(sizes, hidden_sizes=hidden)
@@ -575,20 +573,20 @@ def _with_value(sizes: Sizes, flag: str, value: int) -> Sizes:
 
 
 def _with_least(sizes: Sizes, flags: Sequence[str]) -> Sizes:
-    """The settings with the least values of some."""
-    for flag in [*flags, *flags]:  # the least of one may depend on another
+    """The settings with some at their smallest values."""
+    for flag in [*flags, *flags]:  # the smallest value of one may depend on another
         least = min(_least(sizes, flag), _value(sizes, flag))
         sizes = _with_value(sizes, flag, least)
     return sizes
 
 
 def _shown(sizes: Sizes, name: str) -> str:
-    """A setting as on the command line, with its value."""
+    """A setting and its value, as on the command line."""
     return f"--{name.replace('_', '-')} {getattr(sizes, name)}"
 
 
 def _in_words(size: int) -> str:
-    """Bytes in MB or GB, rounded up; of whole numbers, which may be too large for a float."""
+    """Bytes in MB or GB, rounded up; integer arithmetic, as sizes may be too large for a float."""
     unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB")
     tenths = -(-size * 10 // unit)
     return f"{tenths // 10:,}.{tenths % 10} {name}"

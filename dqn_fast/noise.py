@@ -1,9 +1,9 @@
 """The random numbers of a run, as data: drawn ahead, passed in, and equal on every device.
 
-Every number is a pure function of (seed, stream, index): Philox 4x32-10 keyed by the member's seed
-and the stream, counting the vector step, gradient step or evaluation step that it belongs to. So
-draws do not depend on the length of a chunk, on the device, or on who else is in the population,
-and a saved run needs no generator state.
+Every number is a pure function of (seed, stream, index): Philox 4x32-10, keyed by the member's seed
+and the stream. The index is the number's vector step, gradient step or evaluation step. So draws do
+not depend on the chunk length, the device or the other members, and a saved run needs no generator
+state.
 
 Source: Salmon, Moraes, Dror & Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -49,13 +49,13 @@ def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
 
-    Cost: 102 elementwise operations; drawing many numbers in one call is what makes it cheap.
+    Cost: 102 elementwise operations per call, so draw many numbers in one call.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The product of two 32-bit words wraps to the right 64 bits; `>>` then copies the sign bit
-        # into the upper half, which the mask takes off again, with what else is above 32 bits.
+        # The int64 product of two 32-bit words has the right 64 bits. `>>` then copies the sign bit
+        # into the upper half; the mask clears everything above 32 bits.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
@@ -65,7 +65,7 @@ def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor
 
 
 def stream_key(seed: int, stream: Stream) -> NDArray[Any]:
-    """Philox key of a stream of the member with that seed: two 32-bit words, uint32 [2]."""
+    """Philox key of one stream of the member with this seed: two 32-bit words, uint32 [2]."""
     return np.random.SeedSequence([seed, stream]).generate_state(2)
 
 
@@ -74,9 +74,9 @@ def words_at(keys: Tensor, index: Tensor, block: Tensor, epoch: int = 0) -> list
 
     Args:
         keys: of `stream_key`, int64 [M, 2].
-        index: which draw of each stream, int64 [count, M], >= 0.
-        block: 0 .. blocks - 1, int64 [blocks]; a draw has four words for each.
-        epoch: a further index in [0, 2**32), for draws that start again at 0.
+        index: number of the draw in each stream, int64 [count, M], >= 0.
+        block: 0 .. blocks - 1, int64 [blocks]; each block of a draw has four words.
+        epoch: a second index in [0, 2**32), for draws that start again at 0.
 
     Returns:
         Four int64 tensors [count, M, blocks] of 32-bit words.
@@ -87,8 +87,8 @@ def words_at(keys: Tensor, index: Tensor, block: Tensor, epoch: int = 0) -> list
 
 
 def uniform_of(words: Sequence[Tensor], size: int) -> Tensor:
-    """The first `size` numbers of each draw's words, float32 [count, M, size], on a grid of 2**-24
-    in [0, 1)."""
+    """Uniform numbers in [0, 1), multiples of 2**-24, from the first `size` words of each draw;
+    float32 [count, M, size]."""
     floats = torch.stack(list(words), -1).bitwise_right_shift_(8).float().mul_(2.0**-24)
     return floats.flatten(2)[..., :size]
 
@@ -96,18 +96,18 @@ def uniform_of(words: Sequence[Tensor], size: int) -> Tensor:
 class Noise:
     """Random numbers of M members.
 
-    Member i draws with seed `seed + i % num_seeds`, exactly what a run of one member with that seed
-    draws.
+    Member i draws with seed `seed + i % num_seeds`: exactly the numbers of a single run with that
+    seed.
 
     Attributes:
         seed: seed of the first member, >= 0.
         num_members: M.
-        num_seeds: members with different seeds; M where not given.
+        num_seeds: number of different seeds; M if not given.
         device: where the numbers are made; the values do not depend on it.
         keys: of each member and stream, int64 [M, streams, 2].
-        counters: 0, 1, 2, ..., int64, as many as were needed so far. Compiled for a GPU, an
-            `arange` has 32 bits whatever its dtype (pytorch#175966, open in torch 2.14), and a
-            product with a Philox constant is wrong; numbers that a function loads have 64.
+        counters: 0, 1, 2, ..., int64, as many as were needed so far. An `arange` compiled for a GPU
+            has 32 bits for every dtype (pytorch#175966, open in torch 2.14), so its product with a
+            Philox constant is wrong. Numbers loaded from memory have 64 bits.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Noise:
         self.counters = torch.arange(1_024, device=device)
 
     def with_tensors(self, keys: Tensor, counters: Tensor) -> Noise:
-        """The same over other memory for keys and counters."""
+        """The same noise with other tensors as keys and counters."""
         noise = copy.copy(self)
         noise.keys, noise.counters = keys, counters
         return noise
@@ -139,14 +139,14 @@ class Noise:
     def uniform(
         self, stream: Stream, start: int | Tensor, count: int, shape: Sequence[int], epoch: int = 0
     ) -> Tensor:
-        """Uniform numbers in [0, 1) on a grid of 2**-24, float32 [count, M, *shape].
+        """Uniform numbers in [0, 1), multiples of 2**-24, float32 [count, M, *shape].
 
         Args:
-            stream: which stream.
-            start: index of the first draw, >= 0, or int64 []; draw start + j fills row j.
+            stream: stream to draw from.
+            start: index of the first draw, >= 0, an int or int64 []; draw start + j fills row j.
             count: number of rows.
-            shape: shape of one member's draw; may hold zeros.
-            epoch: a further index in [0, 2**32), for draws that start again at 0.
+            shape: shape of one member's draw; may contain zeros.
+            epoch: a second index in [0, 2**32), for draws that start again at 0.
         """
         size = math.prod(shape)
         if size == 0:
@@ -159,8 +159,8 @@ class Noise:
     ) -> Tensor:
         """Uniform integers in [0, 2**63), int64 [count, M, *shape]; arguments as `uniform`.
 
-        Taken modulo n they give an index below n with a bias under n / 2**63. A float32 uniform
-        times n would leave out most rows of a large buffer.
+        Modulo n they give an index below n with a bias below n / 2**63. A float32 uniform number
+        times n would never select most rows of a large buffer.
         """
         size = math.prod(shape)
         w0, w1, w2, w3 = self._words(stream, start, count, -(-size // 2), 0)

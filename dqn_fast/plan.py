@@ -1,7 +1,7 @@
-"""What is known in advance from the step count: schedules, intervals and the plan of a run.
+"""Everything that follows from the step count alone: schedules, intervals and the plan of a run.
 
-Everything here is host arithmetic on step counts, done once per chunk and handed to the device as
-data. Nothing here knows about environments, networks or replay.
+All of it is host arithmetic on step counts, done once per window of chunks and uploaded to the
+device as data. This module knows no environments, networks or replay.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def linear_schedule(
 
     Args:
         step: step counts, any shape, in the unit of `duration`.
-        start: value at step 0, a number or one for each member, [M].
-        end: value from step `duration` on, as `start`.
-        duration: length of the ramp, >= 0, as `start`; 0 is `end` everywhere.
+        start: value at step 0, a number or one per member, [M].
+        end: value from step `duration` on; shape as `start`.
+        duration: length of the ramp, >= 0; shape as `start`. 0: `end` at every step.
 
     Returns:
-        float64 of the shape of `step`; with members [*, M].
+        float64, in the shape of `step`, or [*, M] for members.
     """
     values = (np.asarray(value, np.float64) for value in (start, end, duration))
     start, end, duration = np.broadcast_arrays(*values)
@@ -45,7 +45,7 @@ def crossed(before: int, after: int, interval: int) -> bool:
     """Whether a counter that goes from `before` to `after` passes a multiple of `interval`.
 
     The counter jumps by the number of envs, so `after % interval == 0` would fire at the wrong
-    times (with 64 envs and interval 10: every 320). Interval 0 means off.
+    times: with 64 envs and interval 10, every 320 transitions. Interval 0 means off.
     """
     return interval > 0 and after // interval > before // interval
 
@@ -89,13 +89,13 @@ class Chunk:
         return self.before + self.num_envs * np.arange(self.num_steps)
 
     def slices_in(self, window: Chunk) -> tuple[slice, slice]:
-        """Where this chunk's vector steps and gradient steps lie among those of `window`."""
+        """Slices of the window's vector steps and gradient steps that are this chunk's."""
         step = (self.before - window.before) // self.num_envs
         update = self.first_update - window.first_update
         return slice(step, step + self.num_steps), slice(update, update + self.num_updates)
 
     def cut(self, start: int, num_steps: int) -> Chunk:
-        """The chunk of `num_steps` vector steps from this one's vector step `start` on."""
+        """Part of this chunk: `num_steps` vector steps, from its vector step `start` on."""
         before_part = sum(self.update_counts[:start])
         counts = self.update_counts[start : start + num_steps]
         updates = slice(before_part, before_part + sum(counts))
@@ -121,9 +121,9 @@ class Plan:
     `gradient_steps * (after // train_freq - before // train_freq)` gradient steps, once `after` has
     reached `learning_starts`. So the replay ratio does not depend on `num_envs`.
 
-    Within a vector step the U gradient steps stand for the steps `before + (u + 1) * num_envs / U`.
-    The target is synchronised after the gradient step whose step is the first at or past a multiple
-    of `target_update_interval`, at most once per gradient step.
+    The U gradient steps of a vector step stand for the steps `before + (u + 1) * num_envs / U`. The
+    target is synchronised after the first gradient step at or past each multiple of
+    `target_update_interval`, at most once per gradient step.
 
     Attributes:
         num_envs: env copies of one member, >= 1.
@@ -132,11 +132,11 @@ class Plan:
         train_freq: transitions per group of gradient steps, >= 1.
         gradient_steps: gradient steps per `train_freq` transitions, >= 0.
         target_update_interval: transitions between synchronisations of the target, 0 for none.
-        max_chunk_steps: vector steps of a chunk at most; never changes the result.
+        max_chunk_steps: maximum number of vector steps of a chunk; never changes the result.
         max_window_steps: vector steps whose noise is drawn at once; never changes the result.
-        few_shapes: whether chunks come in few kinds of `update_counts`, for an engine that records
-            each kind; see `_few_shapes`. Never changes the result.
-        intervals: side jobs (log, evaluate, save); a chunk ends where one of them is crossed.
+        few_shapes: whether chunks have few different `update_counts`, for an engine that captures
+            each one; see `_few_shapes`. Never changes the result.
+        intervals: of the side jobs (log, evaluate, save); a chunk ends where one is crossed.
     """
 
     num_envs: int
@@ -177,12 +177,12 @@ class Plan:
 
     @property
     def window_steps(self) -> int:
-        """Vector steps of the longest window."""
+        """Maximum number of vector steps of a window."""
         return min(self.max_window_steps, self.num_vector_steps)
 
     @property
     def window_updates(self) -> int:
-        """Gradient steps of a window at most."""
+        """Maximum number of gradient steps of a window."""
         groups = self.window_steps * self.num_envs // self.train_freq + 1
         return min(groups * self.gradient_steps, self.total_updates)
 
@@ -198,7 +198,7 @@ class Plan:
 
     @property
     def period(self) -> int:
-        """Vector steps after which the numbers of gradient steps repeat."""
+        """Vector steps after which the sequence of `update_counts` repeats."""
         return self.train_freq // math.gcd(self.train_freq, self.num_envs)
 
     def update_counts(self, first: int, num_steps: int) -> NDArray[np.int64]:
@@ -209,17 +209,17 @@ class Plan:
         return np.where(index >= self.first_learning_step, self.gradient_steps * groups, 0)
 
     def learning_counts(self) -> set[int]:
-        """The different numbers of gradient steps after a vector step, once learning has begun."""
+        """The different numbers of gradient steps per vector step, once learning has begun."""
         first = self.first_learning_step
         num_steps = min(self.num_vector_steps - first, self.period)
         return {int(count) for count in np.unique(self.update_counts(first, max(num_steps, 0)))}
 
     def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[tuple[Chunk, Chunk]]:
-        """The run from vector step `first` on, in chunks, each with the window that it lies in.
+        """The run from vector step `first` on, in chunks, each with the window that contains it.
 
         A chunk ends early where one of `intervals` is crossed and where learning starts, so side
-        jobs are late by less than one vector step, whatever the length of a chunk. Noise and
-        schedules are made for a whole window of chunks, because making them costs by the call.
+        jobs are late by less than one vector step for any chunk length. Noise and schedules are
+        made for a whole window of chunks, because their cost is per call.
 
         Args:
             first: vector steps already taken.
@@ -251,10 +251,10 @@ class Plan:
     def _few_shapes(self, first: int, num_steps: int) -> int:
         """Length of a chunk from vector step `first` on, at most `num_steps`.
 
-        Whole periods, from the beginning of one, in a power of two; between them, and before
-        learning starts, as many steps with equally many gradient steps, in a power of two. So a
-        run has at most about log2(max_chunk_steps) kinds of chunks for each number of gradient
-        steps, wherever intervals and windows end.
+        At the start of a period: a power of two of whole periods. Elsewhere, and before learning
+        starts: a power of two of steps with equal numbers of gradient steps. So a run has at most
+        about log2(max_chunk_steps) kinds of chunks for each number of gradient steps, wherever
+        intervals and windows end.
         """
         learns, period = first >= self.first_learning_step, self.period
         in_periods = learns and period <= self.max_chunk_steps
@@ -270,7 +270,7 @@ class Plan:
         step = np.repeat(first + np.arange(num_steps), counts)  # vector step of each gradient step
         count = np.repeat(counts, counts)
         u = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
-        # In whole numbers: stamp * count, so that a stamp on a multiple of the interval is exact.
+        # Integers, update_steps * count, so that a step on a multiple of the interval is exact.
         scaled = step * self.num_envs * count + (u + 1) * self.num_envs
         if self.target_update_interval:
             periods = scaled // (count * self.target_update_interval)
@@ -290,24 +290,25 @@ class Plan:
     def _periods_before(self, first: int) -> int:
         """Sync intervals completed at the last gradient step before vector step `first`.
 
-        With fewer than one gradient step per vector step an interval may be crossed where no
-        gradient step follows; the next one then synchronises. The last one before `first` came
-        with the vector step in which `train_freq` was last crossed, and carries its end as stamp.
+        With less than one gradient step per vector step, an interval may be crossed where no
+        gradient step follows; the next gradient step then synchronises. The last gradient step
+        before `first` belongs to the vector step that last crossed `train_freq`, and stands for the
+        end of that vector step.
         """
         last_group = first * self.num_envs // self.train_freq * self.train_freq
-        last_stamp = -(-last_group // self.num_envs) * self.num_envs
+        last_update_step = -(-last_group // self.num_envs) * self.num_envs
         learning_start = self.first_learning_step * self.num_envs
-        return max(last_stamp, learning_start) // self.target_update_interval
+        return max(last_update_step, learning_start) // self.target_update_interval
 
 
 def _power_of_two(number: int) -> int:
-    """The largest one that is at most `number`, which is at least 1."""
+    """The largest power of two that is at most `number`; number >= 1."""
     return 1 << (number.bit_length() - 1)
 
 
 @dataclass(frozen=True)
 class Schedules:
-    """Values that follow from the step count, for each member; float64 [M] each.
+    """Learning rate, epsilon and tau of each member over the run; float64 [M] each.
 
     Attributes:
         learning_rate, learning_rate_end: of Adam, at the start and at the end of the run.
@@ -332,8 +333,8 @@ class Schedules:
         return linear_schedule(step, self.eps_start, self.eps_end, self.eps_steps)
 
     def of(self, chunk: Chunk) -> tuple[NDArray[np.float64], ...]:
-        """Epsilon [K, M] of a chunk; then step_size [U, M], inverse_correction [U], sync [U, M], and
-        where there is one beta [U, M], as in `algorithm.UpdateInputs`."""
+        """Epsilon [K, M] of a chunk, then the schedules of `algorithm.UpdateInputs`: step_size
+        [U, M], inverse_correction [U], sync [U, M] and, unless it is None, beta [U, M]."""
         rate = linear_schedule(
             chunk.update_steps, self.learning_rate, self.learning_rate_end, self.total_timesteps
         )

@@ -3,8 +3,8 @@
     python -m dqn_fast.train --num-envs 64
 
 Read it top to bottom: the settings; `setup`, which makes everything that a run trains with; the
-loop, which runs chunks of vector steps, evaluates, logs and saves. What happens in one vector step
-stands in dqn.py.
+loop, which runs chunks of vector steps, evaluates, logs and saves. The vector step itself is in
+dqn.py.
 """
 
 from __future__ import annotations
@@ -90,23 +90,23 @@ UnitInterval = Annotated[float, between(0, 1)]
 class Args:
     """Train a DQN with many environments per step.
 
-    Steps, intervals and frequencies count environment transitions of one member, whatever
-    --num-envs is; they take effect at the next vector step, so at most --num-envs late. For every
-    interval 0 means off.
+    Steps, intervals and frequencies count environment transitions of one member, for any
+    --num-envs. They take effect at the next vector step, so fewer than --num-envs transitions late.
+    An interval of 0 means off.
     """
 
     # Experiment
     env_id: str = "LineWorld-v0"
-    """Environment: one of tensors where there is one, else any that Gymnasium knows; gym:ID takes
-    Gymnasium's own in any case. What the other flags default to depends on it."""
+    """Environment: a tensor environment if this id has one, else Gymnasium's; gym:ID always takes
+    Gymnasium's. The defaults of the other flags depend on it."""
     env_params: Annotated[
         dict[str, str | int | float | bool], tyro.conf.arg(metavar="[NAME VALUE ...]")
     ] = field(default_factory=dict)
     """Parameters of the environment, as pairs: --env-params n_states 31 slip_prob 0.1."""
     vectorization_mode: VectorizationMode = "sync"
-    """How the copies of an environment that is not made of tensors are stepped: sync, one after
-    the other; async, in a process each, beside the learner; vector_entry_point, by its own
-    vector version."""
+    """How the copies of a Gymnasium environment are stepped: sync, one after the other; async,
+    each in its own process, while the learner learns; vector_entry_point, by the environment's
+    own vector version."""
     num_envs: Count = 64
     """Copies of the environment that step together, for each member."""
     num_seeds: Count = 1
@@ -131,8 +131,8 @@ class Args:
     """Settings that members differ in, each with its values: --sweep learning_rate 1e-4 1e-3 gamma
     0.97 0.99 trains all four combinations side by side, with num_seeds seeds each."""
     sweep_random: CountOrZero = 0
-    """Settings to draw at random; each name of --sweep then has two values, the ends of its
-    range. 0: all combinations."""
+    """Number of settings to draw at random; each name of --sweep then has two values, the ends of
+    its range. 0: all combinations."""
 
     # Algorithm
     gamma: UnitInterval = 0.99
@@ -161,30 +161,31 @@ class Args:
     eps_end: UnitInterval = 0.05
     """Probability of a random action once the decay is over."""
     eps_fraction: UnitInterval = 0.5
-    """Fraction of total_timesteps over which it decays linearly; 0 is eps_end from the start."""
+    """Fraction of total_timesteps over which that probability decays linearly; 0: eps_end from the
+    start."""
     eps_repeat: Annotated[float, between(0, 1, "[)")] = 0.0
-    """Probability that a random action is carried out for one step more. It then lasts
+    """Probability that a random action is repeated for one more step. It then lasts
     1 / (1 - eps_repeat) steps on average, which explores where single steps lead nowhere."""
     max_grad_norm: Annotated[float, above(0, note="inf: no clipping")] = 10.0
     """Global norm to which the gradients of a member are clipped."""
     hidden_sizes: Annotated[tuple[int, ...], at_least(1, each=True)] = (128, 128)
     """Widths of the hidden layers."""
     double_q: bool = False
-    """Double DQN: the online network chooses the successor's action, the target network judges
-    it. Lowers the overestimation that plain DQN suffers from, for one more forward pass."""
+    """Double DQN: the online network selects the successor's action, the target network evaluates
+    it. Reduces the overestimation of plain DQN, at the cost of one more forward pass."""
     loss: LossName = "huber"
     """Loss of the TD error: huber (smooth L1, beta 1) or squared."""
 
     # Execution
     device: str = "auto"
-    """Where everything lives: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or a part of a card's
-    name, such as h100."""
+    """Device of environments, replay and learner: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or
+    part of a card's name, such as h100."""
     engine: EngineName = "auto"
     """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (30 to
-    40 s, kept for the next run); graph, captured in CUDA graphs. auto weighs the gradient steps to
-    come against the time to compile and says what it chose. Results agree but for rounding."""
+    40 s, kept for the next run); graph, captured in CUDA graphs. auto compares the gradient steps
+    to come with the time to compile, and prints its choice. Results differ only by rounding."""
     chunk_steps: Count = 256
-    """Vector steps per chunk at most; never changes the result."""
+    """Maximum number of vector steps per chunk; never changes the result."""
     num_threads: Annotated[int, at_least(0, note="0: torch's own choice")] = 1
     """CPU threads. Small networks are fastest on one."""
     matmul_precision: MatmulPrecision = "highest"
@@ -217,7 +218,7 @@ class Args:
     quiet: bool = False
     """Print nothing but warnings and errors."""
     track: bool = False
-    """Log to wandb as well; offline where it cannot be reached."""
+    """Log to wandb as well; offline if the server cannot be reached."""
     wandb_project: str = "dqn_fast"
     """Project in wandb."""
     wandb_entity: str | None = None
@@ -227,18 +228,18 @@ class Args:
     wandb_tags: tuple[str, ...] = ()
     """Tags in wandb."""
     wandb_mode: Literal["online", "offline"] | None = None
-    """None: WANDB_MODE if set, else online where the server answers and a key is configured."""
+    """None: WANDB_MODE if set, else online if the server answers and a key is configured."""
     tensorboard: bool = False
     """Log to TensorBoard as well; needs the extra: pip install -e ".[tensorboard]"."""
 
     @property
     def num_points(self) -> int:
-        """Different settings of members, each of which is trained with num_seeds seeds."""
+        """Number of different settings; each is trained with num_seeds seeds."""
         return num_points(self.sweep, self.sweep_random)
 
     @property
     def num_members(self) -> int:
-        """M."""
+        """Number of members, M."""
         return self.num_seeds * self.num_points
 
     @property
@@ -248,7 +249,7 @@ class Args:
 
     @classmethod
     def for_env(cls, env_id: str, **settings: Any) -> Args:
-        """Settings that work for an environment: its `experiment`, with `settings` over it."""
+        """Settings that work for an environment: its `experiment`, overridden by `settings`."""
         table = {k: v for k, v in experiment(env_id).items() if k != "env_params"}
         return cls(**{**table, "env_id": env_id, **settings})
 
@@ -258,14 +259,14 @@ INTERVALS = {
     "eval_interval": (16, 8_192),
     "checkpoint_interval": (4, 131_072),
 }
-"""How many of each a run has where its interval is not set, and the most vector steps between two.
-In proportion to the run, because a log point costs 1 to 2 ms and a checkpoint 10: so they stay
-below 5 % of the loop, or 0.1 s where the run is short."""
+"""For each interval that is not set: how many such events a run has, and the maximum number of
+vector steps between two. The number is fixed because a log point costs 1 to 2 ms and a checkpoint
+10 ms: together they stay below 5 % of the loop, or 0.1 s of a short run."""
 
 
 def intervals(args: Args) -> dict[str, int]:
-    """Transitions between log points, evaluations and checkpoints; they follow from the settings
-    alone, so two runs have the same."""
+    """Transitions between log points, evaluations and checkpoints, from the settings alone: runs of
+    the same settings have the same intervals."""
     chosen: dict[str, int] = {}
     for name, (number, most_steps) in INTERVALS.items():
         steps = min(args.total_timesteps // (number * args.num_envs), most_steps)
@@ -278,7 +279,8 @@ def check(args: Args) -> Args:
     """The settings, each in its field's own type.
 
     Raises:
-        UsageError: the first setting that makes no sense, by itself or beside the others.
+        UsageError: a setting is not allowed, by itself or together with the others; the message
+            names the first.
     """
     args = check_settings(args)
 
@@ -289,10 +291,10 @@ def check(args: Args) -> Args:
     need(
         args.buffer_size >= args.num_envs,
         "buffer_size",
-        f"at least --num-envs {args.num_envs}, one vector step",
+        f"at least --num-envs {args.num_envs}, the transitions of one vector step",
     )
     most = min(args.buffer_size, -(-args.total_timesteps // args.num_envs) * args.num_envs)
-    need(args.batch_size <= most, "batch_size", f"at most {most}, what replay can ever hold")
+    need(args.batch_size <= most, "batch_size", f"at most {most}, the most that replay can hold")
     need(
         args.eval_interval != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
         "eval_interval",
@@ -316,7 +318,7 @@ def check(args: Args) -> Args:
 
 @dataclass
 class Training:
-    """Everything that one run trains with; `setup` makes it, `chunks` runs it.
+    """Everything that one run trains with; made by `setup`, run by `chunks`.
 
     Attributes:
         args: settings, checked and complete.
@@ -326,10 +328,10 @@ class Training:
         schedules: values that follow from the step count.
         noise: random numbers of the members.
         dqn: one vector step.
-        state: everything that it carries.
-        exact: solution of the environment, if there is one.
+        state: everything that outlives a vector step.
+        exact: exact solution of the environment, or None.
         runner: the engine.
-        on_close: called at the end.
+        on_close: callbacks of `close`.
     """
 
     args: Args
@@ -350,7 +352,7 @@ class Training:
         return self.dqn.q_function(self.state)
 
     def inputs(self) -> Iterator[tuple[Chunk, StepInputs, UpdateInputs]]:
-        """The run's chunks, each with everything random and everything scheduled in it."""
+        """The run's chunks, each with its random numbers and schedules."""
         drawn = None
         for window, chunk in self.plan.chunks():
             if window is not drawn:
@@ -359,7 +361,7 @@ class Training:
             yield chunk, rows_of(steps, k), rows_of(updates, u)
 
     def inputs_of(self, chunk: Chunk) -> tuple[StepInputs, UpdateInputs]:
-        """Noise and schedules of `chunk`, as tensors on the device."""
+        """Random numbers and schedules of `chunk`, as tensors on the device."""
         first = chunk.before // self.args.num_envs, chunk.first_update
         drawn = self.runner.draw(chunk.num_steps, chunk.num_updates, *first)
         explore, env_step, env_reset, rows = drawn
@@ -367,7 +369,7 @@ class Training:
         return StepInputs(explore, env_step, env_reset, epsilon), UpdateInputs(rows, *scheduled)
 
     def chunks(self) -> Iterator[tuple[Chunk, ChunkRecord]]:
-        """Run the chunks one by one; a record is to be used before the next one.
+        """Run the chunks one by one; the next chunk overwrites the record of the last.
 
         Raises:
             EnvError: the environment broke its contract; the message says when.
@@ -381,17 +383,17 @@ class Training:
             yield chunk, record
 
     def close(self) -> None:
-        """Stop the compiler if it still runs, and close an environment that `setup` made."""
+        """Stop the compiler if it still runs, and close the environment if `setup` made it."""
         self.on_close.close()
 
 
 def rows_of(inputs: Any, rows: slice) -> Any:
-    """Some rows of `StepInputs` or `UpdateInputs`."""
+    """A slice of `StepInputs` or `UpdateInputs` along their first axis."""
     return type(inputs)(*(None if tensor is None else tensor[rows] for tensor in inputs))
 
 
 def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -> list[Tensor]:
-    """The arrays as float32 on the device, in one copy."""
+    """The arrays as float32 tensors on the device, uploaded in one copy."""
     flat = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
     parts = upload(torch.from_numpy(flat), device).split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
@@ -402,10 +404,10 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
 
     Args:
         args: settings.
-        env: environment of one's own, which stays open; None makes `args.env_id`.
+        env: the caller's own environment, which stays open; None makes `args.env_id`.
 
     Raises:
-        UsageError: a setting makes no sense, or memory does not hold the run.
+        UsageError: a setting is not allowed, or the run does not fit into memory.
     """
     args = settle(args)
     device = device_of(args)
@@ -418,13 +420,13 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
             else:
                 if not isinstance(env, TensorEnv):
                     raise UsageError(
-                        f"env {env}: must be a TensorEnv; dqn_fast.envs.from_gymnasium makes one "
-                        "of an environment of Gymnasium's"
+                        f"env {env}: must be a TensorEnv; dqn_fast.envs.from_gymnasium converts "
+                        "an environment of Gymnasium"
                     )
                 if args.env_params:
                     pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
                     raise UsageError(
-                        f"--env-params {pairs}: must be empty with an environment of one's own"
+                        f"--env-params {pairs}: must be empty with an environment of your own"
                     )
                 env_id = getattr(env, "name", type(env).__name__)
                 if not env.on_host:
@@ -438,10 +440,10 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
                 )
             plan = make_plan(args, env)
             choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
-            # On a CPU the compiler is handed a copy, too, and loads it.
+            # On a CPU the compiler process gets a copy and loads it, which makes two more.
             state_copies = 3 if device.type == "cpu" else 1
             if choice.compiled and not fits(args, env, device, state_copies):
-                why = "no memory to try compiled functions on a copy of the replay"
+                why = "too little memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
             noise = Noise(args.seed, args.num_members, device, args.num_seeds)
             dqn = make_dqn(args, env)
@@ -450,21 +452,21 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
             raise UsageError(str(error)) from error
         except MemoryError as error:
             raise UsageError(
-                f"--buffer-size {args.buffer_size}: must be smaller, the memory of {device} does "
-                "not hold so many transitions"
+                f"--buffer-size {args.buffer_size}: must be smaller; the memory of {device} cannot "
+                "hold so many transitions"
             ) from error
         runner = Runner(dqn, state, plan, noise, choice)
         stack.callback(runner.close)
         parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
         return Training(args, *parts, on_close=stack.pop_all())
-    raise AssertionError  # the stack swallows nothing
+    raise AssertionError  # for mypy: the stack suppresses no exception
 
 
 def settle(args: Args) -> Args:
-    """The settings, checked, as plain numbers, and with intervals chosen.
+    """The settings, checked, as plain numbers, with all intervals chosen.
 
     Raises:
-        UsageError: a setting makes no sense.
+        UsageError: a setting is not allowed.
     """
     args = check(args)
     settled: dict[str, Any] = {**intervals(args)}
@@ -506,7 +508,7 @@ def member_values(args: Args, name: str) -> NDArray[np.float64]:
 
 
 def hyper_of(args: Args) -> Hyper:
-    """Settings that a step reads, on the device."""
+    """Settings that a vector step reads, on the device."""
     arrays = [member_values(args, name)[:, None] for name in Hyper._fields]
     return Hyper(*upload_arrays(arrays, choose_device(args.device)))
 
@@ -534,7 +536,7 @@ class Result:
     """What `train` returns.
 
     Attributes:
-        q_net: Q-values of all M members as the run left them; `load_agent` gives the best.
+        q_net: Q-values of all M members at the end of the run; `load_agent` gives the best.
         env: the environment.
         summary: content of `summary.json`.
         run_dir: directory of the run.
@@ -559,17 +561,17 @@ def train(
 
     Args:
         args: settings.
-        env: environment of one's own, see `from_gymnasium` for Gymnasium's; it stays open. None
-            makes `args.env_id` with `args.env_params`.
+        env: the caller's own environment, which stays open; `from_gymnasium` converts Gymnasium's.
+            None makes `args.env_id` with `args.env_params`.
         on_log: called after every log point and evaluation with global_step, the training and the
             metrics.
-        should_stop: asked between chunks; once true, the run is saved and ends.
+        should_stop: called between chunks; if it returns true, the run is saved and ends.
 
     Raises:
-        UsageError: a setting makes no sense; nothing was written.
-        TrainingError: a loss or gradient is not finite; the run up to there is saved, the agent
-            as it was at the last checkpoint.
-        EnvError: the environment broke its contract; the run up to there is saved, the agent too.
+        UsageError: a setting is not allowed; nothing was written.
+        TrainingError: a loss or gradient is not finite; the run so far is saved, with the agent of
+            the last checkpoint.
+        EnvError: the environment broke its contract; the run so far is saved, the agent included.
     """
     began = time.perf_counter()
     args = settle(args)
@@ -590,8 +592,8 @@ def train(
                 metrics.add_(record, chunk.before, chunk.first_update)
                 run.advance(chunk)
 
-                # Side jobs, in one order: evaluate, log, save. Only an evaluation waits for the
-                # device; `settle` makes rows and files of what has come from it.
+                # Side jobs, always in this order: evaluate, log, save. Only an evaluation waits for
+                # the device; `settle` turns the copies that have arrived into rows and files.
                 log, evaluation, save = (chunk.crosses(interval) for interval in plan.intervals)
                 stopped = should_stop()
                 done = chunk.after == plan.end and not stopped
@@ -653,7 +655,7 @@ def describe_training(training: Training) -> dict[str, Any]:
 
 def make_plan(args: Args, env: TensorEnv) -> Plan:
     """Which vector steps learn, when the target is synchronised, and where chunks end."""
-    # Beside a step in the background one learns without that step's transitions.
+    # While the environments step in the background, learning lacks that step's transitions.
     lag = args.num_envs if env.background else 0
     plan = Plan(
         num_envs=args.num_envs,
@@ -663,10 +665,10 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
         gradient_steps=args.gradient_steps,
         target_update_interval=args.target_update_interval,
         max_chunk_steps=1 if env.on_host else args.chunk_steps,
-        # One longer than the run fires once, at its end.
+        # An interval longer than the run fires once, at the end of the run.
         intervals=tuple(min(i, args.total_timesteps) for i in intervals(args).values()),
     )
-    # Enough numbers at once to hide the cost of a call, few enough to stay in the cache.
+    # 2**19 numbers at a time: enough to hide the cost of a call, few enough to stay in the cache.
     updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
     numbers = args.num_members * (args.num_envs * per_copy + 2 * updates * args.batch_size)
@@ -689,8 +691,8 @@ def reached_goal(args: Args, row: dict[str, Any]) -> bool:
 
 
 def most_episodes(args: Args) -> int:
-    """Episodes that may be listed between two log points: each ends in a transition of its own, and
-    a log point is late by up to num_envs - 1 of a member's."""
+    """Maximum number of episodes listed between two log points: each ends in its own transition,
+    and a log point is late by up to num_envs - 1 transitions of a member."""
     log_interval = intervals(args)["log_interval"] or args.total_timesteps
     interval = min(log_interval, args.total_timesteps)
     return min((interval + args.num_envs - 1) * args.num_members, 2**20)
@@ -700,12 +702,12 @@ def most_episodes(args: Args) -> int:
 
 
 def asked_env_id(argv: list[str]) -> str:
-    """The value of --env-id: which defaults the other flags have follows from it."""
+    """The value of --env-id, on which the defaults of the other flags depend."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--env-id", "--env_id", default=Args.env_id)
     try:
         return str(parser.parse_known_args(argv)[0].env_id)
-    except argparse.ArgumentError:  # no value: tyro says so
+    except argparse.ArgumentError:  # no value: tyro reports it
         return Args.env_id
 
 
@@ -719,7 +721,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
-        gc.freeze()  # or the interpreter walks all of torch's objects before it exits: 0.8 s
+        gc.freeze()  # saves 0.8 s at exit, in which the interpreter would visit torch's objects
     return 128 + interruption.signal if interruption.signal is not None else 0
 
 

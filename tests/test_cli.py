@@ -41,7 +41,7 @@ def run_main(monkeypatch, *arguments: str) -> int:
         ("--num-seeds -1", "--num-seeds -1: must be at least 1"),
         ("--total-timesteps 0", "--total-timesteps 0: must be at least 1"),
         ("--seed -5", "--seed -5: must be at least 0"),
-        ("--batch-size 30000", "--batch-size 30000: must be at most 25000, what replay can ever"),
+        ("--batch-size 30000", "--batch-size 30000: must be at most 25000, the most that replay"),
         ("--batch-size 512 --total-timesteps 100", "--batch-size 512: must be at most 128"),
         ("--buffer-size 32", "--buffer-size 32: must be at least --num-envs 64"),
         ("--log-interval -1", "--log-interval -1: must be at least 0 (0: off)"),

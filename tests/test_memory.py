@@ -312,15 +312,15 @@ def test_what_fits_is_not_refused(monkeypatch):
 
 
 def test_a_refusal_in_words(monkeypatch):
-    """Flag, value, what fits into what is free where, and what was asked for."""
+    """Flag, value, the largest value that fits, free memory of the device, memory of the run."""
     set_free(monkeypatch, 20_100_000_000)
     args = replace(SMALL, num_seeds=1, buffer_size=2**32 - 1)
     assert re.fullmatch(
-        r"--buffer-size 4294967295: must be at most 2,[34]\d0,000,000, what fits into the 20\.1 GB "
-        r"free on cpu \(3[45]\.\d GB asked for\)",
+        r"--buffer-size 4294967295: must be at most 2,[34]\d0,000,000 to fit into the 20\.1 GB "
+        r"free on cpu; this run needs 3[45]\.\d GB",
         refusal(args),
     )
-    assert "free on cuda:0 (" in refusal(args, device=CUDA)
+    assert "free on cuda:0; " in refusal(args, device=CUDA)
     set_free(monkeypatch, 150_000_000)
     assert "the 150.0 MB free on cpu" in refusal(args)
 
@@ -353,7 +353,7 @@ def test_what_is_proposed_fits(flag, args, free, env_id, device, monkeypatch):
     check(args)
     text = refusal(args, env, device)
     name = flag.replace("_", "-")
-    found = re.match(rf"--{name} (.*): must be at most ([\d,]+)( each)?, what fits into", text)
+    found = re.match(rf"--{name} (.*): must be at most ([\d,]+)( each)? to fit into", text)
     assert found, text
     most = int(found[2].replace(",", ""))
     step = 10 ** max(int(math.log10(most)) - 2, 0)
@@ -390,7 +390,7 @@ def test_a_refusal_is_true_whatever_is_asked_for(free, width, **settings):
         text = refusal(args, env)
         single = re.match(r"--([a-z-]+) [^:]*: must be at most ([\d,]+)", text)
         if single is None:
-            assert ": must be smaller, all of them, to fit into" in text or "--device cpu" in text
+            assert ": must all be smaller to fit into" in text or "--device cpu" in text
             return
         name, most = single[1].replace("-", "_"), int(single[2].replace(",", ""))
         value = tuple(min(h, most) for h in args.hidden_sizes) if "hidden" in name else most
@@ -420,12 +420,10 @@ def test_several_that_are_too_large_are_named_together(monkeypatch):
     set_free(monkeypatch, 10**10)
     text = refusal(replace(SMALL, num_seeds=10**6, hidden_sizes=(10**9,)))
     assert text.startswith(
-        "--num-seeds 1000000 --hidden-sizes (1000000000,): must be smaller, all of them, to fit"
+        "--num-seeds 1000000 --hidden-sizes (1000000000,): must all be smaller to fit"
     )
     args = replace(SMALL, num_envs=10**12, buffer_size=10**15, total_timesteps=10**15)
-    assert re.match(
-        r"--buffer-size \d+ --num-envs \d+: must be smaller, all of them", refusal(args)
-    )
+    assert re.match(r"--buffer-size \d+ --num-envs \d+: must all be smaller", refusal(args))
 
 
 def test_without_room_for_a_copy_nothing_is_compiled(tmp_path, monkeypatch):
@@ -437,13 +435,13 @@ def test_without_room_for_a_copy_nothing_is_compiled(tmp_path, monkeypatch):
     set_free(monkeypatch, memory_needs(resolved, env, CPU).total)
     summary = train.train(replace(args, run_dir=tmp_path / "run")).summary
     assert summary["engine"] == "eager"
-    assert summary["engine_reason"].startswith("no memory to try compiled functions")
+    assert summary["engine_reason"].startswith("too little memory to try compiled functions")
 
 
 def test_a_device_that_holds_no_run_is_named(monkeypatch):
     """No setting is called too large where the smallest would be."""
     set_free(monkeypatch, 10**7)
-    assert refusal(SMALL).startswith("--device cpu: must have more memory, no run fits into the 10")
+    assert refusal(SMALL).startswith("--device cpu: must have more memory; no run fits into the 10")
 
 
 def test_the_check_costs_next_to_nothing():
