@@ -54,7 +54,8 @@ from dqn_fast.envs import TensorEnv
 from dqn_fast.plan import Chunk
 from dqn_fast.record.run import UsageError
 from dqn_fast.replay import Batch, Replay
-from dqn_fast.train import Args, Training, setup
+from dqn_fast.setup import Training, setup
+from dqn_fast.train import Args
 
 NamedEngine = Literal["eager", "compile", "graph"]
 

@@ -16,6 +16,7 @@ LAYERS = (
     {"dqn", "engines"},
     {"exact"},
     {"agent", "evaluate", "film", "memory", "record", "report"},
+    {"setup"},
     {"train"},
 )
 

@@ -16,8 +16,9 @@ from dqn_fast.agent import load_agent
 from dqn_fast.algorithm import ChunkRecord
 from dqn_fast.report.recorded import read_run, split_settings
 from dqn_fast.settings import UsageError
+from dqn_fast.setup import Training, check, setup
 from dqn_fast.sweep import SCALES, SWEPT, label_of, members_of, points_of, read_sweep, sweep_error
-from dqn_fast.train import Args, Training, check, setup, train
+from dqn_fast.train import Args, train
 
 
 def test_a_command_line_is_names_with_their_values():

@@ -20,7 +20,8 @@ from benchmarks.runs import peer_main
 from dqn_fast.record.checkpoint import write_json
 from dqn_fast.record.run import UsageError
 from dqn_fast.record.tracker import JsonlTracker
-from dqn_fast.train import Args, intervals
+from dqn_fast.setup import intervals
+from dqn_fast.train import Args
 
 
 def scalar_settings() -> dict[str, Any]:
