@@ -1,4 +1,4 @@
-"""Trained agents, read back from the files of a run."""
+"""Trained agents, loaded from the files of a run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Agent:
     """A trained greedy agent.
 
     Attributes:
-        env: the environment that it was trained on.
+        env: the environment on which it was trained.
         q_net: Q-values of all M members.
-        member: the one that `act` asks.
+        member: the member that acts.
         members: seed and swept settings of each member, [M].
-        global_step: transitions behind each member's weights, [M].
-        eval_return_mean: each member's mean return when they were evaluated, [M]; NaN if never.
+        global_step: global_step at which each member's weights were saved, [M].
+        eval_return_mean: mean return of these weights, for each member, [M]; NaN if not evaluated.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Agent:
         """Q-values [..., A] of one observation or a batch, of any leading shape.
 
         Args:
-            obs: as the environment stores it, which `observe` gives; where that differs in kind
-                or shape, also what the network reads (floats [..., F], of `features`).
+            obs: an observation as `observe` returns it; if those differ in kind or shape from
+                `features`, also the network's input, float [..., F].
         """
         obs = obs.to(self._device)
         is_float = obs.is_floating_point()
@@ -75,7 +75,7 @@ class Agent:
     @overload
     def act(self, obs: NDArray[Any] | float) -> NDArray[np.int64]: ...
     def act(self, obs: Tensor | NDArray[Any] | float) -> Tensor | NDArray[np.int64]:
-        """Greedy action of one observation or each of a batch; int64, NumPy for NumPy."""
+        """Greedy action of one observation or of each in a batch; int64, NumPy for NumPy input."""
         if isinstance(obs, Tensor):
             return self.q_values(obs).argmax(-1)
         return self.q_values(torch.as_tensor(np.asarray(obs))).argmax(-1).cpu().numpy()
@@ -88,29 +88,29 @@ def load_agent(
     env: TensorEnv | None = None,
     device: str = "auto",
 ) -> Agent:
-    """Read a saved agent back.
+    """Load a saved agent.
 
     Args:
         run_dir: directory of the run.
         which: "best", of the best evaluation during training, or "last".
-        member: of a run with several; None takes the one with the best evaluation.
+        member: number of the member; None takes the member with the best evaluation.
         env: the environment; None makes it from the run's own settings.
         device: as the flag --device.
 
     Raises:
-        ValueError: no such run, agent or member.
+        ValueError: the run, the agent or the member does not exist, or the file cannot be read.
     """
     if which not in AGENT_FILES:
         raise ValueError(f"agent {which}: must be one of {', '.join(AGENT_FILES)}")
     path, last = (Path(run_dir) / AGENT_FILES[name] for name in (which, "last"))
     if not path.exists() and last.exists():
-        raise ValueError(f"{path}: is not there, no evaluation was made; use --agent last")
+        raise ValueError(f"{path}: does not exist, no evaluation was made; use --agent last")
     content = load_checkpoint(path, choose_device(device))
     try:
         env = env or make_env(content["env_id"], content["env_params"])
     except UnknownEnvError as error:
         raise ValueError(
-            f"{path}: was trained on {content['env_id']}, which no id stands for here; give the "
+            f"{path}: was trained on {content['env_id']}, which is no known id here; give the "
             f"environment, load_agent(run_dir, env=...)"
         ) from error
     returns = content["eval_return_mean"]
@@ -126,11 +126,11 @@ def load_agent(
 
 
 def read_q_function(content: Mapping[str, Any]) -> QFunction:
-    """Q-values of the network in a checkpoint, which describes network and head; the first format
-    gives the sizes only.
+    """Q-values of the network in a checkpoint, which describes network and head. Checkpoints of the
+    first format have the network's sizes only.
 
     Raises:
-        KeyError, TypeError, ValueError: the description and the parameters do not fit.
+        KeyError, TypeError, ValueError: the parameters do not match the description.
     """
     described = dict(content.get("network") or {"sizes": content["sizes"]})
     network = QNetwork(**{**described, "sizes": tuple(described["sizes"])})

@@ -1,8 +1,8 @@
-"""Tabular Markov decision processes solved exactly: what a learned Q-function is measured against.
+"""Exact solutions of tabular Markov decision processes, against which Q-functions are measured.
 
 X states, A actions, everything on the MDP's device in float64. A policy is int64 [X], the action
-taken in each state, or float64 [X, A], the probability of each action. A time limit is no part of
-an MDP: values have no horizon unless a function takes one.
+taken in each state, or float64 [X, A], the probability of each action. An MDP has no time limit:
+values have no horizon unless a function takes one.
 
     mdp = TabularMDP.from_transition_table(env.unwrapped.P, env.unwrapped.initial_state_distrib)
     optimum = value_iteration(mdp, gamma=0.99)
@@ -30,8 +30,8 @@ TransitionTable = Mapping[int, Mapping[int, Sequence[tuple[float, int, float, bo
 class TabularMDP:
     """A finite Markov decision process.
 
-    A terminal state is worth 0: its rows of P and R are ignored, and replaced by a self-loop with
-    reward 0, so that no solver treats terminal states apart.
+    A terminal state has value 0: its rows of P and R are ignored and replaced by a self-loop with
+    reward 0, so that no solver needs a special case for terminal states.
 
     Attributes:
         P: P[s, a, s'] = Pr(s' | s, a), [X, A, X] float64.
@@ -83,10 +83,10 @@ class TabularMDP:
     ) -> "TabularMDP":
         """Build the MDP of a Gymnasium toy-text table, in which transitions terminate, not states.
 
-        State ids keep their meaning. A state that is entered through terminated transitions only is
-        terminal here; what the table says of leaving it cannot matter. Where a state is entered
-        both ways (from another state, or by starting there), its terminated transitions lead to one
-        extra terminal state n instead. So every state that is not terminal has its exact value.
+        State ids do not change. A state that is entered through terminated transitions only is
+        terminal; its own outcomes in the table are ignored. If a state is also entered without
+        termination (from another state, or as the start), its terminated transitions lead to one
+        extra terminal state n. So every state that is not terminal has its exact value.
 
         Args:
             table: the outcomes of actions 0..A-1 in states 0..n-1.
@@ -136,10 +136,10 @@ class TabularMDP:
 
 
 def ends_elsewhere(state: Tensor, next_state: Tensor, terminated: Tensor, start: Tensor) -> Tensor:
-    """Which outcomes terminate in a state where other episodes go on, or start.
+    """Which outcomes terminate in a state in which other episodes continue or start.
 
-    Their successor is worth 0 and that state is not: `TabularMDP.from_transition_table` leads them
-    to a terminal state of its own.
+    Their successor has value 0, but that state does not. So `TabularMDP.from_transition_table`
+    leads these outcomes to an extra terminal state.
 
     Args:
         state, next_state: int64 [J], of J outcomes of positive probability.
@@ -229,7 +229,7 @@ def value_iteration(mdp: TabularMDP, gamma: float, tolerance: float = 1e-8) -> S
         tolerance: stop when the error bound is at most this, in reward units, > 0.
 
     Raises:
-        ValueError: a bad argument, or a tolerance that float64 rounding keeps out of reach.
+        ValueError: an argument is out of range, or float64 cannot reach the tolerance.
 
     Source: Bellman (1957); Puterman (1994), section 6.3.
     """
@@ -247,14 +247,14 @@ def greedy_policy(q: Tensor) -> Tensor:
 def is_optimal_policy(
     q_star: Tensor, policy: Tensor, atol: float = 1e-6, where: Tensor | None = None
 ) -> bool:
-    """Whether every action that the policy may take is worth max_a Q*(s, a), to within atol.
+    """Whether every action that the policy may take has value max_a Q*(s, a), to within atol.
 
     Args:
         q_star: optimal action values, [X, A] float64.
         policy: int64 [X] or float64 [X, A].
         atol: how far below the best an action may be, in reward units; at least twice the error
             bound of q_star, so that actions that tie count as tied.
-        where: states to look at, [X] bool, such as `reachable_states(mdp)`; all if None.
+        where: states to check, [X] bool, such as `reachable_states(mdp)`; None: all.
     """
     near_best = q_star >= q_star.amax(1, keepdim=True) - atol
     optimal = (near_best | (_action_probabilities(policy, q_star) == 0)).all(1)
@@ -268,7 +268,7 @@ def expected_return(mdp: TabularMDP, policy: Tensor, horizon: int, gamma: float 
 
     Args:
         policy: int64 [X] or float64 [X, A].
-        horizon: most steps of an episode (the time limit), >= 0.
+        horizon: maximum number of steps of an episode (the time limit), >= 0.
         gamma: discount per step, in [0, 1]; 1 for the return as episodes report it.
 
     Source: Puterman (1994), section 4.2.
@@ -296,8 +296,8 @@ def visited_states(
 
     Args:
         policy: int64 [X] or float64 [X, A].
-        horizon: most steps of an episode, >= 0. The start and the last observation of an episode
-            count as visited, terminal states included.
+        horizon: maximum number of steps of an episode, >= 0. The start and the last observation of
+            an episode count as visited, terminal states included.
         probability: in [0, 1).
     """
     chain, _ = _markov_chain(mdp, policy)
@@ -343,13 +343,13 @@ def q_learning(
         Q(s, a) += alpha_n * (mean of r + gamma * (not terminated) * max_a' Q(s', a') - Q(s, a))
 
     The mean is over the batch's transitions from (s, a); n counts the updates of (s, a), and
-    alpha_n = n^-exponent meets the Robbins-Monro conditions, so that Q converges to Q* when every
-    pair keeps occurring. Exponent 1 takes time exponential in 1 / (1 - gamma); a small one forgets
-    the initial values sooner and averages less.
+    alpha_n = n^-exponent meets the Robbins-Monro conditions, so Q converges to Q* if every pair
+    keeps occurring. Exponent 1 takes time exponential in 1 / (1 - gamma); a smaller one forgets the
+    initial values sooner and averages less.
 
     Args:
         batches: experience, from any behaviour policy.
-        q: initial action values, [X, A] float64; left as it is.
+        q: initial action values, [X, A] float64; not modified.
         gamma: discount per step, in [0, 1).
         exponent: in (0.5, 1].
 
@@ -396,7 +396,7 @@ def _reach(chain: Tensor, start: Tensor, horizon: int, states: Tensor) -> Tensor
 
 
 def _action_probabilities(policy: Tensor, q: Tensor) -> Tensor:
-    """Either form of policy as pi(a|s), [X, A] float64, for q [X, A]."""
+    """A policy of either form as pi(a|s), [X, A] float64, for q [X, A]."""
     n_states, n_actions = q.shape
     if policy.dtype == torch.int64:
         _check_tensor("policy", policy, (n_states,), torch.int64, q.device)
@@ -411,11 +411,11 @@ def _action_probabilities(policy: Tensor, q: Tensor) -> Tensor:
 def _fixed_point(
     operator: Callable[[Tensor], Tensor], x: Tensor, gamma: float, tolerance: float
 ) -> tuple[Tensor, int, float]:
-    """Iterate a gamma-contraction of the sup norm: the point, the iterations and the error bound.
+    """Fixed point of a gamma-contraction in the sup norm, number of iterations and error bound.
 
-    The bound takes the rounding of one application for eps * max|x|. Residuals shrink by gamma or
-    faster, so the first tells how many iterations suffice in exact arithmetic; when twice as many
-    do not, rounding is in the way.
+    The bound assumes a rounding error of eps * max|x| per application. Residuals shrink by gamma or
+    faster, so the first residual gives the iterations that suffice in exact arithmetic. If twice as
+    many do not suffice, rounding prevents convergence.
     """
     _check_discount(gamma)
     if not tolerance > 0:
@@ -431,7 +431,7 @@ def _fixed_point(
             limit = 1 + 2 * math.log(tolerance / error_bound) / math.log(max(gamma, 0.5))
         if iterations >= limit:
             raise ValueError(
-                f"tolerance {tolerance:g} is out of float64's reach: the error bound is still "
+                f"tolerance {tolerance:g} is too small for float64: the error bound is still "
                 f"{error_bound:g} after {iterations} iterations"
             )
     return x, iterations, error_bound

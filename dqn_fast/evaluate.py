@@ -1,7 +1,7 @@
 """Greedy evaluation: `python -m dqn_fast.evaluate RUN_DIR`.
 
-Fresh env copies play the greedy policy. Each copy's first episode counts and no other: counting
-the first episodes to finish, whoever finishes them, would favour short ones.
+Fresh env copies play the greedy policy. Only the first episode of each copy counts: the first
+episodes to finish, over all copies, would favour short ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
         episode_return: undiscounted sum of rewards, float32.
         episode_length: steps, int32.
         discounted_return: sum of gamma^t * reward, float32.
-        q_start: max_a Q(s0, a), what the network expected of it, float32.
+        q_start: max_a Q(s0, a), the network's estimate of the discounted return, float32.
     """
 
     episode_return: Tensor
@@ -59,10 +59,10 @@ def evaluate(
     Args:
         env: environment.
         q_net: Q-values of M members.
-        num_episodes: episodes of each member, >= 1, played side by side.
+        num_episodes: episodes of each member, >= 1, played in parallel.
         noise: of the same M members.
-        epoch: number of this evaluation; another one plays other episodes.
-        gamma: discount of `discounted_return`, a number or one for each member, [M].
+        epoch: number of this evaluation; each number gives different episodes.
+        gamma: discount of `discounted_return`, a number or one per member, [M].
 
     Returns:
         Results on the network's device.
@@ -124,22 +124,22 @@ class EvaluateArgs:
     episodes: Annotated[int, at_least(1)] = 100
     """Episodes of each member, each on a fresh env copy."""
     seed: Annotated[int, at_least(0)] = 0
-    """Seed of the episodes' randomness. Other episodes than those of the training run."""
+    """Seed of the episodes; they always differ from those of the training run."""
     agent: AgentFile = "best"
     """Weights to play: best (of the best evaluation during training) or last."""
     device: str = "auto"
-    """Where to compute: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or part of a card's name."""
+    """Device: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or part of a card's name."""
     video: Path | None = None
     """Film to write of the best member's first episodes, .gif or .mp4; needs the extra:
     pip install -e ".[video]"."""
     video_episodes: Annotated[int, at_least(1)] = 1
     """Episodes in the film."""
     video_steps: Annotated[int, at_least(1)] = 500
-    """Steps of each of them at most."""
+    """Maximum number of steps of each episode in the film."""
 
 
 def main() -> int:
-    """Print a line per member and one JSON line last; returns the exit status."""
+    """Print one line per member, then one JSON line; returns the exit status."""
     try:
         args = check_settings(parse(EvaluateArgs))
         agent = load_agent(args.run_dir, args.agent, device=args.device)

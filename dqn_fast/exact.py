@@ -1,4 +1,4 @@
-"""The exact solution of a tabular environment, and how far a network is from it."""
+"""The exact solution of a tabular environment, and a network's distance from it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dqn_fast.envs import TabularEnv, TensorEnv
 
 
 class ExactValues:
-    """What can be known exactly of a tabular environment, and how far a network is from it.
+    """The exact solution of a tabular environment, and a network's distance from it.
 
-    Values have no time limit, as the network's have none. A policy counts as optimal only with
-    values to match: one has been seen right by luck long before its values were.
+    Values ignore the time limit, as the network's values do. A policy counts as optimal only if its
+    values are near Q*: policies have been right by luck long before their values were.
 
     Attributes:
         mdp: the environment as a table of X states.
@@ -68,8 +68,8 @@ class ExactValues:
             "q_error_max": the largest |Q - Q*| over the actions of every non-terminal state that
             the greedy policy reaches with probability above 1e-3 per episode; "policy_optimal":
             whether the greedy policy is optimal in every non-terminal state that any policy
-            reaches and q_error_max is below 0.05; "start_value": what the greedy policy is worth
-            from the start distribution, at the training discount and without time limit.
+            reaches and q_error_max is below 0.05; "start_value": exact value of the greedy policy
+            at the start distribution, at the training discount and without time limit.
         """
         errors: list[float] = []
         optimal: list[bool] = []
@@ -90,10 +90,10 @@ class ExactValues:
 def solve(
     env: TensorEnv, gammas: Sequence[float], device: torch.device | str = "cpu"
 ) -> ExactValues | None:
-    """The solution of a tabular environment at each member's discount; None for another one.
+    """The solution of a tabular environment at each member's discount; None for other environments.
 
-    None also where it is not worth the wait: more than 1,024 states take seconds, a discount next
-    to 1 takes minutes.
+    Also None if it would take too long: more than 1,024 states take seconds, a discount above
+    0.9999 takes minutes.
     """
     if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or max(gammas) > 0.9999:
         return None

@@ -1,9 +1,8 @@
-"""What the outputs of a Q-network mean.
+"""Heads: the meaning of a Q-network's outputs.
 
-A network gives K numbers for each action, [M, B, A * K]. A head says how much each action is worth,
-what the numbers of the action taken are to become and how far they are from it. Those of one action
-have a shape that only the head knows: [M, B] or [M, B, K]. The gradient step is the same for every
-head.
+A network has K outputs per action, [M, B, A * K]. A head computes the value of each action, the
+target of the action taken, and the loss between them. The outputs of one action have a shape that
+only the head knows: [M, B] or [M, B, K]. The gradient step is the same for every head.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LossName = Literal["huber", "squared"]
 
 
 class Head(Protocol):
-    """What the K outputs of each action mean; all functions are pure."""
+    """Meaning of the K outputs of each action; all functions are pure."""
 
     @property
     def num_outputs(self) -> int:
@@ -31,18 +30,18 @@ class Head(Protocol):
         """Q-values [..., A] of outputs [..., A * K]."""
 
     def take(self, outputs: Tensor, action: Tensor) -> Tensor:
-        """Those outputs [M, B, A * K] that belong to the actions [M, B]."""
+        """Outputs of the given actions [M, B], from outputs [M, B, A * K]."""
 
     def best(self, outputs: Tensor) -> Tensor:
-        """Those that belong to the action with the largest value; as `take`."""
+        """Outputs of the action with the largest value, in the shape of `take`."""
 
     def target(self, next_taken: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """What the outputs of the actions taken are to become.
+        """Target for the outputs of the actions taken.
 
         Args:
             next_taken: target network's outputs of the successor's action, as `take`.
             reward: [M, B] float32, in the env's reward units.
-            discount: [M, B] float32; 0 behind a terminal state, whose outputs may be anything.
+            discount: [M, B] float32; 0 behind a terminal state, whose outputs are ignored.
 
         Returns:
             In the shape of `take`.
@@ -52,21 +51,21 @@ class Head(Protocol):
         """Q(s, a) [M, B] of the outputs of one action, as `take`."""
 
     def target_values(self, target: Tensor) -> Tensor:
-        """Expected return [M, B] that a target stands for."""
+        """Expected return [M, B] of a target."""
 
     def loss(self, taken: Tensor, target: Tensor) -> Tensor:
         """Loss [M, B] of the outputs of the actions taken."""
 
     def priority(self, taken: Tensor, target: Tensor) -> Tensor:
-        """How surprising each transition is, [M, B] >= 0, for a replay that asks."""
+        """Priority of each transition, [M, B] >= 0, for a replay that samples by priority."""
 
 
 @dataclass(frozen=True)
 class ScalarHead:
     """One output: the Q-value itself.
 
-    With d the difference of Q-value and target, the loss "huber" is d^2 / 2 where |d| < 1 and
-    |d| - 1/2 elsewhere (smooth L1, beta 1); "squared" is d^2.
+    With d = Q-value - target, the loss "huber" is d^2 / 2 if |d| < 1, else |d| - 1/2 (smooth L1,
+    beta 1); "squared" is d^2.
 
     Source: Mnih et al. (2015), eq. 2; Pardo et al. (2018) for time limits.
     """
@@ -113,10 +112,10 @@ def describe_head(head: Any) -> dict[str, Any]:
 
 
 def make_head(described: Mapping[str, Any]) -> Head:
-    """The head that `describe_head` described.
+    """The head from the result of `describe_head`.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no head of this name.
     """
     fields = dict(described)
     name = fields.pop("name")
@@ -126,11 +125,11 @@ def make_head(described: Mapping[str, Any]) -> Head:
 
 
 def td_target(next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-    """y = r + discount * V(s'), [M, B] float32 each; where the discount is 0, y = r.
+    """y = r + discount * V(s'), [M, B] float32 each; if the discount is 0, y = r.
 
     Args:
-        next_value: value of the state that the reward leads to.
-        reward: sum of the discounted rewards on the way there, in the env's reward units.
+        next_value: V(s'); may be NaN or infinite where the discount is 0.
+        reward: discounted sum of the k rewards from s to s', in the env's reward units.
         discount: gamma^k after k steps, 0 behind a terminal state.
     """
     return reward + torch.where(discount.bool(), discount * next_value, 0.0)

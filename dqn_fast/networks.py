@@ -18,14 +18,14 @@ Params = list[Tensor]
 
 @dataclass(frozen=True)
 class QNetwork:
-    """Multi-layer perceptron with ReLU between its layers; describes one, and holds no parameters.
+    """Description of a multi-layer perceptron with ReLU between its layers; has no parameters.
 
-    Weights are stored [M, fan_in, fan_out] and biases [M, 1, fan_out], so one batched product
-    serves all members and M = 1 goes through the same lines.
+    Weights are stored as [M, fan_in, fan_out] and biases as [M, 1, fan_out], so one batched product
+    computes a layer of all members. M = 1 runs the same code.
 
     Attributes:
         sizes: (num_features, *hidden_sizes, num_actions).
-        num_outputs: K, numbers for each action; see `dqn_fast.heads`.
+        num_outputs: K, outputs per action; see `dqn_fast.heads`.
     """
 
     sizes: tuple[int, ...]
@@ -33,13 +33,13 @@ class QNetwork:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Numbers in front of each layer and behind the last one."""
+        """Number of inputs of each layer, then number of outputs of the last."""
         *hidden, num_actions = self.sizes
         return (*hidden, num_actions * self.num_outputs)
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters of one member."""
+        """Parameters of one member."""
         return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(self.widths))
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class QNetwork:
             u = noise.uniform(Stream.WEIGHTS, i, 1, (fan_in + 1, fan_out))[0]
             u = (2.0 * u - 1.0) / math.sqrt(fan_in)
             weight, bias = u[:, :-1].contiguous(), u[:, -1:].contiguous()
-            if fan_out < fan_in:  # products are several times faster with long rows in memory
+            if fan_out < fan_in:  # long rows in memory make products several times faster
                 weight = weight.mT.contiguous().mT
             params += [weight, bias]
         return [param.requires_grad_() for param in params]
@@ -63,7 +63,7 @@ class QNetwork:
         return self.activations(params, features)[-1]
 
     def activations(self, params: Params, features: Tensor) -> list[Tensor]:
-        """Output of every hidden layer, [M, B, width] each, and the outputs [M, B, A * K]."""
+        """Output of each hidden layer, [M, B, width], and of the network, [M, B, A * K]."""
         x, outputs = features, []
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
             x = torch.relu(torch.baddbmm(bias, x, weight))
@@ -71,14 +71,14 @@ class QNetwork:
         return [*outputs, torch.baddbmm(params[-1], x, params[-2])]
 
     def named(self, params: Params) -> dict[str, Tensor]:
-        """The parameters by name, as a checkpoint holds them."""
+        """The parameters by name, as in a checkpoint."""
         return {name: param.detach() for name, param in zip(self._names, params, strict=True)}
 
     def from_named(self, named: Mapping[str, Tensor]) -> Params:
-        """Parameters of `named`, in memory of their own.
+        """Copies of the parameters that `named` returned.
 
         Raises:
-            ValueError: they are not those of this network.
+            ValueError: a parameter is missing or does not have this network's shape.
         """
         shapes = list(itertools.pairwise(self.widths))
         params = []

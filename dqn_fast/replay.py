@@ -1,7 +1,7 @@
 """Replay memory: a ring buffer per member that never leaves the device.
 
-How transitions are stored and chosen is known here and nowhere else: a sampled batch carries the
-discount of its bootstrap, and its weights where rows are not equally likely.
+Only this module knows how transitions are stored and sampled. So a sampled batch carries the
+discount of its bootstrap, and importance weights if rows are not equally likely.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Transition(NamedTuple):
         action: int64 [M, N].
         reward: float32 [M, N].
         next_obs: the true successor, [M, N, ...].
-        terminated: bool [M, N]; a time limit is not one.
+        terminated: bool [M, N]; never true for a time limit.
     """
 
     obs: Tensor
@@ -42,8 +42,8 @@ class Batch:
         reward: float32; the discounted sum over the steps from `obs` to `next_obs`.
         next_obs: the true successor.
         discount: float32; gamma^k for k steps, 0 behind a terminal state.
-        weight: float32, of each row in the loss; None where all count alike.
-        index: rows in storage, int64, for their priorities; None where there are none.
+        weight: float32, weight of each row in the loss; None: all are 1.
+        index: rows in storage, int64, for their priorities; None: there are no priorities.
     """
 
     obs: Tensor
@@ -58,12 +58,12 @@ class Batch:
 class ReplayState(NamedTuple):
     """The newest C transitions of each member; written in place only.
 
-    Cursor and size live on the device, so that adding and sampling read nothing on the host.
+    Cursor and size are on the device, so that adding and sampling read nothing on the host.
 
     Attributes:
         rows: storage, member after member, [M * C, ...]; actions as uint8 or int16.
-        cursor: each member's row that is written next, int64 [M, 1].
-        size: each member's rows that hold a transition, int64 [M, 1].
+        cursor: row that each member writes next, int64 [M, 1].
+        size: number of each member's rows that hold a transition, int64 [M, 1].
     """
 
     rows: Transition
@@ -91,18 +91,18 @@ class Replay:
         num_actions: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Allocate nothing yet but the numbers of rows.
+        """Allocate the row numbers only; `init` allocates the storage.
 
         Args:
             capacity: C, at least `num_envs`.
             num_members: M.
             num_envs: N, transitions of each member that are added at once.
             example_obs: an observation [1, ...] in its storage dtype.
-            num_actions: decides how wide an action is stored.
+            num_actions: A; actions are stored as uint8 up to 256, else as int16.
             device: of the storage.
 
         Raises:
-            ValueError: `capacity` is below N, so that one step would overwrite itself.
+            ValueError: `capacity` is below N, so one vector step would overwrite itself.
         """
         if capacity < num_envs:
             raise ValueError(f"capacity {capacity}: must be at least {num_envs}, one vector step")
@@ -114,7 +114,7 @@ class Replay:
             obs, ((), action), ((), torch.float32), obs, ((), torch.bool)
         ]  # fmt: skip
         self._device = torch.device(device)
-        # Loaded from memory, because compiled for a GPU an `arange` has 32 bits.
+        # Loaded from memory, because an `arange` compiled for a GPU has 32 bits.
         self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
         self._new_rows = torch.arange(num_envs, device=device)
 
@@ -122,7 +122,7 @@ class Replay:
         """Empty storage.
 
         Raises:
-            MemoryError: the memory of the device does not hold it.
+            MemoryError: it does not fit into the memory of the device.
         """
         num_rows = self.num_members * self.capacity
         try:
@@ -131,7 +131,7 @@ class Replay:
                 for shape, dtype in self._layout
             )
             storage = Transition(*rows)
-        except (RuntimeError, TypeError) as error:  # of allocators; TypeError: beyond int64
+        except (RuntimeError, TypeError) as error:  # from allocators; TypeError: above int64
             raise MemoryError(f"{num_rows} rows") from error
         count = torch.zeros((self.num_members, 1), dtype=torch.int64, device=self._device)
         return ReplayState(storage, count, count.clone())
@@ -156,18 +156,18 @@ class Replay:
         Args:
             state: written.
             batch: transitions [M, N, ...].
-            valid: which of them to keep, bool [M, N]; None: all.
+            valid: which of them to store, bool [M, N]; None: all.
         """
         place = self._new_rows
         count: Tensor | int = len(place)
-        if valid is not None:  # the kept ones first, in their order; the others go beyond them
+        if valid is not None:  # valid transitions first, in order; the others after them
             kept = valid.cumsum(1)
             count = kept[:, -1:]
             place = torch.where(valid, kept - 1, count + (~valid).cumsum(1) - 1)
         rows = ((state.cursor + place) % self.capacity + self._offsets).flatten()
         for stored, new in zip(state.rows, batch, strict=True):
             new = new.flatten(0, 1).to(stored.dtype)
-            if valid is not None:  # beyond the cursor lie the oldest rows: written as they are
+            if valid is not None:  # rows from the new cursor on are the oldest; they stay unchanged
                 keep = valid.view(-1, *[1] * (new.ndim - 1))
                 new = torch.where(keep, new, stored.index_select(0, rows))
             stored.index_copy_(0, rows, new)
@@ -183,9 +183,9 @@ class Replay:
             state: read.
             noise: int64 [M, B], uniform in [0, 2**63).
             gamma: discount per env step, [M, 1], in [0, 1].
-            beta: strength of the importance weights, [M, 1]; uniform rows need none.
+            beta: strength of the importance weights, [M, 1]; None for uniform rows.
         """
-        # An empty replay gives its first rows, zeros: a compiled division by 0 ends the process.
+        # An empty replay returns zeros, its first rows: a compiled division by 0 ends the process.
         rows = (noise % state.size.clamp(min=1) + self._offsets).flatten()
         obs, action, reward, next_obs, terminated = (
             stored.index_select(0, rows).view(*noise.shape, *stored.shape[1:])
@@ -195,7 +195,7 @@ class Replay:
         return Batch(obs, action.long(), reward, next_obs, discount)
 
     def update_priority_(self, state: ReplayState, index: Tensor, priority: Tensor) -> None:
-        """Note how surprising the sampled rows were, [M, B] each; uniform rows have no `index`."""
+        """Store priorities [M, B] of sampled rows [M, B]; uniform replay has none."""
 
     def newest(self, state: ReplayState, count: int) -> Tensor:
         """Each member's newest `count` rows, the newest first, int64 [M, count] in 0 .. C - 1."""
@@ -203,16 +203,17 @@ class Replay:
         return (state.cursor - 1 - back).remainder(self.capacity)
 
     def first_not_finite(self, state: ReplayState) -> tuple[str, int, int] | None:
-        """The oldest row of the first member that holds NaN or infinity; waits for the device.
+        """The oldest row with NaN or infinity, of the first member that has one; waits for the
+        device.
 
         Returns:
-            Name of the field, member, and how many rows of that member are newer; None where all
-            numbers are finite.
+            Name of the field, member, and number of newer rows of that member; None if all values
+            are finite.
         """
-        for name in ("reward", "next_obs", "obs"):  # a bad obs was a next_obs first
+        for name in ("reward", "next_obs", "obs"):  # a bad obs was a next_obs before
             stored = getattr(self.by_member(state), name)
             bad = (~stored.isfinite()).flatten(2).any(2) if stored.ndim > 2 else ~stored.isfinite()
-            newer = self.newest(state, self.capacity)  # than each row: the map is its own inverse
+            newer = self.newest(state, self.capacity)  # rows newer than each: its own inverse map
             age = torch.where(bad & (newer < state.size), newer, -1).amax(1).tolist()
             for member, rows in enumerate(age):
                 if rows >= 0:

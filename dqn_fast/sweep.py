@@ -1,10 +1,10 @@
-"""Members with settings of their own: many experiments side by side in one run.
+"""Sweeps: members with different settings, trained side by side in one run.
 
     --sweep learning_rate 1e-4 3e-4 1e-3 gamma 0.97 0.99     six settings, all combinations
     --sweep learning_rate 1e-5 1e-2 --sweep-random 20        twenty settings, drawn in the range
 
-Each setting is trained with `num_seeds` seeds, the same ones for all: member i has setting
-i // num_seeds and seed `seed + i % num_seeds`, and is the single run of that setting and seed.
+Each setting is trained with the same `num_seeds` seeds. Member i has setting i // num_seeds and
+seed `seed + i % num_seeds`, and equals the single run with that setting and seed.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ SWEPT = (
     "tau",
     "max_grad_norm",
 )
-"""Settings that members may differ in."""
+"""Settings in which members may differ."""
 
 SCALES = ("learning_rate", "learning_rate_end", "tau", "max_grad_norm")
-"""Settings that are drawn from a range in proportion: as likely between 1e-4 and 1e-3 as between
-1e-3 and 1e-2. All others are drawn uniformly."""
+"""Settings that are drawn log-uniformly: as likely between 1e-4 and 1e-3 as between 1e-3 and 1e-2.
+All others are drawn uniformly."""
 
 Sweep = Mapping[str, Sequence[float]]
-"""Values by setting."""
+"""Values of each swept setting, by its name."""
 
 
 def read_sweep(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """The sweep that a command line describes: names, each followed by its values.
+    """The sweep on a command line: names, each followed by its values.
 
     Raises:
-        ValueError: a word is neither a setting that members may differ in nor a number.
+        ValueError: a number comes before the first name.
     """
     sweep: dict[str, tuple[float, ...]] = {}
     name = ""
@@ -59,7 +59,7 @@ def read_sweep(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def sweep_error(sweep: Sweep, num_random: int) -> str | None:
-    """What is wrong with a sweep, but for the range of each value; None if it is right."""
+    """The first error of a sweep, or None; the range of each value is not checked."""
     for name, values in sweep.items():
         if name not in SWEPT:
             return f"{name}: must be one of {', '.join(SWEPT)}"
@@ -79,16 +79,16 @@ def sweep_error(sweep: Sweep, num_random: int) -> str | None:
 
 
 def num_points(sweep: Sweep, num_random: int) -> int:
-    """Settings of a sweep; 1 where there is none."""
+    """Number of settings of a sweep; 1 without a sweep."""
     return num_random or math.prod(len(values) for values in sweep.values())
 
 
 def points_of(sweep: Sweep, num_random: int, seed: int) -> list[dict[str, float]]:
-    """The settings of a sweep: all combinations, the last name varies fastest; or random ones.
+    """The settings of a sweep: all combinations, in which the last name varies fastest, or random.
 
     Args:
-        sweep: values by setting, or with `num_random` the ends of its range.
-        num_random: settings to draw; 0: all combinations.
+        sweep: values by setting; with `num_random`, the ends of its range.
+        num_random: number of settings to draw; 0: all combinations.
         seed: of the draws.
     """
     if not num_random:
@@ -108,7 +108,7 @@ def points_of(sweep: Sweep, num_random: int, seed: int) -> list[dict[str, float]
 
 
 def members_of(sweep: Sweep, num_random: int, seed: int, num_seeds: int) -> list[dict[str, Any]]:
-    """Seed and settings of each member."""
+    """Seed and swept settings of each member."""
     return [
         {"seed": seed + i, **point}
         for point in points_of(sweep, num_random, seed)
@@ -117,10 +117,10 @@ def members_of(sweep: Sweep, num_random: int, seed: int, num_seeds: int) -> list
 
 
 def one_or_all(values: Sequence[float]) -> float | list[float]:
-    """The value that all members have, or one for each."""
+    """The value that all members share, or else the list of one per member."""
     return values[0] if len(set(values)) == 1 else list(values)
 
 
 def label_of(member: Mapping[str, Any]) -> str:
-    """A member's own settings in a few words; empty where it has none."""
+    """A member's swept settings as text; empty without a sweep."""
     return ", ".join(f"{name} {value:.4g}" for name, value in member.items() if name != "seed")

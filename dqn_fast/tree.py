@@ -1,7 +1,7 @@
 """Nested NamedTuples, lists and dicts of tensors: flatten, copy, save and load them.
 
-Everything that a run carries is one such tree, so nothing lists its tensors by hand. A leaf that is
-None stands for a tensor that a variant does not need.
+The state of a run is one such tree, so no code lists its tensors by hand. A leaf is None if a
+variant does not need that tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def leaves(tree: Any) -> list[Tensor]:
 
 
 def replace(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
-    """The tree with the next of `tensors` in place of each of its own, in the order of `leaves`."""
+    """The tree with `tensors` in place of its own, in the order of `leaves`."""
     flat, spec = pytree.tree_flatten(tree)
     new = iter(tensors)
     filled: Tree = pytree.tree_unflatten(
@@ -32,31 +32,31 @@ def replace(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
 
 
 def clone(tree: Tree) -> Tree:
-    """The same values in memory of their own."""
+    """A copy of the tree with its own memory."""
     return replace(tree, [leaf.clone() for leaf in leaves(tree)])
 
 
 @torch.no_grad()
 def copy_(target: Any, source: Any) -> None:
-    """Overwrite every tensor of `target` with the one of `source` in the same place."""
+    """Overwrite every tensor of `target` with the corresponding tensor of `source`."""
     for old, new in zip(leaves(target), leaves(source), strict=True):
         old.copy_(new)
 
 
 def num_bytes(tree: Any) -> int:
-    """Memory of all tensors."""
+    """Bytes of all tensors."""
     return sum(leaf.nbytes for leaf in leaves(tree))
 
 
 def member(tree: Tree, index: int, num_members: int) -> Tree:
-    """One member's part of a tree whose first axes go from member to member, as those of an
-    algorithm's state do: [M, ...] or [M * rows, ...] gives [1, ...] or [rows, ...]."""
+    """One member's part of an algorithm's state: [1, ...] or [rows, ...] of each tensor [M, ...] or
+    [M * rows, ...]."""
     return replace(tree, [leaf.chunk(num_members)[index] for leaf in leaves(tree)])
 
 
 def plain(tree: Any) -> Any:
-    """The tree in dicts and lists, which a checkpoint may hold: a NamedTuple becomes a dict by
-    field, and no tensor asks for gradients."""
+    """The tree as dicts and lists, for a checkpoint: a NamedTuple becomes a dict by field name, and
+    tensors are detached."""
     if isinstance(tree, Tensor):
         return tree.detach()
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -69,10 +69,10 @@ def plain(tree: Any) -> Any:
 
 
 def load_(tree: Any, saved: Any, path: str = "") -> None:
-    """Overwrite the tensors of `tree` with what `plain` made of a tree like it.
+    """Overwrite the tensors of `tree` from `saved`, the result of `plain` for such a tree.
 
     Raises:
-        ValueError: the trees differ; the message names the place.
+        ValueError: the trees differ; the message has the path to the difference.
     """
     expected, given = plain(tree), saved
     if isinstance(tree, Tensor):

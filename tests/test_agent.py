@@ -214,7 +214,7 @@ def test_an_environment_of_ones_own_has_to_be_given(tmp_path, capsys, monkeypatc
     """One line that says how, in Python and at the command line."""
     args = Args(total_timesteps=500, quiet=True, report=False, run_dir=tmp_path / "run")
     train(args, env=Scaled())
-    message = f"{tmp_path}/run/best.pt: was trained on Scaled, which no id stands for here; "
+    message = f"{tmp_path}/run/best.pt: was trained on Scaled, which is no known id here; "
     with pytest.raises(ValueError, match=message + r"give .* load_agent\(run_dir, env=...\)$"):
         load_agent(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "run")])

@@ -554,7 +554,7 @@ def test_bad_scalars_are_refused():
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 0.99])
 def test_a_tolerance_below_rounding_is_refused(gamma: float):
     """Iteration ends, and says so, where float64 cannot give what is asked."""
-    with pytest.raises(ValueError, match="tolerance 1e-18 is out of float64's reach"):
+    with pytest.raises(ValueError, match="tolerance 1e-18 is too small for float64"):
         value_iteration(line_world(), gamma, tolerance=1e-18)
 
 

@@ -530,7 +530,7 @@ def test_a_run_that_breaks_off_keeps_its_agent(error, tmp_path):
     assert agent.global_step == [2_048]
     assert all(map(torch.equal, agent.q_net.params, nets[-1].params))
     assert "resume" not in load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"best.pt: is not there, .*; use --agent last"):
+    with pytest.raises(ValueError, match=r"best.pt: does not exist, .*; use --agent last"):
         load_agent(tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""Work beside the loop: tensors on their way to the host, and files on their way to the disk."""
+"""Work while the loop runs: copies of tensors to the host, and writing of files."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils._pytree import tree_map
 
 
 class HostCopy:
-    """Tensors as they are now, on the host as soon as the device gets there.
+    """Copies of tensors on the host, with the values of the moment at which this was made.
 
-    To make one waits for nothing on a CUDA device: the copies go to pinned memory behind what was
-    asked of the device before. Elsewhere they are made at once.
+    On a CUDA device the constructor does not wait: the copies go to pinned memory, after the work
+    that the device has queued. On other devices they are made at once.
     """
 
     def __init__(self, tree: Any, device: torch.device, lent: bool = False) -> None:
         """Begin to copy.
 
         Args:
-            tree: tensors in nested dicts, lists and tuples; other values stay as they are, and
-                tensors of one memory stay one.
-            device: whose work the copy comes behind.
-            lent: whether to copy nothing: `get` gives the tensors themselves.
+            tree: tensors in nested dicts, lists and tuples; other values are kept, and tensors that
+                share memory become one copy.
+            device: the copies follow its queued work.
+            lent: whether to copy nothing; `get` then returns the tensors themselves.
         """
         copies: dict[Any, Tensor] = {}
         self._tree = tree if lent else tree_map(partial(_copied, copies), tree)
@@ -38,18 +38,18 @@ class HostCopy:
 
     @property
     def ready(self) -> bool:
-        """Whether `get` need not wait."""
+        """Whether `get` returns without waiting."""
         return self._event is None or self._event.query()
 
     def get(self) -> Any:
-        """The same tree, its tensors on the host. Waits for the device where it must."""
+        """The same tree with its tensors on the host. Waits for the device until they are."""
         if self._event is not None:
             self._event.synchronize()
         return self._tree
 
 
 class Moment:
-    """A moment in a device's work: when it has done what it was asked for before."""
+    """The moment at which a device has finished the work queued so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._time = time.perf_counter()
@@ -81,17 +81,17 @@ def _copied(copies: dict[Any, Tensor], value: Any) -> Any:
 
 
 class FileWriter:
-    """Writes files in a thread, one after the other, the newest content of each.
+    """Writes files in a thread, one after the other, with the newest content of each.
 
-    A content that waits while a newer one for the same file comes is not written: a disk that is
-    slower than the loop holds up nothing.
+    If a newer content for the same file arrives, the waiting one is dropped. So a disk that is
+    slower than the loop does not delay it.
     """
 
     def __init__(self, failed: Callable[[str, Exception], None]) -> None:
         """Start no thread yet.
 
         Args:
-            failed: told name and error where a file could not be written, in `settle` or `wait`.
+            failed: called by `settle` or `wait` with name and error if a file was not written.
         """
         self._failed = failed
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="file-writer")
@@ -102,19 +102,19 @@ class FileWriter:
 
         Args:
             name: of the file.
-            write: writes it, whole or not at all, from data that nobody else changes.
+            write: writes it, whole or not at all, from data that no other code changes.
         """
-        # One that is being written cannot be cancelled and is finished first.
+        # A job that is running cannot be cancelled and finishes first.
         self._jobs = [(n, job) for n, job in self._jobs if n != name or not job.cancel()]
         self._jobs.append((name, self._threads.submit(write)))
 
     def settle(self) -> None:
-        """Report what could not be written so far."""
+        """Report the files that could not be written so far."""
         while self._jobs and self._jobs[0][1].done():
             self._wait_for_oldest()
 
     def wait(self) -> None:
-        """Wait until everything is written, and report."""
+        """Wait until all files are written, and report those that could not be."""
         while self._jobs:
             self._wait_for_oldest()
 
@@ -124,5 +124,5 @@ class FileWriter:
             self._failed(name, error)
 
     def close(self) -> None:
-        """Wait until everything is written; report nothing."""
+        """Wait until all files are written; report nothing."""
         self._threads.shutdown()

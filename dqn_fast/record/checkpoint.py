@@ -17,14 +17,14 @@ from dqn_fast.dqn import QFunction
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that a reader or a crash sees the old content or the new, nothing between.
+    """Write a file atomically: a reader, or a crash, sees either the old content or the new.
 
     Args:
         path: the file; its folder exists.
-        write: writes the content into the open binary file that it is given.
+        write: writes the content into the open binary file that is its argument.
 
     Raises:
-        OSError: the file system refuses; `path` is as it was and no other file is left.
+        OSError: the file could not be written; `path` is unchanged and no other file is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -50,7 +50,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` as strict JSON can hold it: NaN and infinity become None, nested ones too."""
+    """`value` for strict JSON: NaN and infinity become None, nested ones too."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -61,12 +61,12 @@ def finite(value: Any) -> Any:
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values with torch.save; loads with `weights_only=True`."""
+    """Write tensors and plain values with torch.save; loadable with `weights_only=True`."""
 
     def write(file: IO[bytes]) -> None:
         try:
             torch.save(dict(content), file)
-        except RuntimeError as error:  # torch closes its archive once more over a failed write
+        except RuntimeError as error:  # torch closes its archive again after a failed write
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -75,16 +75,16 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, without running code from the file.
+    """Read the result of `save_checkpoint`, without running code from the file.
 
     Raises:
-        ValueError: there is no such file, or it is not a checkpoint.
+        ValueError: the file cannot be opened, or it is not a checkpoint.
     """
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # torch raises a handful of types for a file that is not its own
+    except Exception as error:  # torch raises several types for a file that is not a checkpoint
         raise ValueError(f"{path}: not a checkpoint of this program") from error
     if not isinstance(content, dict) or "q_net" not in content:
         raise ValueError(f"{path}: not a checkpoint of this program")
@@ -92,12 +92,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 class BestAgent:
-    """Each member's weights of its best evaluation so far.
+    """Each member's weights at its best evaluation so far.
 
     Attributes:
         return_mean: best mean return, [M]; -inf before the first evaluation.
-        global_step: where it was reached, [M].
-        weights: state of the network then.
+        global_step: of that evaluation, [M].
+        weights: parameters of the network at that evaluation, by name.
     """
 
     def __init__(self, num_members: int) -> None:
@@ -107,7 +107,7 @@ class BestAgent:
 
     @torch.no_grad()
     def offer(self, q_net: QFunction, return_mean: list[float], global_step: int) -> bool:
-        """Take over the members that do better than ever; returns whether there were any."""
+        """Keep the weights of members with a new best return; returns whether there are any."""
         better = [new > old for new, old in zip(return_mean, self.return_mean, strict=True)]
         if not self.weights:
             self.weights = {name: t.clone() for name, t in q_net.named().items()}
@@ -133,13 +133,13 @@ def agent_content(
     global_step: list[int],
     eval_return_mean: list[float],
 ) -> dict[str, Any]:
-    """What `load_agent` reads: the network, where it comes from and how good it was.
+    """Content of a file for `load_agent`: network, environment, members and their evaluation.
 
     Args:
         config: content of `config.json`.
-        weights: state of the network of all M members.
-        global_step: transitions behind each member's weights, [M].
-        eval_return_mean: each member's evaluation, [M].
+        weights: parameters of the network of all M members, by name.
+        global_step: global_step of each member's weights, [M].
+        eval_return_mean: mean return of each member's weights, [M].
     """
     return {
         "env_id": config["env_id"],

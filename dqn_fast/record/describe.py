@@ -1,4 +1,4 @@
-"""What a run is and what it did, as JSON for programs and as lines for people."""
+"""Description and summary of a run, as JSON for programs and as lines of text for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dqn_fast.plan import Plan
 from dqn_fast.sweep import label_of, one_or_all
 
 PRECISIONS = {"highest": "float32", "high": "TF32"}
-"""What the settings of --matmul-precision are called."""
+"""Float format of each value of --matmul-precision."""
 
 PACKAGES = ("torch", "numpy", "gymnasium", "plotly", "tyro", "wandb")
 
@@ -40,22 +40,22 @@ def describe(
     engine: str,
     engine_reason: str,
 ) -> dict[str, Any]:
-    """Content of `config.json`: every setting, what follows from them, and the software.
+    """Content of `config.json`: all settings, derived values, and versions of the software.
 
     Args:
         settings: the fields of `train.Args`.
-        usual: the same, as they are for this environment where nothing is asked for.
+        usual: the same fields with the defaults for this environment.
         env_id: the environment's name.
         env: the environment.
         plan: of the run.
         dqn: the algorithm.
         device: of the run.
-        exact: the environment's solution, if there is one.
+        exact: the environment's exact solution, or None.
         members: seed and swept settings of each member.
-        engine: that runs it.
-        engine_reason: why, in a few words.
+        engine: the engine that starts the run.
+        engine_reason: why this engine, in a few words.
     """
-    # An environment of one's own goes by its name, whatever --env-id says.
+    # The caller's own environment has its own name; --env-id does not apply.
     settings = {**plain(settings), "env_id": env_id}
     num_envs = settings["num_envs"]
     every = f"at the first multiple of {num_envs} from there on"
@@ -110,14 +110,14 @@ def describe(
 
 
 def software() -> dict[str, str | None]:
-    """Versions of Python and the packages, the processor, and the git commit if there is one."""
+    """Versions of Python and packages, the platform, and the git commit if there is one."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    versions["torch"] = torch.__version__  # its metadata leave out what it was built for
+    versions["torch"] = torch.__version__  # has the CUDA version, which the metadata lack
     return versions | {"platform": platform.platform(), "git_commit": _git_commit()}
 
 
@@ -136,14 +136,14 @@ def _git_commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device for people: its type, and the card's name if it has one."""
+    """Text for the device: its type, and the card's name if it has one."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)
 
 
 def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """What a run is about to do, for people."""
+    """Lines of text at the start of a run."""
     args, derived = config["args"], config["derived"]
     params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
     on_cpu = derived["device"] == "cpu"
@@ -170,7 +170,7 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
 
 
 def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """What a run did, for people."""
+    """Lines of text at the end of a run."""
     members = summary.get("members") or []
     lines = [
         f"{summary['status']}: {summary['global_step']:,} transitions and "
@@ -204,11 +204,12 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
 def summarise(
     shared: Mapping[str, Any], values: Mapping[str, list[Any]], members: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The summary of a run: means over members at the top, and a row each if there are several.
+    """The summary of a run: means over members at the top level, and a row per member if there are
+    several.
 
     Args:
-        shared: what is the same for all members.
-        values: by name, one value per member, or None where it is not known.
+        shared: values that all members share.
+        values: by name, one value per member; None: not known.
         members: seed and swept settings of each member.
     """
     summary = dict(shared)

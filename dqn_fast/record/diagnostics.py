@@ -1,8 +1,8 @@
-"""What a run looked like from inside, taken at log points: the content of `diagnostics.npz`.
+"""Diagnostics of networks and replay at log points: the content of `diagnostics.npz`.
 
-Nothing here runs inside a chunk or waits for the device. Rows spread evenly over replay are looked
-at: their TD errors, the hidden units that never fire on them, the states in which the greedy action
-has changed. Tabular environments add the whole Q-table and the states visited.
+Nothing here runs inside a chunk or waits for the device. A snapshot takes rows spread evenly over
+replay: their TD errors, the hidden units that are 0 on all of them, and the share of them whose
+greedy action has changed. Tabular environments add the whole Q-table and the states visited.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Snapshot = dict[str, NDArray[Any]]
 class Diagnostics:
     """Snapshots of M members over a run, at most MOST_SNAPSHOTS of them.
 
-    Beyond that, two neighbours become one: the later one, with the visits of both.
+    Above that, each two neighbours are merged into the later one, with the visits of both.
 
     Attributes:
         env: the environment.
-        snapshots: arrays by name, one dict a snapshot, in order.
+        snapshots: arrays by name, one dict per snapshot, in order.
     """
 
     def __init__(self, dqn: DQN, exact: ExactValues | None) -> None:
@@ -46,14 +46,14 @@ class Diagnostics:
 
     @torch.no_grad()
     def take(self, state: State, new_rows: int) -> dict[str, Tensor]:
-        """Look at networks and replay; waits for nothing.
+        """Take a snapshot of networks and replay; does not wait for the device.
 
         Args:
             state: of the run; its replay is not empty.
             new_rows: transitions of one member stored since the last snapshot.
 
         Returns:
-            Content of a snapshot, as tensors on the device, for `add`.
+            The snapshot as tensors on the device; `add` takes them from the host.
         """
         dqn, gamma = self._dqn, state.hyper.gamma
         if self._previous is None:
@@ -90,7 +90,7 @@ class Diagnostics:
             global_step: of the log point.
             num_syncs: synchronisations of the target so far.
         """
-        # Copies: pinned memory that is kept could not be used again.
+        # Copied, so that pinned memory can be reused.
         snapshot: Snapshot = {name: t.numpy().copy() for name, t in taken.items()}
         counts = {"global_step": np.array(global_step), "num_syncs": np.array(num_syncs)}
         self._add(counts | snapshot)
@@ -106,13 +106,13 @@ class Diagnostics:
             self._stride *= 2
 
     def arrays(self) -> Mapping[str, NDArray[Any]]:
-        """All snapshots stacked along their first axis, and what does not change."""
+        """All snapshots stacked along a new first axis, and the constants of the run."""
         if not self.snapshots:
             return {}
         names = self.snapshots[0]
         stacked = {name: np.stack([s[name] for s in self.snapshots]) for name in names}
         td_error = stacked.pop("td_error")
-        with np.errstate(invalid="ignore"):  # of a run that broke: infinity minus infinity
+        with np.errstate(invalid="ignore"):  # infinity minus infinity, in a failed run
             quantiles = np.quantile(td_error, QUANTILE_LEVELS, axis=-1)
         stacked["td_error_quantiles"] = np.moveaxis(quantiles, 0, -1).astype(np.float32)
         stacked["quantile_levels"] = np.array(QUANTILE_LEVELS)
@@ -136,7 +136,7 @@ def _merge(earlier: Snapshot, later: Snapshot) -> Snapshot:
 
 
 def dead_units(hidden: list[Tensor], q_values: Tensor) -> Tensor:
-    """Share of a member's hidden units that are zero on every row of a batch, [M].
+    """Fraction of each member's hidden units that are zero on every row of a batch, [M].
 
     Args:
         hidden: activations of the hidden layers, >= 0, [M, B, width] each.
@@ -150,10 +150,10 @@ def dead_units(hidden: list[Tensor], q_values: Tensor) -> Tensor:
 def visits(
     env: TabularEnv, replay: Replay, state: ReplayState, new_rows: int, num_states: int
 ) -> Tensor:
-    """How often each state was acted in, over the newest rows of replay: int64 [M, X].
+    """Number of actions taken in each state, over the newest rows of replay: int64 [M, X].
 
-    Rows that replay no longer holds are not counted: with more new rows than it has, the newest
-    stand for all.
+    Rows that replay no longer holds are not counted: with more than C new rows, only the newest C
+    count.
     """
     newest = replay.newest(state, min(new_rows, replay.capacity))
     stored = replay.by_member(state).obs

@@ -1,4 +1,4 @@
-"""What a run measures about itself, gathered on the device and read at log points only."""
+"""Training metrics of a run, collected on the device and read at log points only."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Reading(NamedTuple):
     """Metrics since the last reading, on the host.
 
     Attributes:
-        values: by metric name, one float per member; NaN where nothing was measured.
+        values: by metric name, one float per member; NaN if nothing was measured.
         episodes: finished episodes: return, length, global_step and member, in order of time.
-        num_episodes: finished episodes of each member, int64 [M], those not kept included.
-        first_bad_update: number of the run's first gradient step, counted from 1, whose loss,
-            values or gradient norm were not finite; None if all were.
+        num_episodes: finished episodes of each member, int64 [M], including those not listed.
+        first_bad_update: number of the run's first gradient step, counted from 1, with a loss,
+            value or gradient norm that is not finite; None if all are finite.
     """
 
     values: dict[str, list[float]]
@@ -34,22 +34,23 @@ class Reading(NamedTuple):
 
 
 class Metrics:
-    """What chunks left behind since the last reading.
+    """The records of all chunks since the last reading.
 
-    To take a chunk in is to copy it on the device. The copies go to the host in blocks, at a
-    reading or earlier, where there is no room for the next chunk; the host works out what they
-    mean. Only `read_` and `first_bad_update` wait for the device.
+    `add_` copies a chunk's record on the device. The copies go to the host in blocks: at a reading,
+    or earlier if the next chunk does not fit. The host computes the metrics from them. Only `read_`
+    and `first_bad_update` wait for the device.
 
     Attributes:
         num_members: M.
-        capacity: episodes that are listed between two readings, the first ones; means cover all.
+        capacity: maximum number of episodes listed between two readings, the first ones; means
+            cover all episodes.
     """
 
     KEPT_UPDATES = 1_024
-    """Gradient steps of a block, or those of one chunk if it has more."""
+    """Gradient steps of a block, or of one chunk if it has more."""
 
     MOST_IN_FLIGHT = 8
-    """Blocks on their way to the host at a time."""
+    """Maximum number of blocks that are being copied to the host."""
 
     def __init__(self, num_members: int, capacity: int, device: torch.device) -> None:
         self.num_members, self.capacity = num_members, capacity
@@ -64,10 +65,10 @@ class Metrics:
 
     @torch.no_grad()
     def add_(self, record: ChunkRecord, before: int, first_update: int) -> None:
-        """Take in what a chunk left behind.
+        """Copy the record of the next chunk.
 
         Args:
-            record: of the chunk, which follows the last one.
+            record: of the chunk that follows the last one added.
             before: global_step at its start.
             first_update: gradient steps taken before it.
         """
@@ -88,7 +89,7 @@ class Metrics:
         self._num_updates = rows.stop
 
     def _make_room(self, record: ChunkRecord) -> None:
-        """For as many transitions as episodes are listed, or for one chunk if it has more."""
+        """Allocate for `capacity` transitions, or for one chunk if it has more."""
         num_steps, *copies = record.episode_length.shape
         num_steps = max(num_steps, self.capacity // math.prod(copies))
         if num_steps > len(self._lengths):
@@ -98,7 +99,7 @@ class Metrics:
             self._updates = torch.empty_like(record.updates)
 
     def _send(self) -> None:
-        """Let what was taken in go to the host."""
+        """Start to copy the records to the host."""
         if self._num_steps == 0:
             return
         block = HostCopy(
@@ -108,7 +109,7 @@ class Metrics:
                 self._updates[: self._num_updates],
             ),
             self._device,
-            lent=self._device.type == "cpu",  # it is worked out at once
+            lent=self._device.type == "cpu",  # it is evaluated at once
         )
         blocks = self._interval.blocks
         blocks.append((block, self._before, self._first_update))
@@ -116,17 +117,18 @@ class Metrics:
         self._num_steps = self._num_updates = 0
 
     def first_bad_update(self) -> int | None:
-        """As in a `Reading`, of all that was taken in since the last one. Waits for the device."""
+        """As in a `Reading`, over all records since the last one. Waits for the device."""
         self._send()
         return self._interval.bad_update()
 
     def bad_update_later(self) -> Callable[[], int | None]:
-        """`first_bad_update` as of now, to be asked when the device has come here."""
+        """`first_bad_update` as of now; call the result when the device has reached this point."""
         self._send()
         return partial(self._interval.bad_update, self.MOST_IN_FLIGHT)
 
     def take_(self) -> Callable[[], Reading]:
-        """Start again at zero; the reading, to be asked for when the device has come here."""
+        """Start again at zero; call the result for the reading when the device has reached this
+        point."""
         self._send()
         interval, self._interval = self._interval, Interval(self.num_members, self.capacity)
         return interval.reading
@@ -137,7 +139,7 @@ class Metrics:
 
 
 class Interval:
-    """What was measured between two readings, worked out on the host."""
+    """The metrics between two readings, computed on the host."""
 
     def __init__(self, num_members: int, capacity: int) -> None:
         self.blocks: deque[tuple[HostCopy, int, int]] = deque()
@@ -149,7 +151,7 @@ class Interval:
         self._first_bad_update: int | None = None
 
     def fold(self, most_left: int = 0) -> None:
-        """Take in the blocks that have arrived; wait for more where over `most_left` are left."""
+        """Evaluate the blocks that have arrived; wait until at most `most_left` are left."""
         while self.blocks and (self.blocks[0][0].ready or len(self.blocks) > most_left):
             copy, before, first_update = self.blocks.popleft()
             returns, lengths, updates = (tensor.numpy() for tensor in copy.get())
@@ -179,7 +181,7 @@ class Interval:
 
     def _fold_updates(self, updates: NDArray[np.float32], first_update: int) -> None:
         with np.errstate(invalid="ignore"):  # infinity minus infinity
-            total = updates.sum(0, dtype=np.float64)  # wide: where blocks end is no matter
+            total = updates.sum(0, dtype=np.float64)  # so that block boundaries do not matter
             self._update_sums += total
         self._num_updates += len(updates)
         if self._first_bad_update is None and not np.isfinite(total).all():
@@ -192,7 +194,7 @@ class Interval:
         return self._first_bad_update
 
     def reading(self) -> Reading:
-        """What was measured. Waits for blocks that have not arrived."""
+        """The reading. Waits for blocks that have not arrived."""
         self.fold()
         count, total_return, total_length = self._sums
         with np.errstate(invalid="ignore"):
@@ -218,12 +220,12 @@ class Interval:
 class EpisodeLog:
     """Finished training episodes of a run, in order, bounded in memory.
 
-    When more than `limit` are held, every second one is dropped and from then on only as dense a
-    selection is kept, so that the list still spans the whole run.
+    Above `limit` episodes, every second one is dropped, and later episodes are kept at the same
+    density. So the list always spans the whole run.
 
     Attributes:
-        limit: episodes held at most.
-        num_finished: episodes of each member that finished, kept or not, int64 [M].
+        limit: maximum number of episodes kept.
+        num_finished: finished episodes of each member, kept or not, int64 [M].
     """
 
     def __init__(self, num_members: int, limit: int = 2**20) -> None:

@@ -39,17 +39,17 @@ from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import EpisodeLog, Metrics, Reading
 from dqn_fast.record.tracker import TrackerConfig, make_tracker
 from dqn_fast.report import run_figures, write_report
-from dqn_fast.settings import UsageError as UsageError  # other modules have it from here
+from dqn_fast.settings import UsageError as UsageError  # imported from here elsewhere
 
 Row = tuple[int, dict[str, Any]]
-"""global_step of a log point, and its metrics: a value per member or one for all."""
+"""global_step of a log point, and its metrics: one value per member or one for all members."""
 
 COPIED_BYTES = 2**28
-"""Size up to which a checkpoint is copied and written beside the loop."""
+"""Maximum bytes of a checkpoint that is copied and written while the loop runs."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; what was recorded up to here is saved."""
+    """Training cannot continue; the record of the run so far is saved."""
 
 
 def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path:
@@ -57,10 +57,10 @@ def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path
 
     Args:
         path: the directory, new or empty; None makes a new one under `runs`.
-        env_id, name, seed: make up the name of the latter, together with the time in UTC.
+        env_id, name, seed: parts of the new directory's name, together with the time in UTC.
 
     Raises:
-        UsageError: the directory holds something or cannot be written; nothing was changed.
+        UsageError: the directory is not empty or cannot be written; nothing was changed.
     """
     if path is None:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -90,28 +90,28 @@ def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path
                 "it must be a writable directory"
             ) from error
         return candidate
-    raise UsageError(f"--run-dir {candidates[0]}: exists 99 times over; name another")
+    raise UsageError(f"--run-dir {candidates[0]}: 99 such directories exist; name another")
 
 
 class RunRecord:
-    """Everything that a run writes; as a context manager it ends the run well.
+    """Everything that a run writes; a context manager that completes the files at its end.
 
-    However the run ends, what was measured until then is in the files. A file that cannot be
-    written costs one warning and never the run.
+    The files have all measurements up to the end of the run, also after an error. A file that
+    cannot be written causes one warning and never ends the run.
 
-    The loop waits for none of this: what a log point or a checkpoint needs is copied to the host
-    behind the device's work, becomes a row or a file in `settle` once it is there, in order, and
-    files are written by a thread.
+    The loop waits for none of this. The data of a log point or a checkpoint are copied to the host
+    after the device's queued work. Once they have arrived, `settle` turns them into rows and files,
+    in order, and a thread writes the files.
 
     Attributes:
         run_dir: directory of the run.
         config: content of `config.json`.
-        status: "done" unless something else ended the run.
+        status: "done", or why the run ended early.
         num_evaluations: evaluations so far.
-        engine: what runs the chunks, as it is to stand in the summary.
+        engine: engines that ran the chunks, as in the summary.
         compile_s: seconds that the loop waited for a compiler.
-        eval_s: seconds spent on evaluations. Speeds in the summary leave both out.
-        summary: content of `summary.json`, complete once the run has ended.
+        eval_s: seconds spent on evaluations. Rates in the summary exclude both.
+        summary: content of `summary.json`, complete at the end of the run.
     """
 
     def __init__(
@@ -131,10 +131,10 @@ class RunRecord:
             run_dir: existing directory.
             config: of `describe`.
             plan: of the run.
-            metrics: what chunks left behind, on the device.
+            metrics: records of the chunks, on the device.
             diagnostics: snapshots of the run.
             dqn: the algorithm.
-            state: everything that it carries.
+            state: everything that outlives a vector step.
             began: time.perf_counter() at the start of the program.
         """
         self.run_dir, self.config, self.status = run_dir, config, "done"
@@ -179,7 +179,7 @@ class RunRecord:
         if error is not None:
             self.status = f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"
             self._refuses_bad = False
-            with contextlib.suppress(Exception):  # the device itself may be what failed
+            with contextlib.suppress(Exception):  # the device itself may have failed
                 if self._measured_at < self._global_step:
                     self._measure({})
             while self._pending:
@@ -203,11 +203,11 @@ class RunRecord:
             if error is None:
                 self._best_effort(RUN_FILM, self._film)
             self._best_effort("report.html", self._write_report)
-        if not self._args["quiet"]:  # below the progress bar, which is closed by now
+        if not self._args["quiet"]:  # below the progress bar, which is closed
             print(*closing(self.summary, self._args, self.run_dir), sep="\n")
 
     def advance(self, chunk: Chunk) -> None:
-        """Note how far the run is."""
+        """Set the position of the run to the end of `chunk`."""
         self._global_step = chunk.after
         self._num_updates = chunk.first_update + chunk.num_updates
         self._num_syncs += int(chunk.syncs.sum())
@@ -216,13 +216,13 @@ class RunRecord:
     def changed_engine(
         self, engine: str, reason: str, compile_s: float, never_ran: bool = False
     ) -> None:
-        """Note in mid-run what runs from now on, why, and what the loop waited for it.
+        """Record and announce a change of engine during the run.
 
         Args:
-            engine: that runs from now on.
-            reason: why, in a few words.
-            compile_s: seconds that the loop waited for a compiler so far.
-            never_ran: whether what was announced before has run nothing.
+            engine: engine from now on.
+            reason: why this engine, in a few words.
+            compile_s: seconds that the loop has waited for a compiler so far.
+            never_ran: whether the engine announced before ran no chunk.
         """
         if (engine, reason) != (self._running, self._reason):
             self._tracker.message(
@@ -235,10 +235,10 @@ class RunRecord:
         self._running, self._reason, self.compile_s = engine, reason, compile_s
 
     def settle(self, wait: bool = False) -> Iterator[Row]:
-        """Finish what has arrived from the device; to be called before the next chunk.
+        """Finish log points and checkpoints that have arrived; call it before the next chunk.
 
         Args:
-            wait: whether to wait for all that is under way.
+            wait: whether to wait for those that have not arrived.
 
         Yields:
             global_step and metrics of each log point.
@@ -256,12 +256,12 @@ class RunRecord:
                 yield row
 
     def check_finite(self) -> None:
-        """Wait for the device and settle what is under way; read replay only if there is trouble.
+        """Wait for the device and settle everything; replay is read only after a bad gradient step.
 
         Raises:
-            EnvError: a gradient step went wrong and replay holds a reward or an observation that is
-                not finite.
-            TrainingError: a gradient step went wrong over good data.
+            EnvError: a gradient step is not finite, and replay has a reward or an observation that
+                is not finite.
+            TrainingError: a gradient step is not finite, and all of replay is.
         """
         for _ in self.settle(wait=True):
             pass
@@ -286,10 +286,10 @@ class RunRecord:
         )
 
     def log_point(self, row: Mapping[str, Any], probe: Mapping[str, Tensor]) -> None:
-        """Measure what there is to measure here; `settle` makes a row of it.
+        """Measure a log point here; `settle` yields its row.
 
         Args:
-            row: metrics that are known already.
+            row: metrics that are already on the host.
             probe: metrics on the device, [M] each.
         """
         new_rows = self._global_step - self._last_diagnosis
@@ -328,21 +328,21 @@ class RunRecord:
             self._refuse(reading.first_bad_update)
             return logged
 
-        # New tensors, and nobody else's: on the host they need no copy.
+        # New tensors that no other code uses: on a CPU they need no copy.
         parts = {"probe": dict(probe or {}), "snapshot": dict(snapshot or {})}
         self._pending.append(
             (HostCopy(parts, self._device, lent=self._device.type == "cpu"), finish)
         )
 
     def evaluated(self, result: Evaluation, exact: Mapping[str, list[Any]]) -> dict[str, Any]:
-        """Take in an evaluation of the network as it is; a best one is saved as `best.pt`.
+        """Record an evaluation of the current network; a new best agent is saved as `best.pt`.
 
         Args:
             result: of greedy episodes.
-            exact: of `ExactValues.compare`, empty where nothing is known exactly.
+            exact: of `ExactValues.compare`; empty without an exact solution.
 
         Returns:
-            Metrics, a value per member or one for all.
+            Metrics, one value per member or one for all members.
         """
         self.num_evaluations += 1
         self._evaluation = {
@@ -369,7 +369,7 @@ class RunRecord:
         return metrics
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Metrics of this global_step that are known already; `settle` gives the row."""
+        """Log metrics of this global_step that are already on the host; `settle` yields the row."""
         step = self._global_step
         self._pending.append((HostCopy({}, self._device), lambda _: self._logged(step, dict(row))))
 
@@ -379,10 +379,10 @@ class RunRecord:
         return step, metrics
 
     def save(self) -> None:
-        """Write `checkpoint.pt` and the episodes up to here.
+        """Write `checkpoint.pt` and the episodes so far.
 
-        What is saved is copied first and written beside the loop, unless it is large: then the loop
-        waits, because a second copy of a large replay may not fit.
+        The checkpoint is copied and then written while the loop runs, unless it is larger than
+        COPIED_BYTES: then the loop waits, because a second copy of a large replay may not fit.
         """
         content = self._last_agent()
         content["resume"] = {
@@ -404,13 +404,13 @@ class RunRecord:
 
         bad_update = self._metrics.bad_update_later()
         self._pending.append((HostCopy(content, self._device, lent=large), finish))
-        # One copy at a time: a host that runs ahead of its GPU would pile them up.
+        # One copy at a time: a host ahead of its GPU would accumulate them.
         self._must_wait |= large or self._num_saving > 0
         self._num_saving += 1
 
     def _save_agent(self) -> None:
-        """Write `checkpoint.pt` of a run that broke off: the network where it is finite, nothing to
-        go on from, because a chunk may be half done."""
+        """Write `checkpoint.pt` of a failed run: the network if it is finite. No state is saved to
+        resume from, because a chunk may be incomplete."""
         if all(bool(param.isfinite().all()) for param in self._state.params):
             self._write("checkpoint.pt", lambda path: save_checkpoint(path, self._last_agent()))
 
@@ -424,7 +424,7 @@ class RunRecord:
         )
 
     def _write_soon(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file beside the loop, from data that nobody changes any more."""
+        """Write a file in the thread, from data that no code changes any more."""
         self._files.submit(name, partial(write, self.run_dir / name))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
@@ -440,7 +440,7 @@ class RunRecord:
             self._tracker.message(f"warning: {name} could not be written ({why}); training goes on")
 
     def _best_effort(self, what: str, make: Callable[[], object]) -> None:
-        """A picture of a run is never worth the run: whatever goes wrong here is one warning."""
+        """Make a film, figure or report; an error causes one warning and never ends the run."""
         try:
             make()
         except Exception as error:
@@ -510,7 +510,7 @@ def _write_npz(arrays: Mapping[str, Any], path: Path) -> None:
 
 
 def tracker_config(run_dir: Path, config: Mapping[str, Any]) -> TrackerConfig:
-    """Where the loggers write, from the content of `config.json`."""
+    """Settings of the loggers, from the content of `config.json`."""
     args = config["args"]
     names = ("quiet", "track", "tensorboard", "wandb_project", "wandb_entity", "wandb_group")
     return TrackerConfig(
@@ -524,10 +524,10 @@ def tracker_config(run_dir: Path, config: Mapping[str, Any]) -> TrackerConfig:
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a wish to stop, and leaves a second one alone.
+    """Turns the first SIGINT or SIGTERM into a request to stop; a second one has its usual effect.
 
     Attributes:
-        signal: number of the signal that came, or None.
+        signal: number of the signal received, or None.
     """
 
     def __init__(self) -> None:
