@@ -34,7 +34,7 @@ from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan, Schedules
 from dqn_fast.replay import Replay
 from dqn_fast.settings import UsageError, check_settings, check_value, flag
-from dqn_fast.sweep import sweep_error
+from dqn_fast.sweep import form_error, sweep_error
 
 if TYPE_CHECKING:
     from dqn_fast.train import Args
@@ -118,7 +118,8 @@ def rows_of(inputs: Any, rows: slice) -> Any:
 
 def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -> list[Tensor]:
     """The arrays as float32 tensors on the device, uploaded in one copy."""
-    flat = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+        flat = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
     parts = upload(torch.from_numpy(flat), device).split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
@@ -156,11 +157,12 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
                 if not env.on_host:
                     check_env(env, num_envs=2, num_steps=2)
             check_memory(args, env, device)
-            exact = solve(env, member_values(args, "gamma").tolist(), device)
+            gammas = member_values(args, "gamma")
+            exact = solve(env, gammas.tolist(), device)
             if args.stop_when_optimal and exact is None:
                 raise UsageError(
-                    f"--stop-when-optimal: {env_id} has no exact solution here; "
-                    "use --stop-at-return"
+                    f"--stop-when-optimal: {env_id} has no exact solution here, with gamma up to "
+                    f"{gammas.max():g}; use --stop-at-return"
                 )
             plan = make_plan(args, env)
             choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
@@ -170,15 +172,19 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
                 why = "too little memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
             noise = Noise(args.seed, args.num_members, device, args.num_seeds)
-            dqn = make_dqn(args, env)
-            state = dqn.init(noise, hyper_of(args))
+            try:
+                dqn = make_dqn(args, env)
+                state = dqn.init(noise, hyper_of(args))
+            except MemoryError as error:
+                raise UsageError(
+                    f"--buffer-size {args.buffer_size}: must be smaller; the memory of {device} "
+                    "cannot hold so many transitions"
+                ) from error
         except (ValueError, EnvCheckError) as error:
             raise UsageError(str(error)) from error
-        except MemoryError as error:
-            raise UsageError(
-                f"--buffer-size {args.buffer_size}: must be smaller; the memory of {device} cannot "
-                "hold so many transitions"
-            ) from error
+        # Tables that features or dynamics keep for each device are made now, with real numbers:
+        # the first call in a trace would make them of stand-ins.
+        env.features(state.env.obs[:1])
         runner = Runner(dqn, state, plan, noise, choice)
         stack.callback(runner.close)
         parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
@@ -210,7 +216,7 @@ def make_dqn(args: Args, env: TensorEnv) -> DQN:
         num_envs=args.num_envs,
         batch_size=args.batch_size,
         double_q=args.double_q,
-        holds_actions=bool((member_values(args, "eps_repeat") > 0.0).any()),
+        holds_actions=args.holds_actions,
     )
 
 
@@ -330,7 +336,7 @@ def check(args: Args) -> Args:
         "eval_interval",
         "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
     )
-    if wrong := sweep_error(args.sweep, args.sweep_random):
+    if wrong := form_error(args.sweep):
         raise UsageError(f"--sweep {wrong}")
     sweep: dict[str, tuple[float, ...]] = {}
     for name, values in args.sweep.items():
@@ -338,6 +344,8 @@ def check(args: Args) -> Args:
             sweep[name] = tuple(float(check_value(type(args), name, value)) for value in values)
         except UsageError as error:
             raise UsageError(str(error).replace(flag(name), f"--sweep {name}", 1)) from error
+    if wrong := sweep_error(sweep, args.sweep_random):
+        raise UsageError(f"--sweep {wrong}")
     args = dataclasses.replace(args, sweep=sweep)
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
     return args

@@ -33,10 +33,16 @@ from dqn_fast.heads import LossName
 from dqn_fast.record.describe import describe
 from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import Metrics
-from dqn_fast.record.run import Interruption, RunRecord, TrainingError, create_run_dir
+from dqn_fast.record.run import (
+    Interruption,
+    RunRecord,
+    TrainingError,
+    create_run_dir,
+    refuse_used_dir,
+)
 from dqn_fast.settings import UsageError, above, at_least, between, finite, parse
 from dqn_fast.setup import Training, device_of, intervals, member_values, settle, setup
-from dqn_fast.sweep import members_of, num_points, one_or_all, read_sweep
+from dqn_fast.sweep import members_of, num_points, read_sweep
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -204,6 +210,11 @@ class Args:
         return self.num_seeds * self.num_points
 
     @property
+    def holds_actions(self) -> bool:
+        """Whether random actions of any member last."""
+        return max((self.eps_repeat, *self.sweep.get("eps_repeat", ()))) > 0.0
+
+    @property
     def members(self) -> list[dict[str, Any]]:
         """Seed and swept settings of each member."""
         return members_of(self.sweep, self.sweep_random, self.seed, self.num_seeds)
@@ -262,14 +273,17 @@ def train(
     """
     began = time.perf_counter()
     args = settle(args)
+    refuse_used_dir(args.run_dir)
     with ExitStack() as stack:
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
         training = stack.enter_context(closing(setup(args, env)))
         env, dqn, state, plan = training.env, training.dqn, training.state, training.plan
         q_net, noise, exact = training.q_net, training.noise, training.exact
+        gammas = member_values(args, "gamma")
         run_dir = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
         config = describe_training(training)
+        differs = bool(args.sweep.keys() & {"eps_start", "eps_end", "eps_fraction"})
         probe = env.features(dqn.by_member(state.env.obs)[:, :1]).clone()
         metrics = Metrics(dqn.num_members, most_episodes(args), noise.device)
         diagnostics = Diagnostics(dqn, exact)
@@ -294,7 +308,7 @@ def train(
                         args.eval_episodes,
                         noise,
                         epoch=run.num_evaluations,
-                        gamma=member_values(args, "gamma"),
+                        gamma=gammas,
                     )
                     known = exact.compare(q_net) if exact else {}
                     row = run.evaluated(result, known)
@@ -302,9 +316,8 @@ def train(
                 solved = reached_goal(args, row)
                 ends = stopped or done or solved
                 if log or ends:
-                    row["charts/epsilon"] = one_or_all(
-                        training.schedules.epsilon(chunk.after).tolist()
-                    )
+                    epsilon = training.schedules.epsilon(chunk.after).tolist()
+                    row["charts/epsilon"] = epsilon if differs else epsilon[0]
                     run.log_point(row, q_probe(q_net, probe))
                 elif row:
                     run.log(row)

@@ -48,7 +48,7 @@ from dqn_fast.envs import EnvError, Outcome, VectorState
 from dqn_fast.plan import Chunk
 from dqn_fast.record.checkpoint import finite
 from dqn_fast.record.metrics import Metrics
-from dqn_fast.record.run import UsageError
+from dqn_fast.settings import UsageError
 
 PARTS = ACT, ENV_STEP, STORE, LEARN = "act", "env step", "store", "sample + update"
 """Parts of a plain vector step; see `MarkedDQN`."""

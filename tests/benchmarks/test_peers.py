@@ -22,8 +22,8 @@ from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.plan import linear_schedule
-from dqn_fast.record.run import UsageError
 from dqn_fast.report.recorded import read_run
+from dqn_fast.settings import UsageError
 from dqn_fast.setup import make_plan, schedules_of
 from dqn_fast.train import Args, train
 
