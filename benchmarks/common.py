@@ -18,7 +18,7 @@ import torch
 
 from dqn_fast.record.checkpoint import finite
 from dqn_fast.record.describe import software
-from dqn_fast.record.run import UsageError
+from dqn_fast.settings import UsageError
 
 Result = TypeVar("Result")
 

@@ -52,9 +52,10 @@ from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
 from dqn_fast.envs import TensorEnv
 from dqn_fast.plan import Chunk
-from dqn_fast.record.run import UsageError
 from dqn_fast.replay import Batch, Replay
-from dqn_fast.train import Args, Training, setup
+from dqn_fast.settings import UsageError
+from dqn_fast.setup import Training, setup
+from dqn_fast.train import Args
 
 NamedEngine = Literal["eager", "compile", "graph"]
 

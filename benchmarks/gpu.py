@@ -38,7 +38,7 @@ import tyro
 
 from benchmarks.common import above_zero, finish, in_a_folder, machine_card
 from benchmarks.gate import Key, key_of, name_of
-from dqn_fast.record.run import UsageError
+from dqn_fast.settings import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 

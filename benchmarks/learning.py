@@ -44,8 +44,8 @@ from benchmarks.comparison import (
 from benchmarks.peers.scalar import scalar_settings
 from benchmarks.runs import PACKAGES, PARTS, TO_GOAL, TRAIN, run_side, saved_returns
 from benchmarks.throughput import equal_work_args, fast_args
-from dqn_fast.record.run import UsageError
 from dqn_fast.report.recorded import RecordedRun
+from dqn_fast.settings import UsageError
 from dqn_fast.train import Args
 
 

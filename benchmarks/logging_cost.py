@@ -29,7 +29,7 @@ import tyro
 
 from benchmarks.common import among_cores, at_least_one, finish, pin, print_row
 from dqn_fast.engines import EngineName
-from dqn_fast.record.run import UsageError
+from dqn_fast.settings import UsageError
 
 Loggers = Literal["files", "wandb", "tensorboard"]
 

@@ -31,8 +31,8 @@ import torch
 import tyro
 
 from benchmarks.peers.to_goal import ToGoal
-from dqn_fast.record.run import UsageError
 from dqn_fast.report.recorded import RecordedRun, read_run
+from dqn_fast.settings import UsageError
 from dqn_fast.train import Args, asked_env_id
 
 TRAIN, TO_GOAL = "dqn_fast.train", "benchmarks.peers.to_goal"

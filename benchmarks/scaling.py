@@ -33,7 +33,8 @@ from dqn_fast.device import choose_device, run_conditions
 from dqn_fast.envs import make_env
 from dqn_fast.record.metrics import Metrics
 from dqn_fast.replay import Replay, ReplayState
-from dqn_fast.train import Args, check, setup
+from dqn_fast.setup import check, setup
+from dqn_fast.train import Args
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

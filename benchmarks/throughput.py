@@ -69,7 +69,8 @@ from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
 from dqn_fast.engines import EngineName
 from dqn_fast.envs import make_env
 from dqn_fast.record.metrics import Metrics
-from dqn_fast.train import Args, make_plan, most_episodes, setup, train
+from dqn_fast.setup import make_plan, setup
+from dqn_fast.train import Args, most_episodes, train
 
 ENDLESS = 2**40
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.agent import AgentFile, load_agent
+from dqn_fast.device import upload
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
@@ -87,7 +88,7 @@ def evaluate(
         step_noise = draw(Stream.EVALUATION_STEP, start, count, env.step_noise_dim)
         reset_noise = draw(Stream.EVALUATION_RESET, start + 1, count, env.reset_noise_dim)
         powers = gammas ** np.arange(start, start + count)[:, None]  # [count, M]
-        discount = torch.from_numpy(powers.astype(np.float32)).to(q.device)
+        discount = upload(torch.from_numpy(powers.astype(np.float32)), q.device)
         discount = discount[..., None].expand(-1, *copies).flatten(1)
         for k in range(count):
             action = q.argmax(-1).flatten()

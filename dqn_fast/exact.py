@@ -45,7 +45,8 @@ class ExactValues:
         self.mdp = env.mdp()
         solved = {gamma: self._solve(gamma, env.max_steps) for gamma in set(gammas)}
         q_star, returns, start_values = zip(*(solved[gamma] for gamma in gammas), strict=True)
-        self.q_star = torch.stack(q_star)
+        one = len(solved) == 1  # then members share its memory
+        self.q_star = q_star[0].expand(len(gammas), -1, -1) if one else torch.stack(q_star)
         self.optimal_return, self.optimal_start_value = list(returns), list(start_values)
         self.features = env.features(env.observe(env.states())).to(device)
         self._gammas, self._max_steps = list(gammas), env.max_steps
@@ -95,6 +96,9 @@ def solve(
     Also None if it would take too long: more than 1,024 states take seconds, a discount above
     0.9999 takes minutes.
     """
-    if not isinstance(env, TabularEnv) or len(env.states()[0]) > 1024 or max(gammas) > 0.9999:
+    if not isinstance(env, TabularEnv) or max(gammas) > 0.9999:
+        return None
+    num_states = len(env.states()[0])
+    if num_states > 1_024 or num_states * len(set(gammas)) > 16_384:
         return None
     return ExactValues(env, gammas, device)

@@ -46,7 +46,7 @@ COPIED_BYTES = 2**28
 ACT_BLOCK, MOST_BLOCKS = 1_024, 16
 """Env copies whose Q-values a CPU computes at a time, and number of such blocks: `dqn`."""
 NUMBERS_AT_ONCE = 2**19
-"""Random numbers drawn at once, see `train.make_plan`; a single vector step may need more."""
+"""Random numbers drawn at once, see `setup.make_plan`; a single vector step may need more."""
 STEPS_PER_CHECK = 32
 """Vector steps whose noise an evaluation draws at once: `evaluate`."""
 MOST_EPISODES = 2**20
@@ -71,7 +71,7 @@ class Sizes:
     chunk_steps: int
     train_freq: int
     gradient_steps: int
-    eps_repeat: float
+    holds_actions: bool
 
     @property
     def num_members(self) -> int:
@@ -159,22 +159,22 @@ class Needs:
 
 
 FLAGS: dict[str, tuple[str, ...]] = {
-    "replay": ("buffer_size", "num_seeds"),
-    "members": ("num_seeds", "hidden_sizes"),
-    "environments": ("num_envs", "num_seeds"),
-    "noise": ("num_envs", "batch_size", "num_seeds"),
-    "metrics": ("num_seeds", "num_envs"),
-    "files": ("num_seeds", "hidden_sizes"),
-    "diagnostics": ("num_seeds",),
+    "replay": ("buffer_size", "num_seeds", "num_points"),
+    "members": ("num_seeds", "num_points", "hidden_sizes"),
+    "environments": ("num_envs", "num_seeds", "num_points"),
+    "noise": ("num_envs", "batch_size", "num_seeds", "num_points"),
+    "metrics": ("num_seeds", "num_points", "num_envs"),
+    "files": ("num_seeds", "num_points", "hidden_sizes"),
+    "diagnostics": ("num_seeds", "num_points"),
     "program": (),
     "gaps": (),
-    "drawing noise": ("num_envs", "batch_size", "num_seeds"),
-    "vector step": ("num_envs", "num_seeds", "hidden_sizes"),
-    "gradient step": ("batch_size", "num_seeds", "hidden_sizes"),
-    "evaluation": ("eval_episodes", "num_seeds", "hidden_sizes"),
-    "exact values": ("num_seeds", "hidden_sizes"),
-    "log point": ("num_seeds", "buffer_size"),
-    "compiling": ("buffer_size", "num_seeds"),
+    "drawing noise": ("num_envs", "batch_size", "num_seeds", "num_points"),
+    "vector step": ("num_envs", "num_seeds", "num_points", "hidden_sizes"),
+    "gradient step": ("batch_size", "num_seeds", "num_points", "hidden_sizes"),
+    "evaluation": ("eval_episodes", "num_seeds", "num_points", "hidden_sizes"),
+    "exact values": ("num_seeds", "num_points", "hidden_sizes"),
+    "log point": ("num_seeds", "num_points", "buffer_size"),
+    "compiling": ("buffer_size", "num_seeds", "num_points"),
 }
 """The settings with which each part grows; the first is the first that an error message names."""
 
@@ -233,7 +233,7 @@ class _Run:
 
     @property
     def window(self) -> int:
-        """Vector steps whose noise is drawn at once, see `train.make_plan`."""
+        """Vector steps whose noise is drawn at once, see `setup.make_plan`."""
         num_steps = -(-self.sizes.total_timesteps // self.sizes.num_envs)
         return min(max(1, NUMBERS_AT_ONCE // self.numbers), num_steps)
 
@@ -272,7 +272,7 @@ class _Run:
     @property
     def environments(self) -> int:
         """Bytes of the env copies' tensors, held random actions included."""
-        return self.copies * (self.layout.state_bytes + (8 if self.sizes.eps_repeat else 0))
+        return self.copies * (self.layout.state_bytes + (8 if self.sizes.holds_actions else 0))
 
     @property
     def state(self) -> int:
@@ -550,7 +550,7 @@ def _largest(sizes: Sizes, flag: str, fits: Callable[[Sizes], bool]) -> int | No
 
 
 def _least(sizes: Sizes, flag: str) -> int:
-    """The smallest value that a setting may have with the others as they are, see `train.check`."""
+    """The smallest value that a setting may have with the others as they are, see `setup.check`."""
     if flag == "buffer_size":
         return max(sizes.num_envs, sizes.batch_size)
     if flag == "num_envs" and sizes.total_timesteps < sizes.batch_size:
@@ -582,6 +582,8 @@ def _with_least(sizes: Sizes, flags: Sequence[str]) -> Sizes:
 
 def _shown(sizes: Sizes, name: str) -> str:
     """A setting and its value, as on the command line."""
+    if name == "num_points":
+        return f"--sweep with {sizes.num_points} settings"
     return f"--{name.replace('_', '-')} {getattr(sizes, name)}"
 
 

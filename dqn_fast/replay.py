@@ -103,6 +103,7 @@ class Replay:
 
         Raises:
             ValueError: `capacity` is below N, so one vector step would overwrite itself.
+            MemoryError: there are too many rows to number them.
         """
         if capacity < num_envs:
             raise ValueError(f"capacity {capacity}: must be at least {num_envs}, one vector step")
@@ -114,6 +115,8 @@ class Replay:
             obs, ((), action), ((), torch.float32), obs, ((), torch.bool)
         ]  # fmt: skip
         self._device = torch.device(device)
+        if num_members * capacity >= 2**62:
+            raise MemoryError(f"{num_members * capacity} rows")
         # Loaded from memory, because an `arange` compiled for a GPU has 32 bits.
         self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
         self._new_rows = torch.arange(num_envs, device=device)

@@ -356,7 +356,8 @@ def expand_flags(cls: type[DataclassInstance], argv: Sequence[str]) -> list[str]
     --num_envs=1e2 becomes --num-envs 100. The value may also be the next word.
 
     Raises:
-        UsageError: --double_q=VALUE with another value than true or false.
+        UsageError: --double_q=VALUE with another value than true or false, or a flag of names and
+            values that is given twice.
     """
     settings = {setting.flag: setting for setting in declarations(cls).values()}
     expanded: list[str] = []
@@ -368,6 +369,8 @@ def expand_flags(cls: type[DataclassInstance], argv: Sequence[str]) -> list[str]
         if setting is None:
             expanded.append(word)
             continue
+        if setting.kind is dict and setting.flag in expanded:  # tyro would take the last one
+            raise UsageError(f"{setting.flag}: must be given once, with all its names and values")
         if not equals and words:
             value = words[0]
         replaced = _expanded(setting, value)
@@ -402,7 +405,9 @@ def _expanded(setting: Setting, text: str) -> list[str] | None:
     if setting.kind is dict and brackets == "{}":
         pairs = _literal(text)
         if isinstance(pairs, dict):
-            return [setting.flag, *(str(word) for pair in pairs.items() for word in pair)]
+            values = (v if isinstance(v, list | tuple) else (v,) for v in pairs.values())
+            words = (word for name, own in zip(pairs, values, strict=True) for word in (name, *own))
+            return [setting.flag, *map(str, words)]
     return None
 
 

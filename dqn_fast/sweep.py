@@ -41,15 +41,17 @@ def read_sweep(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """The sweep on a command line: names, each followed by its values.
 
     Raises:
-        ValueError: a number comes before the first name.
+        ValueError: a number comes before the first name, or a name comes twice.
     """
     sweep: dict[str, tuple[float, ...]] = {}
     name = ""
-    for word in words:
+    for word in " ".join(words).split():
         try:
             value = float(word)
         except ValueError:
             name = word.replace("-", "_")
+            if name in sweep:
+                raise ValueError(f"{name}: must be named once, with all its values") from None
             sweep[name] = ()
             continue
         if not name:
@@ -58,14 +60,22 @@ def read_sweep(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
     return sweep
 
 
-def sweep_error(sweep: Sweep, num_random: int) -> str | None:
-    """The first error of a sweep, or None; the range of each value is not checked."""
+def form_error(sweep: Mapping[str, Any]) -> str | None:
+    """The first name that is not one of `SWEPT` or has no values, in words; or None."""
     for name, values in sweep.items():
         if name not in SWEPT:
             return f"{name}: must be one of {', '.join(SWEPT)}"
         if not isinstance(values, (list, tuple)) or None in values:
             return f"{name} {values!r}: must have a tuple of numbers"
-        if not values or len(set(values)) < len(values):
+        if not values:
+            return f"{name}: must be followed by numbers"
+    return None
+
+
+def sweep_error(sweep: Sweep, num_random: int) -> str | None:
+    """The first error in the values of a sweep, in words; or None. Their ranges are not checked."""
+    for name, values in sweep.items():
+        if len(set(values)) < len(values):
             return f"{name} {' '.join(map(str, values))}: must have different values"
         if num_random and len(values) != 2:
             return f"{name}: must have two values with --sweep-random, the ends of a range"
@@ -101,7 +111,8 @@ def points_of(sweep: Sweep, num_random: int, seed: int) -> list[dict[str, float]
         low, high = sorted(ends)
         share = random.random(num_random)
         if name in SCALES:
-            columns[name] = low * (high / low) ** share
+            logarithm = np.log(low) + share * (np.log(high) - np.log(low))
+            columns[name] = np.exp(logarithm).clip(low, high)
         else:
             columns[name] = low + share * (high - low)
     return [{name: float(column[i]) for name, column in columns.items()} for i in range(num_random)]
@@ -123,4 +134,5 @@ def one_or_all(values: Sequence[float]) -> float | list[float]:
 
 def label_of(member: Mapping[str, Any]) -> str:
     """A member's swept settings as text; empty without a sweep."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in member.items() if name != "seed")
+    shown = {name: math.inf if v is None else v for name, v in member.items() if name != "seed"}
+    return ", ".join(f"{name} {value:.6g}" for name, value in shown.items())

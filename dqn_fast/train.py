@@ -2,58 +2,34 @@
 
     python -m dqn_fast.train --num-envs 64
 
-Read it top to bottom: the settings; `setup`, which makes everything that a run trains with; the
-loop, which runs chunks of vector steps, evaluates, logs and saves. The vector step itself is in
-dqn.py.
+Read it top to bottom: the settings; the loop, which runs chunks of vector steps, evaluates, logs
+and saves; the command line. The vector step itself is in dqn.py. `setup`, in setup.py, makes
+everything that a run trains with.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
-from numpy.typing import NDArray
-from torch import Tensor
 from tyro.constructors import PrimitiveConstructorSpec
 
-from dqn_fast.algorithm import ChunkRecord, StepInputs, UpdateInputs
-from dqn_fast.device import MatmulPrecision, choose_device, run_conditions, upload
-from dqn_fast.dqn import DQN, Hyper, QFunction, State
-from dqn_fast.engines import (
-    RECORDED_STEPS,
-    EngineName,
-    Runner,
-    choose_engine,
-    without_compiler,
-)
-from dqn_fast.envs import (
-    EnvCheckError,
-    EnvError,
-    TensorEnv,
-    VectorizationMode,
-    check_env,
-    make_env,
-)
+from dqn_fast.device import MatmulPrecision, run_conditions
+from dqn_fast.dqn import QFunction
+from dqn_fast.engines import EngineName
+from dqn_fast.envs import EnvError, TensorEnv, VectorizationMode
 from dqn_fast.evaluate import evaluate, q_probe
-from dqn_fast.exact import ExactValues, solve
 from dqn_fast.experiments import experiment
-from dqn_fast.heads import LossName, ScalarHead
-from dqn_fast.memory import check_memory, fits
-from dqn_fast.networks import QNetwork
-from dqn_fast.noise import Noise
-from dqn_fast.plan import Chunk, Plan, Schedules
+from dqn_fast.heads import LossName
 from dqn_fast.record.describe import describe
 from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import Metrics
@@ -62,20 +38,11 @@ from dqn_fast.record.run import (
     RunRecord,
     TrainingError,
     create_run_dir,
+    refuse_used_dir,
 )
-from dqn_fast.replay import Replay
-from dqn_fast.settings import (
-    UsageError,
-    above,
-    at_least,
-    between,
-    check_settings,
-    check_value,
-    finite,
-    flag,
-    parse,
-)
-from dqn_fast.sweep import members_of, num_points, one_or_all, read_sweep, sweep_error
+from dqn_fast.settings import UsageError, above, at_least, between, finite, parse
+from dqn_fast.setup import Training, device_of, intervals, member_values, settle, setup
+from dqn_fast.sweep import members_of, num_points, read_sweep
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -243,6 +210,11 @@ class Args:
         return self.num_seeds * self.num_points
 
     @property
+    def holds_actions(self) -> bool:
+        """Whether random actions of any member last."""
+        return max((self.eps_repeat, *self.sweep.get("eps_repeat", ()))) > 0.0
+
+    @property
     def members(self) -> list[dict[str, Any]]:
         """Seed and swept settings of each member."""
         return members_of(self.sweep, self.sweep_random, self.seed, self.num_seeds)
@@ -252,280 +224,6 @@ class Args:
         """Settings that work for an environment: its `experiment`, overridden by `settings`."""
         table = {k: v for k, v in experiment(env_id).items() if k != "env_params"}
         return cls(**{**table, "env_id": env_id, **settings})
-
-
-INTERVALS = {
-    "log_interval": (50, 2_048),
-    "eval_interval": (16, 8_192),
-    "checkpoint_interval": (4, 131_072),
-}
-"""For each interval that is not set: how many such events a run has, and the maximum number of
-vector steps between two. The number is fixed because a log point costs 1 to 2 ms and a checkpoint
-10 ms: together they stay below 5 % of the loop, or 0.1 s of a short run."""
-
-
-def intervals(args: Args) -> dict[str, int]:
-    """Transitions between log points, evaluations and checkpoints, from the settings alone: runs of
-    the same settings have the same intervals."""
-    chosen: dict[str, int] = {}
-    for name, (number, most_steps) in INTERVALS.items():
-        steps = min(args.total_timesteps // (number * args.num_envs), most_steps)
-        asked = getattr(args, name)
-        chosen[name] = max(steps, 1) * args.num_envs if asked is None else asked
-    return chosen
-
-
-def check(args: Args) -> Args:
-    """The settings, each in its field's own type.
-
-    Raises:
-        UsageError: a setting is not allowed, by itself or together with the others; the message
-            names the first.
-    """
-    args = check_settings(args)
-
-    def need(ok: bool, name: str, allowed: str) -> None:
-        if not ok:
-            raise UsageError(f"{flag(name)} {getattr(args, name)}: must be {allowed}")
-
-    need(
-        args.buffer_size >= args.num_envs,
-        "buffer_size",
-        f"at least --num-envs {args.num_envs}, the transitions of one vector step",
-    )
-    most = min(args.buffer_size, -(-args.total_timesteps // args.num_envs) * args.num_envs)
-    need(args.batch_size <= most, "batch_size", f"at most {most}, the most that replay can hold")
-    need(
-        args.eval_interval != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
-        "eval_interval",
-        "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
-    )
-    if wrong := sweep_error(args.sweep, args.sweep_random):
-        raise UsageError(f"--sweep {wrong}")
-    sweep: dict[str, tuple[float, ...]] = {}
-    for name, values in args.sweep.items():
-        try:
-            sweep[name] = tuple(float(check_value(Args, name, value)) for value in values)
-        except UsageError as error:
-            raise UsageError(str(error).replace(flag(name), f"--sweep {name}", 1)) from error
-    args = dataclasses.replace(args, sweep=sweep)
-    need(args.name != "" and "/" not in args.name, "name", "a name without /")
-    return args
-
-
-# -------------------------------------------------------------------------------------- set-up
-
-
-@dataclass
-class Training:
-    """Everything that one run trains with; made by `setup`, run by `chunks`.
-
-    Attributes:
-        args: settings, checked and complete.
-        env_id: name of the environment.
-        env: the environment.
-        plan: which vector steps learn, and where chunks end.
-        schedules: values that follow from the step count.
-        noise: random numbers of the members.
-        dqn: one vector step.
-        state: everything that outlives a vector step.
-        exact: exact solution of the environment, or None.
-        runner: the engine.
-        on_close: callbacks of `close`.
-    """
-
-    args: Args
-    env_id: str
-    env: TensorEnv
-    plan: Plan
-    schedules: Schedules
-    noise: Noise
-    dqn: DQN
-    state: State
-    exact: ExactValues | None
-    runner: Runner
-    on_close: ExitStack = field(default_factory=ExitStack, repr=False)
-
-    @property
-    def q_net(self) -> QFunction:
-        """Q-values of all members."""
-        return self.dqn.q_function(self.state)
-
-    def inputs(self) -> Iterator[tuple[Chunk, StepInputs, UpdateInputs]]:
-        """The run's chunks, each with its random numbers and schedules."""
-        drawn = None
-        for window, chunk in self.plan.chunks():
-            if window is not drawn:
-                drawn, (steps, updates) = window, self.inputs_of(window)
-            k, u = chunk.slices_in(window)
-            yield chunk, rows_of(steps, k), rows_of(updates, u)
-
-    def inputs_of(self, chunk: Chunk) -> tuple[StepInputs, UpdateInputs]:
-        """Random numbers and schedules of `chunk`, as tensors on the device."""
-        first = chunk.before // self.args.num_envs, chunk.first_update
-        drawn = self.runner.draw(chunk.num_steps, chunk.num_updates, *first)
-        explore, env_step, env_reset, rows = drawn
-        epsilon, *scheduled = upload_arrays(self.schedules.of(chunk), self.noise.device)
-        return StepInputs(explore, env_step, env_reset, epsilon), UpdateInputs(rows, *scheduled)
-
-    def chunks(self) -> Iterator[tuple[Chunk, ChunkRecord]]:
-        """Run the chunks one by one; the next chunk overwrites the record of the last.
-
-        Raises:
-            EnvError: the environment broke its contract; the message says when.
-        """
-        for chunk, steps, updates in self.inputs():
-            try:
-                record = self.runner(steps, updates, chunk.update_counts)
-            except EnvError as error:
-                when = f"between global_step {chunk.before:,} and {chunk.after:,}"
-                raise EnvError(f"{error} ({when})") from error
-            yield chunk, record
-
-    def close(self) -> None:
-        """Stop the compiler if it still runs, and close the environment if `setup` made it."""
-        self.on_close.close()
-
-
-def rows_of(inputs: Any, rows: slice) -> Any:
-    """A slice of `StepInputs` or `UpdateInputs` along their first axis."""
-    return type(inputs)(*(None if tensor is None else tensor[rows] for tensor in inputs))
-
-
-def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -> list[Tensor]:
-    """The arrays as float32 tensors on the device, uploaded in one copy."""
-    flat = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
-    parts = upload(torch.from_numpy(flat), device).split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
-
-def setup(args: Args, env: TensorEnv | None = None) -> Training:
-    """Make everything that a run trains with; no file is written.
-
-    Args:
-        args: settings.
-        env: the caller's own environment, which stays open; None makes `args.env_id`.
-
-    Raises:
-        UsageError: a setting is not allowed, or the run does not fit into memory.
-    """
-    args = settle(args)
-    device = device_of(args)
-    with ExitStack() as stack:
-        try:
-            if env is None:
-                env_id = args.env_id
-                env = make_env(env_id, args.env_params, args.vectorization_mode)
-                stack.callback(env.close)
-            else:
-                if not isinstance(env, TensorEnv):
-                    raise UsageError(
-                        f"env {env}: must be a TensorEnv; dqn_fast.envs.from_gymnasium converts "
-                        "an environment of Gymnasium"
-                    )
-                if args.env_params:
-                    pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
-                    raise UsageError(
-                        f"--env-params {pairs}: must be empty with an environment of your own"
-                    )
-                env_id = getattr(env, "name", type(env).__name__)
-                if not env.on_host:
-                    check_env(env, num_envs=2, num_steps=2)
-            check_memory(args, env, device)
-            exact = solve(env, member_values(args, "gamma").tolist(), device)
-            if args.stop_when_optimal and exact is None:
-                raise UsageError(
-                    f"--stop-when-optimal: {env_id} has no exact solution here; "
-                    "use --stop-at-return"
-                )
-            plan = make_plan(args, env)
-            choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
-            # On a CPU the compiler process gets a copy and loads it, which makes two more.
-            state_copies = 3 if device.type == "cpu" else 1
-            if choice.compiled and not fits(args, env, device, state_copies):
-                why = "too little memory to try compiled functions on a copy of the replay"
-                choice = without_compiler(choice, why)
-            noise = Noise(args.seed, args.num_members, device, args.num_seeds)
-            dqn = make_dqn(args, env)
-            state = dqn.init(noise, hyper_of(args))
-        except (ValueError, EnvCheckError) as error:
-            raise UsageError(str(error)) from error
-        except MemoryError as error:
-            raise UsageError(
-                f"--buffer-size {args.buffer_size}: must be smaller; the memory of {device} cannot "
-                "hold so many transitions"
-            ) from error
-        runner = Runner(dqn, state, plan, noise, choice)
-        stack.callback(runner.close)
-        parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
-        return Training(args, *parts, on_close=stack.pop_all())
-    raise AssertionError  # for mypy: the stack suppresses no exception
-
-
-def settle(args: Args) -> Args:
-    """The settings, checked, as plain numbers, with all intervals chosen.
-
-    Raises:
-        UsageError: a setting is not allowed.
-    """
-    args = check(args)
-    settled: dict[str, Any] = {**intervals(args)}
-    return dataclasses.replace(args, **settled)
-
-
-def device_of(args: Args) -> torch.device:
-    """The device that --device stands for."""
-    try:
-        return choose_device(args.device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def make_dqn(args: Args, env: TensorEnv) -> DQN:
-    """The algorithm that the settings describe."""
-    obs = env.example_obs()
-    sizes = (env.features(obs).shape[-1], *args.hidden_sizes, env.num_actions)
-    head = ScalarHead(args.loss)
-    replay_shape = args.buffer_size, args.num_members, args.num_envs
-    device = choose_device(args.device)
-    return DQN(
-        env=env,
-        network=QNetwork(sizes, head.num_outputs),
-        head=head,
-        replay=Replay(*replay_shape, obs, env.num_actions, device),
-        num_members=args.num_members,
-        num_envs=args.num_envs,
-        batch_size=args.batch_size,
-        double_q=args.double_q,
-        holds_actions=bool((member_values(args, "eps_repeat") > 0.0).any()),
-    )
-
-
-def member_values(args: Args, name: str) -> NDArray[np.float64]:
-    """A setting of each member, [M]."""
-    usual = getattr(args, name)
-    return np.array([member.get(name, usual) for member in args.members], np.float64)
-
-
-def hyper_of(args: Args) -> Hyper:
-    """Settings that a vector step reads, on the device."""
-    arrays = [member_values(args, name)[:, None] for name in Hyper._fields]
-    return Hyper(*upload_arrays(arrays, choose_device(args.device)))
-
-
-def schedules_of(args: Args) -> Schedules:
-    """Values that follow from the step count."""
-    constant = args.learning_rate_end is None and "learning_rate_end" not in args.sweep
-    end = "learning_rate" if constant else "learning_rate_end"
-    return Schedules(
-        learning_rate=member_values(args, "learning_rate"),
-        learning_rate_end=member_values(args, end),
-        eps_start=member_values(args, "eps_start"),
-        eps_end=member_values(args, "eps_end"),
-        eps_steps=np.floor(member_values(args, "eps_fraction") * args.total_timesteps),
-        tau=member_values(args, "tau"),
-        total_timesteps=args.total_timesteps,
-    )
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -575,14 +273,17 @@ def train(
     """
     began = time.perf_counter()
     args = settle(args)
+    refuse_used_dir(args.run_dir)
     with ExitStack() as stack:
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
         training = stack.enter_context(closing(setup(args, env)))
         env, dqn, state, plan = training.env, training.dqn, training.state, training.plan
         q_net, noise, exact = training.q_net, training.noise, training.exact
+        gammas = member_values(args, "gamma")
         run_dir = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
         config = describe_training(training)
+        differs = bool(args.sweep.keys() & {"eps_start", "eps_end", "eps_fraction"})
         probe = env.features(dqn.by_member(state.env.obs)[:, :1]).clone()
         metrics = Metrics(dqn.num_members, most_episodes(args), noise.device)
         diagnostics = Diagnostics(dqn, exact)
@@ -607,7 +308,7 @@ def train(
                         args.eval_episodes,
                         noise,
                         epoch=run.num_evaluations,
-                        gamma=member_values(args, "gamma"),
+                        gamma=gammas,
                     )
                     known = exact.compare(q_net) if exact else {}
                     row = run.evaluated(result, known)
@@ -615,9 +316,8 @@ def train(
                 solved = reached_goal(args, row)
                 ends = stopped or done or solved
                 if log or ends:
-                    row["charts/epsilon"] = one_or_all(
-                        training.schedules.epsilon(chunk.after).tolist()
-                    )
+                    epsilon = training.schedules.epsilon(chunk.after).tolist()
+                    row["charts/epsilon"] = epsilon if differs else epsilon[0]
                     run.log_point(row, q_probe(q_net, probe))
                 elif row:
                     run.log(row)
@@ -650,35 +350,6 @@ def describe_training(training: Training) -> dict[str, Any]:
         args.members,
         runner.engine,
         runner.reason,
-    )
-
-
-def make_plan(args: Args, env: TensorEnv) -> Plan:
-    """Which vector steps learn, when the target is synchronised, and where chunks end."""
-    # While the environments step in the background, learning lacks that step's transitions.
-    lag = args.num_envs if env.background else 0
-    plan = Plan(
-        num_envs=args.num_envs,
-        total_timesteps=args.total_timesteps,
-        learning_starts=max(args.learning_starts, args.batch_size) + lag,
-        train_freq=args.train_freq,
-        gradient_steps=args.gradient_steps,
-        target_update_interval=args.target_update_interval,
-        max_chunk_steps=1 if env.on_host else args.chunk_steps,
-        # An interval longer than the run fires once, at the end of the run.
-        intervals=tuple(min(i, args.total_timesteps) for i in intervals(args).values()),
-    )
-    # 2**19 numbers at a time: enough to hide the cost of a call, few enough to stay in the cache.
-    updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
-    per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
-    numbers = args.num_members * (args.num_envs * per_copy + 2 * updates * args.batch_size)
-    window, chunk = max(1, 2**19 // numbers), plan.max_chunk_steps
-    choice = choose_engine(args.engine, choose_device(args.device), plan.total_updates, env.on_host)
-    if graph := choice.engine == "graph":
-        chunk = min(chunk, RECORDED_STEPS)
-        window -= window % chunk if window > chunk else 0
-    return dataclasses.replace(
-        plan, max_window_steps=window, max_chunk_steps=chunk, few_shapes=graph
     )
 
 

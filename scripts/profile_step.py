@@ -39,7 +39,7 @@ from benchmarks.common import (
     pin,
     synchronise,
 )
-from dqn_fast import train
+from dqn_fast import setup, train
 from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.device import choose_device, run_conditions
 from dqn_fast.dqn import DQN
@@ -48,7 +48,7 @@ from dqn_fast.envs import EnvError, Outcome, VectorState
 from dqn_fast.plan import Chunk
 from dqn_fast.record.checkpoint import finite
 from dqn_fast.record.metrics import Metrics
-from dqn_fast.record.run import UsageError
+from dqn_fast.settings import UsageError
 
 PARTS = ACT, ENV_STEP, STORE, LEARN = "act", "env step", "store", "sample + update"
 """Parts of a plain vector step; see `MarkedDQN`."""
@@ -104,9 +104,9 @@ class Loop:
 
     def __init__(self, args: train.Args, profile_steps: int) -> None:
         # The run has no end here, and from its start the engine that the asked run ends up with.
-        made = train.setup(dataclasses.replace(args, engine="eager"))
+        made = setup.setup(dataclasses.replace(args, engine="eager"))
         args, self.device = dataclasses.replace(made.args, engine=args.engine), made.noise.device
-        plan = train.make_plan(args, made.env)
+        plan = setup.make_plan(args, made.env)
         choice = choose_engine(args.engine, self.device, plan.total_updates, made.env.on_host)
         choice = dataclasses.replace(choice, switch=None)
         self._plan = dataclasses.replace(plan, total_timesteps=10**12)
@@ -161,7 +161,7 @@ class Loop:
         drawn = time.perf_counter()
         for chunk in self._chunks:
             k, u = chunk.slices_in(self._window)
-            self._advance(chunk, train.rows_of(steps, k), train.rows_of(updates, u))
+            self._advance(chunk, setup.rows_of(steps, k), setup.rows_of(updates, u))
         synchronise(self.device)
         end = time.perf_counter()
         return 1e6 * ((drawn - start) / self.drawn + (end - drawn) / self.num_steps)
@@ -286,7 +286,7 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
     at_least_one(args, "profile_steps", "repeats")
     among_cores(args.cores)
     in_a_folder("--trace", args.trace)
-    train.check(args.training)
+    setup.check(args.training)
     with closing(Loop(args.training, args.profile_steps)) as loop:
         return _measure(args, loop)
 

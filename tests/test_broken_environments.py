@@ -19,7 +19,7 @@ from dqn_fast.agent import load_agent
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.record.checkpoint import load_checkpoint
-from dqn_fast.record.run import UsageError
+from dqn_fast.settings import UsageError
 from dqn_fast.train import Args, train
 
 STEP, COPY = 300, 5  # where the environments break: vector step, from 1, and env copy, from 0

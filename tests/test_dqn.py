@@ -33,7 +33,8 @@ from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.replay import Batch, Replay, ReplayState, Transition
-from dqn_fast.train import Args, Training, setup
+from dqn_fast.setup import Training, setup
+from dqn_fast.train import Args
 
 SHORT = Args(total_timesteps=4_000, eval_interval=0, engine="eager", device="cpu", quiet=True)
 

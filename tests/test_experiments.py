@@ -6,7 +6,8 @@ import pytest
 
 from dqn_fast.envs import TENSOR_ENVS, CartPole, GymTable, make_env
 from dqn_fast.experiments import EXPERIMENTS, experiment
-from dqn_fast.train import Args, check
+from dqn_fast.setup import check
+from dqn_fast.train import Args
 
 
 @pytest.mark.parametrize("env_id", list(EXPERIMENTS))

@@ -17,13 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqn_fast import dqn, evaluate, exact, memory, train, tree
+from dqn_fast import dqn, evaluate, exact, memory, setup, train, tree
 from dqn_fast.envs import TensorEnv, make_env
 from dqn_fast.memory import Layout, check_memory, free_memory, free_on_host, memory_needs
 from dqn_fast.record import run
 from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
 from dqn_fast.record.metrics import EpisodeLog
-from dqn_fast.train import Args, check, make_plan
+from dqn_fast.setup import check, make_plan
+from dqn_fast.train import Args
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = Args(
@@ -161,7 +162,7 @@ def test_layouts_are_those_of_states():
     for env_id in ("LineWorld-v0", "CartPole-v1", "Acrobot-v1", "MountainCar-v0", "FrozenLake-v1"):
         args = replace(SMALL, env_id=env_id, eps_repeat=0.0)
         env = make_env(env_id)
-        state = train.setup(args, env).state
+        state = setup.setup(args, env).state
         kept = memory_needs(args, env, CPU).kept
         assert kept["replay"] == tree.num_bytes(state.replay.rows)
         assert kept["environments"] == tree.num_bytes(state.env)
@@ -431,7 +432,7 @@ def test_without_room_for_a_copy_nothing_is_compiled(tmp_path, monkeypatch):
     runs plainly, and says so."""
     args = replace(SMALL, engine="compile", buffer_size=10**6, report=False, quiet=True)
     env = make_env(args.env_id)
-    resolved = replace(args, **train.intervals(args))
+    resolved = replace(args, **setup.intervals(args))
     set_free(monkeypatch, memory_needs(resolved, env, CPU).total)
     summary = train.train(replace(args, run_dir=tmp_path / "run")).summary
     assert summary["engine"] == "eager"

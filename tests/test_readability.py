@@ -9,7 +9,8 @@ from types import FrameType
 from typing import Any
 
 import dqn_fast
-from dqn_fast.train import Args, setup
+from dqn_fast.setup import setup
+from dqn_fast.train import Args
 
 PACKAGE = Path(dqn_fast.__file__).parent
 

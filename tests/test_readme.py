@@ -47,7 +47,7 @@ def test_every_flag_exists():
     """No flag of the training command that the README names is made up."""
     fields = {field.name for field in dataclasses.fields(Args)}
     text = README
-    for other in ("--episodes", "--entity", "--video"):  # of other commands
+    for other in ("--episodes", "--entity", "--video", "--dist"):  # of other commands
         text = text.replace(other, "")
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)}
     assert flags - fields - {"help"} == set()
@@ -57,7 +57,7 @@ def test_the_two_commands_stand_alone():
     """One trains and one tests; each is a block of its own."""
     assert code_blocks("sh") == [
         "pip install -e . && python -m dqn_fast.train --num-envs 64\n",
-        'pip install -e ".[test]" && pytest\n',
+        'pip install -e ".[test]" && pytest -n 2 --dist loadfile\n',
     ]
 
 

@@ -193,9 +193,11 @@ def test_a_capacity_below_one_vector_step_is_refused():
 
 
 def test_a_storage_that_no_memory_holds_is_a_memory_error():
-    """Whatever torch raises for it; to describe it takes no memory."""
-    replay = Replay(2**62, 8, 1, torch.zeros(1), num_actions=2)
+    """Whatever torch raises for it: too many rows to number, or too many bytes."""
     with pytest.raises(MemoryError, match=f"{2**65} rows"):
+        Replay(2**62, 8, 1, torch.zeros(1), num_actions=2)
+    replay = Replay(2**58, 8, 1, torch.zeros(1), num_actions=2)
+    with pytest.raises(MemoryError, match=f"{2**61} rows"):
         replay.init()
 
 

@@ -28,7 +28,8 @@ from dqn_fast.settings import (
     flag,
     parse,
 )
-from dqn_fast.train import Args, check, train
+from dqn_fast.setup import check
+from dqn_fast.train import Args, train
 
 # What each field of Args allows, written a second time by hand: values at its bounds, values just
 # outside, and the text of the range.

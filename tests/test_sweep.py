@@ -14,10 +14,13 @@ import torch
 from dqn_fast import tree
 from dqn_fast.agent import load_agent
 from dqn_fast.algorithm import ChunkRecord
+from dqn_fast.envs import make_env
+from dqn_fast.memory import memory_needs
 from dqn_fast.report.recorded import read_run, split_settings
-from dqn_fast.settings import UsageError
+from dqn_fast.settings import UsageError, parse
+from dqn_fast.setup import Training, check, setup
 from dqn_fast.sweep import SCALES, SWEPT, label_of, members_of, points_of, read_sweep, sweep_error
-from dqn_fast.train import Args, Training, check, setup, train
+from dqn_fast.train import Args, train
 
 
 def test_a_command_line_is_names_with_their_values():
@@ -65,8 +68,6 @@ def test_every_setting_meets_every_seed():
 @pytest.mark.parametrize(
     ("sweep", "num_random", "message"),
     [
-        ({"batch_size": (32, 64)}, 0, "batch_size: must be one of learning_rate, "),
-        ({"gamma": ()}, 0, "gamma : must have different values"),
         ({"gamma": (0.9, 0.9)}, 0, "gamma 0.9 0.9: must have different values"),
         ({"gamma": (0.9,)}, 4, "gamma: must have two values with --sweep-random"),
         ({"max_grad_norm": (1.0, math.inf)}, 4, "max_grad_norm: must have finite values"),
@@ -101,6 +102,50 @@ def test_numbers_of_numpy_become_pythons():
     args = check(Args(sweep={"tau": np.array([0.5, 1.0]), "gamma": [1, np.float32(0.5)]}))
     assert args.sweep == {"tau": (0.5, 1.0), "gamma": (1.0, 0.5)}
     assert all(type(v) is float for values in args.sweep.values() for v in values)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"batch_size": (32, 64)}, "--sweep batch_size: must be one of learning_rate, "),
+        ({"gamma": ()}, "--sweep gamma: must be followed by numbers"),
+        ({"gamma": ([1],)}, "--sweep gamma [1]: must be a number, in [0, 1]"),
+        ({"learning_rate": (10**400, 1)}, "--sweep learning_rate 1000"),
+    ],
+)
+@pytest.mark.parametrize("num_random", [0, 4])
+def test_names_and_types_are_checked_before_values(sweep, message, num_random):
+    """Whatever stands in a sweep, it costs one line."""
+    with pytest.raises(UsageError) as caught:
+        check(Args(sweep=sweep, sweep_random=num_random))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sweep", "gamma", "0.9", "0.99", "tau", "0.5"],
+        ["--sweep=gamma 0.9 0.99 tau 0.5"],
+        ["--sweep={'gamma': [0.9, 0.99], 'tau': 0.5}"],
+    ],
+)
+def test_a_sweep_is_read_as_shells_and_sweep_tools_write_it(words):
+    """In words, in one word, and as Python writes a dict."""
+    assert parse(Args, argv=words).sweep == {"gamma": (0.9, 0.99), "tau": (0.5,)}
+
+
+def test_no_value_disappears():
+    """A name or a flag that comes twice is refused, not overwritten."""
+    with pytest.raises(ValueError, match="gamma: must be named once"):
+        read_sweep(["gamma", "0.9", "gamma", "0.99"])
+    with pytest.raises(UsageError, match="--sweep: must be given once"):
+        parse(Args, argv=["--sweep", "gamma", "0.9", "--sweep", "tau", "0.5"])
+
+
+def test_extreme_ranges_stay_in_their_range():
+    """The draw is in logarithms, which do not overflow."""
+    points = points_of({"learning_rate": (1e-300, 1e300)}, 50, seed=0)
+    assert all(1e-300 <= point["learning_rate"] <= 1e300 for point in points)
 
 
 def test_right_sweeps_pass():
@@ -258,3 +303,67 @@ def test_a_run_without_a_sweep_is_one(tmp_path):
     run = read_run(tmp_path / "run")
     assert split_settings(run) == [run]
     assert run.num_members == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sweep": {"gamma": (0.9,)}},
+        {"sweep": {"gamma": (0.9, 0.95)}, "sweep_random": 1},
+        {"sweep": {"max_grad_norm": (1.0, math.inf)}},
+    ],
+)
+def test_small_sweeps_end_well(changes, tmp_path, capsys):
+    """One setting alone, and infinite values: closing lines and report are complete."""
+    args = replace(SHORT, quiet=False, report=True, run_dir=tmp_path / "run", **changes)
+    train(args)
+    out, err = capsys.readouterr()
+    assert "done: 1,504 transitions" in out
+    assert "warning" not in err
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{next(iter(changes['sweep']))} " in page
+
+
+def test_settings_that_look_equal_stay_apart(tmp_path):
+    """Settings are told apart by their values, not by how these are printed."""
+    sweep = {"gamma": (0.99000001, 0.99000002), "learning_rate": (1e-3, 1e-4)}
+    train(replace(SHORT, sweep=sweep, run_dir=tmp_path / "run"))
+    (tmp_path / "run" / "summary.json").unlink()  # as if it had been cut off
+    parts = split_settings(read_run(tmp_path / "run"))
+    assert [part.first_member for part in parts] == [0, 1, 2, 3]
+    assert [part.num_members for part in parts] == [1] * 4
+    assert [part.part("args")["learning_rate"] for part in parts] == [1e-3, 1e-4] * 2
+
+
+def test_epsilon_is_logged_for_each_member_wherever_it_differs(tmp_path):
+    """To the end of the run, where members may agree."""
+    train(replace(SHORT, sweep={"eps_fraction": (0.1, 0.5)}, run_dir=tmp_path / "run"))
+    epsilon = read_run(tmp_path / "run").metrics["charts/epsilon"]
+    assert epsilon.shape[1] == 2
+    assert np.isfinite(epsilon).all()
+    assert (epsilon[:-1, 0] <= epsilon[:-1, 1]).all()
+
+
+def test_the_film_and_the_closing_line_are_of_the_best_evaluation(tmp_path, capsys):
+    """Not of the last one."""
+    args = replace(SHORT, sweep={"tau": (0.02, 1.0)}, num_seeds=2, quiet=False)
+    summary = train(replace(args, run_dir=tmp_path / "run")).summary
+    best = [row["eval_return_best"] for row in summary["members"]]
+    agent = load_agent(tmp_path / "run", device="cpu")
+    assert best == agent.eval_return_mean
+    assert f"best member {agent.member} (" in capsys.readouterr().out
+
+
+def test_memory_counts_what_any_member_needs():
+    """Random actions that last for one member are kept for all."""
+    env = make_env("LineWorld-v0")
+    device = torch.device("cpu")
+    swept = memory_needs(Args(sweep={"eps_repeat": (0.0, 0.5)}), env, device)
+    plain = memory_needs(Args(num_seeds=2, eps_repeat=0.5), env, device)
+    assert swept.kept["environments"] == plain.kept["environments"]
+
+
+def test_a_sweep_that_is_too_large_is_named():
+    """Before anything is made for each member."""
+    with pytest.raises(UsageError, match=r"--sweep with 1000000000 settings: must be at most "):
+        setup(Args(sweep={"gamma": (0.9, 0.99)}, sweep_random=10**9, buffer_size=64))

@@ -22,8 +22,10 @@ from dqn_fast.dqn import Adam, State
 from dqn_fast.envs import TENSOR_ENVS, LineWorld, TensorEnv, make_env
 from dqn_fast.record.background import HostCopy
 from dqn_fast.record.checkpoint import load_checkpoint, save_checkpoint
-from dqn_fast.record.run import RunRecord, TrainingError, UsageError
-from dqn_fast.train import Args, Training, intervals, schedules_of, setup, train
+from dqn_fast.record.run import RunRecord, TrainingError
+from dqn_fast.settings import UsageError
+from dqn_fast.setup import Training, intervals, schedules_of, setup
+from dqn_fast.train import Args, train
 from tests.test_dqn import NoHostReads
 
 SHORT = Args(total_timesteps=4_000, eval_interval=2_000, eval_episodes=10, quiet=True, report=False)

@@ -11,9 +11,10 @@ import torch
 from dqn_fast import tree
 from dqn_fast.agent import load_agent
 from dqn_fast.envs.from_gymnasium import GymnasiumEnv, from_gymnasium
-from dqn_fast.record.run import UsageError
 from dqn_fast.replay import Replay, ReplayState, Transition
-from dqn_fast.train import Args, setup, train
+from dqn_fast.settings import UsageError
+from dqn_fast.setup import setup
+from dqn_fast.train import Args, train
 
 ARGS = Args(
     env_id="gym:CartPole-v1",

@@ -50,8 +50,9 @@ from dqn_fast.envs import make_env
 from dqn_fast.exact import solve
 from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
-from dqn_fast.record.run import UsageError
-from dqn_fast.train import Args, asked_env_id, check
+from dqn_fast.settings import UsageError
+from dqn_fast.setup import check
+from dqn_fast.train import Args, asked_env_id
 
 if TYPE_CHECKING:
     from benchmarks.turns import Stopwatch

@@ -32,9 +32,10 @@ from dqn_fast.noise import Noise
 from dqn_fast.plan import crossed, linear_schedule
 from dqn_fast.record.checkpoint import write_json
 from dqn_fast.record.describe import software
-from dqn_fast.record.run import UsageError
 from dqn_fast.record.tracker import JsonlTracker
-from dqn_fast.train import Args, intervals, make_plan
+from dqn_fast.settings import UsageError
+from dqn_fast.setup import intervals, make_plan
+from dqn_fast.train import Args
 
 
 def sb3_settings(args: Args) -> dict[str, Any]:

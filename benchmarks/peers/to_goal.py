@@ -225,7 +225,7 @@ def run_sb3(settings: dict[str, Any]) -> ToGoal:
 
     from benchmarks.peers.sb3 import sb3_settings
     from dqn_fast.plan import crossed
-    from dqn_fast.train import intervals
+    from dqn_fast.setup import intervals
 
     torch.set_num_threads(1)
     case = sb3_cartpole if settings["env_id"] == "CartPole-v1" else sb3_line_world

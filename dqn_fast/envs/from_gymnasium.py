@@ -815,7 +815,7 @@ class EnvFactory:
                 raise ValueError(
                     f"--num-envs: {num_envs} copies were asked for (all members together), but "
                     f"{_name(env)} has {env.num_envs}; set --num-envs to {env.num_envs} divided "
-                    "by --num-seeds"
+                    "by the number of members"
                 )
             return env
         env_fns = [

@@ -184,13 +184,13 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
             f"{summary['eval_return_std']:.2g} over {args['eval_episodes']} episodes"
             + (f", mean of {len(members)} members" if members else "")
         )
-        if args["sweep"]:
-            returns = [member["eval_return_mean"] for member in members]
-            best = int(np.nanargmax(returns))
+        returns = [member["eval_return_best"] for member in members]
+        if args["sweep"] and (known := [r for r in returns if r is not None]):
+            best = returns.index(max(known))
             own = label_of({name: members[best][name] for name in args["sweep"]})
             lines.append(
                 f"best member {best} (seed {members[best]['seed']}, {own}): "
-                f"greedy return {returns[best]:.5g}"
+                f"greedy return {returns[best]:.5g} in its best evaluation"
             )
     if summary["optimal_return"] is not None and summary["q_error_max"] is not None:
         lines.append(

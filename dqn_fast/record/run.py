@@ -39,7 +39,7 @@ from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import EpisodeLog, Metrics, Reading
 from dqn_fast.record.tracker import TrackerConfig, make_tracker
 from dqn_fast.report import run_figures, write_report
-from dqn_fast.settings import UsageError as UsageError  # imported from here elsewhere
+from dqn_fast.settings import UsageError
 
 Row = tuple[int, dict[str, Any]]
 """global_step of a log point, and its metrics: one value per member or one for all members."""
@@ -50,6 +50,14 @@ COPIED_BYTES = 2**28
 
 class TrainingError(RuntimeError):
     """Training cannot continue; the record of the run so far is saved."""
+
+
+def refuse_used_dir(path: Path | None) -> None:
+    """Raise UsageError if a run cannot have this directory and that shows without writing."""
+    if path is not None and path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"--run-dir {path}: is not empty; it must be new or empty")
+    if path is not None and path.exists() and not path.is_dir():
+        raise UsageError(f"--run-dir {path}: is a file; it must be a directory")
 
 
 def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path:
@@ -69,8 +77,7 @@ def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path
             Path("runs") / (stem + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100)))
         ]
     else:
-        if path.is_dir() and any(path.iterdir()):
-            raise UsageError(f"--run-dir {path}: is not empty; it must be new or empty")
+        refuse_used_dir(path)
         candidates = [path]
     for candidate in candidates:
         existed = candidate.is_dir()
@@ -498,6 +505,7 @@ class RunRecord:
             "q_error_max": unknown,
             "policy_optimal": unknown,
             "start_value": unknown,
+            "eval_return_best": [r if math.isfinite(r) else None for r in self._best.return_mean],
         }
         for name in ("optimal_return", "optimal_start_value"):
             known = self.config["derived"][name]

@@ -94,7 +94,9 @@ class RecordedRun:
     @property
     def num_members(self) -> int:
         """M, the number of agents that were trained together."""
-        return max(1, int(self.number("num_members") or self.number("num_seeds") or 1))
+        members = self.part("derived").get("members")
+        known = len(members) if isinstance(members, list) else self.number("num_seeds")
+        return max(1, int(known or 1))
 
     def number(self, name: str) -> float | None:
         """A finite number from the summary or, if it has none, from the settings; else None."""
@@ -195,19 +197,20 @@ def split_settings(run: RecordedRun) -> list[RecordedRun]:
     labels = [label_of(member) for member in members]
     if not any(labels):
         return [run]
-    best = int(np.nanargmax([-np.inf, *_of_members(run.summary, "eval_return_mean")])) - 1
+    rows = run.summary.get("members")
+    returns = (
+        [_float(row.get("eval_return_best")) for row in rows] if isinstance(rows, list) else []
+    )
+    best = int(np.nanargmax([-np.inf, *returns])) - 1  # the agent that was filmed
+    settings = [{**member, "seed": None} for member in members]
+    starts = [i for i in range(len(members)) if i == 0 or settings[i] != settings[i - 1]]
     parts = []
-    for label in dict.fromkeys(labels):
-        first, count = labels.index(label), labels.count(label)
+    for first, end in zip(starts, [*starts[1:], len(members)], strict=True):
+        label, count = labels[first], end - first
         part = _take_members(run, slice(first, first + count), label)
         film = run.film if first <= best < first + count else b""
         parts.append(replace(part, film=film, gaps=run.gaps if first == 0 else ()))
     return parts
-
-
-def _of_members(summary: Mapping[str, Any], name: str) -> list[float]:
-    rows = summary.get("members")
-    return [_float(row.get(name)) for row in rows] if isinstance(rows, list) else []
 
 
 def _take_members(run: RecordedRun, kept: slice, label: str) -> RecordedRun:
@@ -215,6 +218,7 @@ def _take_members(run: RecordedRun, kept: slice, label: str) -> RecordedRun:
     count = kept.stop - kept.start
     own = {k: v for k, v in run.part("derived")["members"][kept.start].items() if k != "seed"}
     args = {**run.part("args"), **own, "name": f"{run.name} · {label}", "num_seeds": count}
+    derived = {**run.part("derived"), "members": run.part("derived")["members"][kept]}
     summary = {**run.summary, "num_members": count, "num_seeds": count}
     rows = summary.pop("members", None)
     if isinstance(rows, list):
@@ -236,7 +240,7 @@ def _take_members(run: RecordedRun, kept: slice, label: str) -> RecordedRun:
     return replace(
         run,
         path=run.path.with_name(f"{run.path.name} · {label}"),
-        config={**run.config, "args": args},
+        config={**run.config, "args": args, "derived": derived},
         summary=summary,
         metrics={
             name: table[:, kept] if table.shape[1] == run.num_members else table
@@ -306,7 +310,7 @@ def _to_columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
             values = members.get(name, [shared])
             if name not in columns:
                 columns[name] = np.full((len(rows), len(values)), np.nan)
-            if len(values) == columns[name].shape[1]:
+            if len(values) in (1, columns[name].shape[1]):
                 columns[name][i] = [_float(value) for value in values]
     return columns
 

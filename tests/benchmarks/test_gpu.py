@@ -28,7 +28,8 @@ from benchmarks.gpu import (
     told,
 )
 from benchmarks.throughput import ThroughputArgs
-from dqn_fast.train import Args, check, train
+from dqn_fast.setup import check
+from dqn_fast.train import Args, train
 from scripts.profile_step import ProfileArgs
 
 # ------------------------------------------------------------------------------------ the commands

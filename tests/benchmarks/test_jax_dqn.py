@@ -16,9 +16,10 @@ from dqn_fast.dqn import Adam
 from dqn_fast.envs import make_env
 from dqn_fast.noise import Noise
 from dqn_fast.plan import linear_schedule
-from dqn_fast.record.run import UsageError
 from dqn_fast.replay import Batch
-from dqn_fast.train import Args, hyper_of, make_dqn, make_plan, schedules_of
+from dqn_fast.settings import UsageError
+from dqn_fast.setup import hyper_of, make_dqn, make_plan, schedules_of
+from dqn_fast.train import Args
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402

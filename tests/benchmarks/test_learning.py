@@ -18,7 +18,7 @@ from benchmarks.learning import TABLE, LearningArgs, chosen, run_group, settings
 from benchmarks.peers.scalar import scalar_config, scalar_settings
 from benchmarks.reference import ReferenceConfig
 from benchmarks.throughput import equal_work_args, fast_args
-from dqn_fast.record.run import UsageError
+from dqn_fast.settings import UsageError
 from dqn_fast.train import Args
 
 

@@ -22,9 +22,10 @@ from dqn_fast.envs import make_env
 from dqn_fast.evaluate import evaluate
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.plan import linear_schedule
-from dqn_fast.record.run import UsageError
 from dqn_fast.report.recorded import read_run
-from dqn_fast.train import Args, make_plan, schedules_of, train
+from dqn_fast.settings import UsageError
+from dqn_fast.setup import make_plan, schedules_of
+from dqn_fast.train import Args, train
 
 stable_baselines3 = pytest.importorskip("stable_baselines3")
 from benchmarks.peers.sb3 import copy_policy_, sb3_settings, train_sb3  # noqa: E402

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dqn_fast.engines import EngineChoice, choose_engine
-from dqn_fast.train import Training, train
+from dqn_fast.setup import Training
+from dqn_fast.train import train
 from tests.engines.runs import SHORT, SMALL, Ran, Rerun, begin, finish, plan_of_short_windows, run
 
 
@@ -25,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """`train` draws in windows of one length, so that runs of all lengths share `draw`."""
-    monkeypatch.setattr("dqn_fast.train.make_plan", plan_of_short_windows)
+    monkeypatch.setattr("dqn_fast.setup.make_plan", plan_of_short_windows)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def eager_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of the run that an engine which is not available comes down to."""
     run_dir = tmp_path_factory.mktemp("eager") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dqn_fast.train.make_plan", plan_of_short_windows)
+        patch.setattr("dqn_fast.setup.make_plan", plan_of_short_windows)
         train(replace(SHORT, engine="eager", run_dir=run_dir))
     return run_dir
 
@@ -69,7 +70,7 @@ def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
         return choose_engine(name, device, num_updates, on_host)
 
     kernels = {"compiled": False}
-    monkeypatch.setattr("dqn_fast.train.choose_engine", choose)
+    monkeypatch.setattr("dqn_fast.setup.choose_engine", choose)
     monkeypatch.setattr("dqn_fast.engines.runner.CudaGraphs", Rerun)
     return kernels
 

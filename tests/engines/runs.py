@@ -21,7 +21,8 @@ from dqn_fast.device import cpu_threads
 from dqn_fast.engines import EngineChoice, Runner, chunk_
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan
-from dqn_fast.train import Args, Training, make_plan, setup
+from dqn_fast.setup import Training, make_plan, setup
+from dqn_fast.train import Args
 
 # Random play: actions do not follow from values, so that rounding cannot change the data.
 SMALL = Args(
@@ -84,7 +85,7 @@ class Ran(NamedTuple):
 def begin(args: Args) -> Training:
     """Set a run up, on one thread; its compiler starts."""
     with pytest.MonkeyPatch.context() as patch, cpu_threads(1):
-        patch.setattr("dqn_fast.train.make_plan", plan_of_short_windows)
+        patch.setattr("dqn_fast.setup.make_plan", plan_of_short_windows)
         return setup(args)
 
 

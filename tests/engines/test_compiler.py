@@ -14,7 +14,8 @@ from dqn_fast import tree
 from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.engines import EngineUnavailableError, compiler
 from dqn_fast.engines.compiler import Compiler, Traced, inductor_options
-from dqn_fast.train import Args, setup
+from dqn_fast.setup import setup
+from dqn_fast.train import Args
 from tests.engines.runs import CASES, assert_equal, copy_of
 
 # Its process compiles what the tests of runs need while these trace.

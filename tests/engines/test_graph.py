@@ -11,7 +11,8 @@ from torch import Tensor
 from dqn_fast.engines import RECORDED_STEPS
 from dqn_fast.engines.graph import Captured, CudaGraphs
 from dqn_fast.envs import make_env
-from dqn_fast.train import Args, make_plan
+from dqn_fast.setup import make_plan
+from dqn_fast.train import Args
 from tests.engines.runs import SMALL, Rerun
 
 

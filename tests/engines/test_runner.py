@@ -19,7 +19,8 @@ from dqn_fast.engines import EngineChoice, compiler
 from dqn_fast.engines.graph import CudaGraphs
 from dqn_fast.envs import make_env
 from dqn_fast.record.checkpoint import load_checkpoint
-from dqn_fast.train import setup, train
+from dqn_fast.setup import setup
+from dqn_fast.train import train
 from tests.engines.runs import (
     CASES,
     SHORT,

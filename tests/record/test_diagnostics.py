@@ -20,7 +20,8 @@ from dqn_fast.record.diagnostics import (
     dead_units,
     visits,
 )
-from dqn_fast.train import Args, setup, train
+from dqn_fast.setup import setup
+from dqn_fast.train import Args, train
 
 ARGS = Args(
     total_timesteps=6_000,
