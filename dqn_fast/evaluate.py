@@ -26,6 +26,7 @@ from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.settings import at_least, check_settings, parse
+from dqn_fast.sweep import label_of
 
 _STEPS_PER_CHECK = 32
 
@@ -164,6 +165,7 @@ def main() -> int:
         returns, lengths = result.episode_return[member], result.episode_length[member]
         row = {
             "member": member,
+            **agent.members[member],
             "global_step": agent.global_step[member],
             "return_mean": returns.mean().item(),
             "return_std": returns.std(correction=0).item(),
@@ -172,8 +174,9 @@ def main() -> int:
             "length_mean": lengths.float().mean().item(),
         }
         rows.append(row)
+        own = f" ({label})" if (label := label_of(agent.members[member])) else ""
         print(
-            f"member {member}: return {row['return_mean']:.5g} +- {row['return_std']:.3g} "
+            f"member {member}{own}: return {row['return_mean']:.5g} +- {row['return_std']:.3g} "
             f"(min {row['return_min']:.5g}, max {row['return_max']:.5g}), "
             f"length {row['length_mean']:.4g} over {args.episodes} episodes"
         )

@@ -151,7 +151,11 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
     precision = "" if on_cpu else f", products in {PRECISIONS[args['matmul_precision']]}"
     rounded = [f"rounded   {text}" for text in derived["rounded"]]
     unseen = ("env_id", "env_params", "seed", "num_seeds", "num_envs", "run_dir", "name", "quiet")
-    changed = [f"{name} {args[name]}" for name in config["changed"] if name not in unseen]
+    shown = {
+        **args,
+        "sweep": " ".join(f"{k} {' '.join(map(str, v))}" for k, v in args["sweep"].items()),
+    }
+    changed = [f"{name} {shown[name]}" for name in config["changed"] if name not in unseen]
     return [
         f"env       {config['env_id']} ({params})",
         f"device    {derived['device']}{threads}{precision}; engine {derived['engine']} "
