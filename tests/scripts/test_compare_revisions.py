@@ -8,7 +8,13 @@ import sys
 import pytest
 import torch
 
-from scripts.compare_revisions import KINDS, different_rows, different_tensors, read_tensors
+from scripts.compare_revisions import (
+    KINDS,
+    different_rows,
+    different_tensors,
+    read_tensors,
+    without_evaluations,
+)
 
 A = {"q_net/0": torch.tensor([1.0, 2.0]), "size": torch.tensor([[3]])}
 
@@ -48,6 +54,16 @@ def test_rows_are_compared_exactly_or_within_a_tolerance():
     assert len(different_rows([row], [row | {"charts/epsilon": 0.0}], tolerance=1e-3)) == 1
     assert len(different_rows([row], [row | {"eval/return_mean": [1.0]}])) == 1
     assert different_rows([row], []) == ["1 and 0 rows"]
+    nested, close = ({"global_step": 1, "members": {"q": [x, 1.0]}} for x in (0.5, 0.5001))
+    assert different_rows([nested], [close], tolerance=1e-3) == []
+    assert len(different_rows([nested], [close], tolerance=1e-5)) == 1
+
+
+def test_greedy_play_is_left_out():
+    """Of all members together and of each."""
+    row = {"eval/return_mean": 1.0, "q/probe_0": 0.5, "members": {"exact/q": [1.0], "q/p": [2.0]}}
+    kept = without_evaluations([row])
+    assert kept == [{"q/probe_0": 0.5, "members": {"q/p": [2.0]}}]
 
 
 def test_tensors_of_a_checkpoint_are_found_by_path(tmp_path):
