@@ -45,8 +45,8 @@ KINDS = {
 """Flags of a run of each kind."""
 
 RANDOM = "--eps-start 1 --eps-end 1 --eval-interval 0"
-"""Flags of the runs that compare engines: where actions follow from values, rounding would sooner or
-later change one, and all that follows. The evaluation at the end is greedy; it may differ."""
+"""Flags of the runs that compare engines: rounding would sooner or later change an action that
+follows from values, and all data after it. The evaluation at the end is greedy and may differ."""
 
 TOLERANCE = 2e-3
 """Largest relative difference of a metric between a compiled and an eager run. The weights are not
