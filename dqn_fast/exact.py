@@ -93,8 +93,8 @@ def solve(
 ) -> ExactValues | None:
     """The solution of a tabular environment at each member's discount; None for other environments.
 
-    Also None if it would take too long: more than 1,024 states take seconds, a discount above
-    0.9999 takes minutes.
+    Also None if it would take too long: more than 1,024 states, or more than 16,384 states over all
+    different discounts, take seconds; a discount above 0.9999 takes minutes.
     """
     if not isinstance(env, TabularEnv) or max(gammas) > 0.9999:
         return None

@@ -1,11 +1,11 @@
-"""Everything that a run trains with, made from its settings.
+"""Set-up: everything that a run trains with, made from its settings.
 
     training = setup(Args(num_envs=64))
     for chunk, record in training.chunks():
         ...
 
-`setup` checks the settings, makes environment, algorithm, state, plan and engine, and writes no
-file. `train` runs its chunks; so may tests, benchmarks and notebooks.
+`setup` checks the settings and makes environment, algorithm, state, plan and engine; it writes no
+file. `train` runs the chunks; tests, benchmarks and notebooks may do so too.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def rows_of(inputs: Any, rows: slice) -> Any:
 
 def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -> list[Tensor]:
     """The arrays as float32 tensors on the device, uploaded in one copy."""
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+    with np.errstate(over="ignore"):  # values above float32's range become infinite
         flat = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
     parts = upload(torch.from_numpy(flat), device).split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

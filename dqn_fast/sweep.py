@@ -61,7 +61,7 @@ def read_sweep(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def form_error(sweep: Mapping[str, Any]) -> str | None:
-    """The first name that is not one of `SWEPT` or has no values, in words; or None."""
+    """Error message for the first name that is not in `SWEPT` or has no values; or None."""
     for name, values in sweep.items():
         if name not in SWEPT:
             return f"{name}: must be one of {', '.join(SWEPT)}"
@@ -73,7 +73,7 @@ def form_error(sweep: Mapping[str, Any]) -> str | None:
 
 
 def sweep_error(sweep: Sweep, num_random: int) -> str | None:
-    """The first error in the values of a sweep, in words; or None. Their ranges are not checked."""
+    """Error message for the first bad values of a sweep, or None; ranges are not checked."""
     for name, values in sweep.items():
         if len(set(values)) < len(values):
             return f"{name} {' '.join(map(str, values))}: must have different values"

@@ -53,7 +53,7 @@ class TrainingError(RuntimeError):
 
 
 def refuse_used_dir(path: Path | None) -> None:
-    """Raise UsageError if a run cannot have this directory and that shows without writing."""
+    """Raise UsageError if a run cannot use this directory, as far as reading can tell."""
     if path is not None and path.is_dir() and any(path.iterdir()):
         raise UsageError(f"--run-dir {path}: is not empty; it must be new or empty")
     if path is not None and path.exists() and not path.is_dir():
