@@ -36,7 +36,8 @@ KINDS = {
     "line-world-3": "--total-timesteps 6000 --num-seeds 3 --num-envs 48 --log-interval 1000",
     "line-world-ratio": "--total-timesteps 2000 --num-envs 7 --train-freq 3 --gradient-steps 2",
     "cart-pole": "--env-id CartPole-v1 --total-timesteps 6000 --double-q --loss squared",
-    "mountain-car": "--env-id MountainCar-v0 --total-timesteps 6000 --eps-repeat 0.9",
+    "mountain-car": "--env-id MountainCar-v0 --total-timesteps 6000 --eps-repeat 0.9 "
+    "--learning-starts 1000",
     "table": "--env-id FrozenLake-v1 --total-timesteps 6000 --learning-rate-end None",
     "host": "--env-id gym:CartPole-v1 --total-timesteps 2000 --num-envs 8",
     "host-async": "--env-id gym:CartPole-v1 --total-timesteps 1000 --num-envs 4 "
@@ -44,9 +45,10 @@ KINDS = {
 }
 """Flags of a run of each kind."""
 
-RANDOM = "--eps-start 1 --eps-end 1 --eval-interval 0"
+RANDOM = "--eps-start 1 --eps-end 1 --eval-interval 0 --total-timesteps 3000"
 """Flags of the runs that compare engines: rounding would sooner or later change an action that
-follows from values, and all data after it. The evaluation at the end is greedy and may differ."""
+follows from values, and all data after it; and it grows with every gradient step, so the runs are
+short. The evaluation at the end is greedy and may differ."""
 
 TOLERANCE = 2e-3
 """Largest relative difference of a metric between a compiled and an eager run. The weights are not

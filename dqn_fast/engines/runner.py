@@ -133,8 +133,8 @@ class CompiledChunk:
         self._metrics = RowBuffers([self._update_metrics])
         if algorithm.on_host:
             self._action: Tensor = results["act"]
-        else:
-            *record, _ = next(r for name, r in results.items() if name in _STEP)
+        for name in results.keys() & set(_STEP):  # none in a run without gradient steps
+            *record, _ = results[name]
             self._record = RowBuffers(record)
 
     def _trace_draw(self, plan: Plan, noise: Noise) -> Traced:

@@ -245,6 +245,17 @@ def test_a_new_buffer_in_a_state_is_compiled():
     assert_equal((record, state), (expected, expected_state))
 
 
+@pytest.mark.parametrize("changes", [{"gradient_steps": 0}, {"learning_starts": 10**6}])
+def test_a_run_without_gradient_steps_is_not_in_the_compilers_way(changes, tmp_path):
+    """Nothing of a vector step is compiled then, and nobody waits for the compiler."""
+    args = replace(
+        SMALL, total_timesteps=640, engine="compile", run_dir=tmp_path / "run", **changes
+    )
+    summary = train(args).summary
+    assert (summary["num_updates"], summary["global_step"]) == (0, 640)
+    assert summary["status"] == "done"
+
+
 # ------------------------------------------------------------------------------ what goes wrong
 
 
