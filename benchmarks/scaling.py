@@ -105,7 +105,7 @@ class Point(NamedTuple):
         )
 
 
-class Loop:
+class TimedLoop:
     """An endless training loop that runs for a stretch at a time, from its first updates on.
 
     Attributes:
@@ -161,9 +161,9 @@ def measure_time(
         for axis, values in axes.items()
         for value in values
     }
-    loops: dict[Point, Loop] = {}
+    loops: dict[Point, TimedLoop] = {}
     for point in points.values():
-        loops[point] = loops.get(point) or Loop(point.training(args))
+        loops[point] = loops.get(point) or TimedLoop(point.training(args))
     samples: dict[Point, list[tuple[float, int, int]]] = {point: [] for point in loops}
     for _ in range(args.repeats):
         for point, loop in loops.items():

@@ -92,7 +92,7 @@ class MarkedDQN(DQN):
             return super().learn_(*args)
 
 
-class Loop:
+class ProfiledLoop:
     """The training loop from its first gradient steps on, over the same vector steps each time.
 
     Attributes:
@@ -208,7 +208,7 @@ class Operation(NamedTuple):
     calls: float
 
 
-def analysed(events: Any, loop: Loop) -> tuple[dict[str, Part], list[Operation]]:
+def analysed(events: Any, loop: ProfiledLoop) -> tuple[dict[str, Part], list[Operation]]:
     """The parts of a round, which together are all of it, and the operations of its vector steps.
 
     What happens belongs to the innermost range that it begins in, in whatever thread: on a GPU
@@ -263,7 +263,7 @@ def analysed(events: Any, loop: Loop) -> tuple[dict[str, Part], list[Operation]]
     return parts, operations
 
 
-def kernels_of(events: Any, loop: Loop) -> tuple[float, float]:
+def kernels_of(events: Any, loop: ProfiledLoop) -> tuple[float, float]:
     """Kernels and copies on a GPU for each vector step, without the draw of noise, and the
     microseconds that they take; those of captured graphs, which the host does not see, included."""
     begin = min(event.time_range.start for event in events if event.name == STEPS)
@@ -287,11 +287,11 @@ def measure(args: ProfileArgs) -> dict[str, Any]:
     among_cores(args.cores)
     in_a_folder("--trace", args.trace)
     setup.check(args.training)
-    with closing(Loop(args.training, args.profile_steps)) as loop:
+    with closing(ProfiledLoop(args.training, args.profile_steps)) as loop:
         return _measure(args, loop)
 
 
-def _measure(args: ProfileArgs, loop: Loop) -> dict[str, Any]:
+def _measure(args: ProfileArgs, loop: ProfiledLoop) -> dict[str, Any]:
     """As `measure`, of a loop that learns."""
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if loop.device.type == "cuda" else []

@@ -18,8 +18,8 @@ from scripts.profile_step import (
     PARTS,
     REST,
     STEPS,
-    Loop,
     ProfileArgs,
+    ProfiledLoop,
     kernels_of,
     measure,
 )
@@ -62,7 +62,7 @@ def test_kernels_are_those_of_the_vector_steps():
 
 def test_the_engine_is_the_one_that_the_asked_run_would_have():
     """However many vector steps the profile's own loop could take."""
-    loop = Loop(replace(EAGER, engine="auto", total_timesteps=2**16), 4)
+    loop = ProfiledLoop(replace(EAGER, engine="auto", total_timesteps=2**16), 4)
     assert (loop.engine, loop.engine_reason.split(" gradient")[0]) == ("eager", "1,017")
     loop.close()
 
@@ -110,7 +110,7 @@ def test_the_trace_is_one_that_browsers_open(profiled):
 )
 def test_rounds_are_of_learning_steps(args):
     """As many vector steps as asked for, at the run's own replay ratio, none from before."""
-    loop = Loop(args, 20)
+    loop = ProfiledLoop(args, 20)
     assert loop.engine == "eager"
     assert 20 <= loop.num_steps < 20 + args.chunk_steps
     assert loop.num_updates == pytest.approx(
