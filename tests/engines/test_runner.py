@@ -211,8 +211,12 @@ PLAIN, COMPILED = EngineChoice("eager", False, "test"), EngineChoice("compile", 
 
 @pytest.mark.parametrize(
     ("choice", "recordings"),
-    [(PLAIN, None), (EngineChoice("graph", False, "test"), 2), (COMPILED, None)],
-    ids=["eager", "graph", "compile"],
+    [
+        pytest.param(PLAIN, None, id="eager"),
+        pytest.param(EngineChoice("graph", False, "test"), 2, id="graph"),
+        # 25 s; the test of a new buffer compiles this algorithm too.
+        pytest.param(COMPILED, None, id="compile", marks=pytest.mark.slow),
+    ],
 )
 def test_engines_run_an_algorithm_that_is_not_dqn(choice, recordings, graphs_on_the_cpu):
     """One that adds noise up and counts its updates: the same records and the same state from
