@@ -231,6 +231,7 @@ def test_engines_run_an_algorithm_that_is_not_dqn(choice, recordings, graphs_on_
     assert_equal((record, state), (expected, expected_state))
 
 
+@pytest.mark.slow
 def test_another_algorithm_on_the_host_compiles():
     """Its actions and its updates are compiled, its vector step is called as it is."""
     expected = count(Counting(), Counts, None)[:2]

@@ -164,6 +164,8 @@ def test_flags_of_the_training_command(monkeypatch, capsys):
         "64",
         "--gradient-steps",
         "1",
+        "--chunk-steps",
+        "16",
     ]
     monkeypatch.setattr("sys.argv", ["profile_step", *flags, *short, "--train-freq", "8"])
     assert profile_step.main() == 0
