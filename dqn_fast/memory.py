@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dqn_fast import tree
 from dqn_fast.algorithm import UPDATE_METRICS
 from dqn_fast.envs import TabularEnv, TensorEnv
 from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
@@ -118,7 +119,7 @@ class Layout(NamedTuple):
             state_bytes = obs.nbytes + 8
         else:
             vector = env.vector_reset(torch.zeros(1, env.reset_noise_dim))
-            state_bytes = sum(tensor.nbytes for tensor in vector.leaves())
+            state_bytes = tree.num_bytes(vector)
         num_states = len(env.states()[0]) if isinstance(env, TabularEnv) else 0
         return cls(
             obs_bytes=obs.nbytes,

@@ -711,7 +711,7 @@ def test_replay_holds_what_the_environment_did(env):
     training = setup(args, env)
     dqn, state = training.dqn, training.state
     chunk, steps, updates = next(training.inputs())
-    vector, expected = state.env.clone(), []
+    vector, expected = tree.clone(state.env), []
     for k in range(chunk.num_steps):
         q_values = training.q_net(env.features(dqn.by_member(vector.obs)))
         explore = steps.explore[k, ..., 0] < steps.epsilon[k][:, None]

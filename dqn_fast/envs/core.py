@@ -51,10 +51,6 @@ class VectorState(NamedTuple):
         for target, tensor in zip(self.leaves(), source.leaves(), strict=True):
             target.copy_(tensor)
 
-    def clone(self) -> VectorState:
-        env = type(self.env)(*(tensor.clone() for tensor in self.env))
-        return VectorState(env, self.obs.clone(), self.elapsed.clone(), self.episode_return.clone())
-
 
 class Outcome(NamedTuple):
     """Results of one vector step, before the copies that finished are reset.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqn_fast import tree
 from dqn_fast.envs import EnvCheckError, TensorEnv, check_env
 
 
@@ -81,7 +82,7 @@ def test_copy_writes_in_place():
     """Every leaf keeps its address, and cloning makes new ones."""
     env = Counter()
     vector, other = env.vector_reset(torch.zeros(4, 1)), env.vector_reset(torch.ones(4, 1))
-    clone, addresses = vector.clone(), [t.data_ptr() for t in vector.leaves()]
+    clone, addresses = tree.clone(vector), [t.data_ptr() for t in vector.leaves()]
     vector.copy_(other)
     assert [t.data_ptr() for t in vector.leaves()] == addresses
     assert all(torch.equal(a, b) for a, b in zip(vector.leaves(), other.leaves(), strict=True))
