@@ -292,7 +292,8 @@ class JsonlTracker(Tracker):
         """
         known = _JsonlState.read(state)
         try:
-            content = b"" if self._path.is_symlink() else self._path.read_bytes()
+            known_kind = self._path.is_file() and not self._path.is_symlink()
+            content = self._path.read_bytes() if known_kind else b""
         except OSError:
             content = b""
         whole = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)

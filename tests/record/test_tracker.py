@@ -230,15 +230,20 @@ class WandbFile:
         }
 
 
-def wandb_files(run_dir: Path, pattern: str = "*run-*") -> dict[str, WandbFile]:
-    """The runs of a folder by name, once they are closed: shortly after wandb says so."""
+def closed_files(run_dir: Path, pattern: str = "*run-*") -> list[WandbFile]:
+    """The runs of a folder, once they are closed: shortly after wandb says so."""
     deadline = time.monotonic() + 5
     while True:
         paths = run_dir.glob(f"wandb/{pattern}/run-*.wandb")
         files = [WandbFile(path) for path in paths]
         if all(file.exit_code is not None for file in files) or time.monotonic() > deadline:
-            return {file.run.display_name: file for file in files}
+            return files
         time.sleep(0.05)
+
+
+def wandb_files(run_dir: Path, pattern: str = "*run-*") -> dict[str, WandbFile]:
+    """The runs of a folder by name, once they are closed."""
+    return {file.run.display_name: file for file in closed_files(run_dir, pattern)}
 
 
 class Recorder(Tracker):
@@ -1042,7 +1047,7 @@ def test_members_runs_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     other = config(tmp_path, track=True, wandb_mode="offline", num_members=2, wandb_project="new")
     tracker = make_tracker(other, {"wandb": state["wandb"]})
     tracker.finish({})
-    files = [WandbFile(path) for path in tmp_path.glob("wandb/*run-*/run-*.wandb")]
+    files = closed_files(tmp_path)
     (mean,) = (f for f in files if f.run.project == "new" and f.run.job_type == "mean")
     assert [row["charts/episodic_return"] for row in mean.history] == [1.0, 4.0]
     assert mean.run.run_id not in ids
