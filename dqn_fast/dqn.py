@@ -71,8 +71,6 @@ class State(NamedTuple):
         replay: memory.
         held: random action that each copy is repeating, int64 [M, N], -1 for none; None if random
             actions last one step.
-        healthy: whether each member's losses and gradients have all been finite, bool [M]; the
-            networks of the others stay as they were before. None for one member, whose run stops.
         hyper: settings.
     """
 
@@ -82,7 +80,6 @@ class State(NamedTuple):
     env: VectorState
     replay: ReplayState
     held: Tensor | None
-    healthy: Tensor | None
     hyper: Hyper
 
 
@@ -168,9 +165,6 @@ class DQN:
             env=tree.clone(self.env.vector_reset(draws.flatten(0, 1))),
             replay=self.replay.init(),
             held=torch.full(shape, -1, device=noise.device) if self.holds_actions else None,
-            healthy=torch.ones(shape[:1], dtype=torch.bool, device=noise.device)
-            if self.num_members > 1
-            else None,
             hyper=hyper,
         )
 
@@ -280,14 +274,8 @@ class DQN:
 
         grads = torch.autograd.grad(mean_loss.sum(), state.params)
         grad_norm = clip_global_norm_(grads, state.hyper.max_grad_norm)
-        step_size, sync = inputs.step_size, inputs.sync
-        if state.healthy is not None:
-            healthy = state.healthy.logical_and_((mean_loss.detach() + grad_norm).isfinite())
-            for grad in grads:  # NaN times a step size of 0 would be NaN
-                grad.masked_fill_(~healthy[:, None, None], 0.0)
-            step_size, sync = step_size * healthy, sync * healthy
-        adam_step_(state.adam, state.params, grads, step_size, inputs.inverse_correction)
-        sync_target_(state.target_params, state.params, sync)
+        adam_step_(state.adam, state.params, grads, inputs.step_size, inputs.inverse_correction)
+        sync_target_(state.target_params, state.params, inputs.sync)
         taken = taken.detach()
         if batch.index is not None:  # rows have priorities
             priority = self.head.priority(taken, target)
