@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -30,7 +31,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,9 @@ WANDB_DEFAULTS = {
     "WANDB_INIT_TIMEOUT": "10",  # a process that ends while wandb starts waits for the rest of it
 }
 """Environment variables set before wandb is imported, unless the user has set them."""
+
+RUN_ID = re.compile(r"[\w-]{1,128}")
+"""An id of a wandb run that a checkpoint may name; it becomes part of a folder's name."""
 
 SYNC = "wandb sync --include-online"
 """Uploads unfinished runs; without the flag, `wandb sync` takes only those recorded offline."""
@@ -110,7 +114,13 @@ class TrackerConfig:
 
 
 class Tracker:
-    """Interface of a logger. The methods do nothing; a backend overrides those that it needs."""
+    """Interface of a logger. The methods do nothing; a backend overrides those that it needs.
+
+    Attributes:
+        name: file or folder in the run directory that is incomplete if the backend fails.
+    """
+
+    name = ""
 
     def progress(self, global_step: int) -> None:
         """Update the progress bar; cheap enough for every chunk. The first call sets the start."""
@@ -130,13 +140,35 @@ class Tracker:
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
         """Write all pending data and close; `exit_code` is 0 for a run that succeeded."""
 
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint: what `make_tracker` needs to go on after the rows that
+        were logged so far."""
+        return {}
+
+    def digest(self) -> tuple[int, str] | None:
+        """Number of bytes of `metrics.jsonl` that are written, and their SHA-256 in hex; None if
+        the file has been given up."""
+        return None
+
+    def lost(self) -> list[str]:
+        """Names of files in the run directory that are incomplete; final after `finish`."""
+        return []
+
 
 class CompositeTracker(Tracker):
-    """Passes every call to its backends; drops a backend that raises, with one warning."""
+    """Passes every call to its backends; drops a backend that raises, with one warning.
 
-    def __init__(self, backends: Sequence[Tracker], num_members: int) -> None:
+    No two rows have one global_step: a row whose step is not above the last one's is left out of
+    every backend. The first row has the measurements of the whole window; a second one comes from
+    a run that ends again, and has nothing new.
+    """
+
+    def __init__(self, backends: Sequence[Tracker], num_members: int, last_step: int = -1) -> None:
+        """Args: backends; M; global_step of the last row that the backends have, -1 for none."""
         self._backends = list(backends)
         self._num_members = num_members
+        self._last_step = last_step
+        self._lost: list[str] = []
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for backend in tuple(self._backends):
@@ -144,6 +176,8 @@ class CompositeTracker(Tracker):
                 call(backend)
             except Exception as error:
                 self._backends.remove(backend)
+                if backend.name:
+                    self._lost.append(backend.name)
                 _warn(
                     f"{type(backend).__name__} failed and is switched off: {_format_error(error)}"
                 )
@@ -160,7 +194,9 @@ class CompositeTracker(Tracker):
         plain = {
             name: _to_values(name, value, self._num_members) for name, value in metrics.items()
         }
-        self._each(lambda backend: backend.log(global_step, plain))
+        if global_step > self._last_step:
+            self._last_step = global_step
+            self._each(lambda backend: backend.log(global_step, plain))
 
     def message(self, text: str) -> None:
         self._each(lambda backend: backend.message(text))
@@ -173,7 +209,54 @@ class CompositeTracker(Tracker):
 
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
         self._each(lambda backend: backend.finish(summary, exit_code))
+        for backend in self._backends:
+            self._lost += backend.lost()
         self._backends.clear()  # a second finish does nothing
+
+    def state(self) -> dict[str, Any]:
+        """The states of the backends that have one: "jsonl", "wandb"."""
+        states: dict[str, Any] = {}
+        self._each(lambda backend: states.update(backend.state()))
+        return states
+
+    def digest(self) -> tuple[int, str] | None:
+        known = [digest for backend in self._backends if (digest := backend.digest())]
+        return known[0] if known else None
+
+    def lost(self) -> list[str]:
+        return [*self._lost, *(name for backend in self._backends for name in backend.lost())]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rows of `metrics.jsonl` that a resumed run keeps.
+
+    Attributes:
+        lines: the kept lines.
+        last_step: global_step of the last of them, -1 for none.
+        last_logged: global_step of the last row that the earlier process logged; the resumed run
+            repeats the rows between the two.
+    """
+
+    lines: list[bytes]
+    last_step: int
+    last_logged: int
+
+    def rows(self, after: int, num_members: int) -> Iterator[tuple[int, Metrics]]:
+        """The rows after a global_step, as they were logged; a value that is null is NaN."""
+        for line in self.lines:
+            row = _row(line)
+            if row is None or row["global_step"] <= after:
+                continue
+            values = {k: v for k, v in row.items() if k not in ("global_step", "wall_s", "members")}
+            own = row.get("members")
+            values |= own if isinstance(own, dict) else {}
+            metrics: dict[str, float | list[float]] = {}
+            for name, value in values.items():
+                with contextlib.suppress(TypeError, ValueError):
+                    plain = np.asarray(value, dtype=np.float64).tolist()  # null becomes NaN
+                    metrics[name] = _to_values(name, plain, num_members)
+            yield row["global_step"], metrics
 
 
 class JsonlTracker(Tracker):
@@ -183,13 +266,68 @@ class JsonlTracker(Tracker):
     Only `wall_s` and `perf/*` differ between two runs with the same seed.
     """
 
+    name = "metrics.jsonl"
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: io.FileIO | None = None
         self._whole = 0  # bytes of the whole lines in the file
+        self._hash = hashlib.sha256()  # of these bytes
+        self._last_step = -1
+        self._kept: bytes | None = None  # what the file is to be cut back to
         self._waiting: deque[bytes] = deque()
-        self._warned = False
+        self._warned = self._is_lost = False
         self._start = time.monotonic()
+
+    def resume(self, state: Any, global_step: int | None) -> Kept:
+        """Cut the file back to a checkpoint, and go on with its clock.
+
+        The rows after the checkpoint are removed, because the resumed run repeats them. If the file
+        is not the one that the checkpoint describes, one warning says so, and the whole lines up to
+        the checkpoint stay. A crash leaves the old file or the new one.
+
+        Args:
+            state: of `state`, from the checkpoint.
+            global_step: of the checkpoint; None: that of its last row.
+        """
+        known = _JsonlState.read(state)
+        try:
+            known_kind = self._path.is_file() and not self._path.is_symlink()
+            content = self._path.read_bytes() if known_kind else b""
+        except OSError:
+            content = b""
+        whole = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        logged = [row["global_step"] for line in whole if (row := _row(line))]
+        why = ""
+        if known is None:
+            why = "is not described in the checkpoint"
+        elif not content and known.num_bytes:
+            why = "is missing"
+        elif len(content) < known.num_bytes:
+            why = f"has {len(content):,} bytes, not the {known.num_bytes:,} of the checkpoint"
+        elif hashlib.sha256(content[: known.num_bytes]).hexdigest() != known.sha256:
+            why = "was changed after it was written"
+        if known is not None and not why:
+            lines = content[: known.num_bytes].splitlines(keepends=True)
+            last_step, waiting = known.last_step, known.waiting
+        else:
+            limit = known.last_step if known is not None else global_step
+            lines, last_step = [], -1
+            for line in whole + (known.waiting if known is not None else []):
+                row = _row(line)
+                if row and last_step < row["global_step"] <= (math.inf if limit is None else limit):
+                    lines.append(line)
+                    last_step = row["global_step"]
+            waiting = []
+            _warn(f"{self._path}: {why}; {len(lines):,} rows up to the checkpoint are kept")
+        self._kept = b"".join(lines)
+        self._whole, self._hash = len(self._kept), hashlib.sha256(self._kept)
+        self._waiting.extend(waiting)
+        self._write()
+        self._last_step = last_step
+        if known is not None:
+            self._start -= known.wall_s
+        return Kept(lines + waiting, last_step, max((*logged, last_step)))
 
     def log(self, global_step: int, metrics: Metrics) -> None:
         row: dict[str, Any] = {"global_step": global_step}
@@ -203,6 +341,7 @@ class JsonlTracker(Tracker):
         if members:
             row["members"] = members
         self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._last_step = global_step
         self._write()
 
     def _write(self) -> None:
@@ -214,7 +353,9 @@ class JsonlTracker(Tracker):
                 self._file.seek(self._whole)
                 if self._file.write(self._waiting[0]) < len(self._waiting[0]):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._whole += len(self._waiting.popleft())
+                line = self._waiting.popleft()
+                self._whole += len(line)
+                self._hash.update(line)
         except OSError as error:
             if self._file is not None:
                 with contextlib.suppress(OSError):  # a reader would fail at a partial line
@@ -225,20 +366,83 @@ class JsonlTracker(Tracker):
             self._warned = True
 
     def _open(self) -> None:
+        if self._kept is not None:
+            _cut(self._path, self._kept)
+            self._kept = None
         self._path.touch()
         self._file = self._path.open("r+b", buffering=0)
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
-        self._whole = self._file.read(size).rfind(b"\n") + 1
+        content = self._file.read(size)
+        self._whole = content.rfind(b"\n") + 1
+        self._hash = hashlib.sha256(content[: self._whole])
         if self._whole < size:  # an earlier process was killed while it wrote a line
             self._file.truncate(self._whole)
+
+    def state(self) -> dict[str, Any]:
+        """Position in the file, whose bytes so far are on the disk; lines that wait for space."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # the digest tells, should they not be there
+                os.fsync(self._file.fileno())
+        return {
+            "jsonl": {
+                "bytes": self._whole,
+                "sha256": self._hash.hexdigest(),
+                "waiting": [line.decode() for line in self._waiting],
+                "last_step": self._last_step,
+                "wall_s": time.monotonic() - self._start,
+            }
+        }
+
+    def digest(self) -> tuple[int, str] | None:
+        return self._whole, self._hash.hexdigest()
+
+    def lost(self) -> list[str]:
+        return [self.name] if self._is_lost or self._waiting else []
 
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
         self._write()
         if self._waiting:
             _warn(f"{self._path}: {len(self._waiting)} lines could not be written and are lost")
         if self._file is not None:
+            try:
+                there = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+            except OSError:
+                there = False
+            if not there:
+                _warn(f"{self._path}: was removed during the run; its lines are lost")
+                self._is_lost = True
             self._file.close()
+
+
+@dataclass(frozen=True)
+class _JsonlState:
+    """`JsonlTracker.state`, checked."""
+
+    num_bytes: int
+    sha256: str
+    waiting: list[bytes]
+    last_step: int
+    wall_s: float
+
+    @classmethod
+    def read(cls, state: Any) -> _JsonlState | None:
+        """None if a value is missing or has a wrong type."""
+        match state:
+            case {
+                "bytes": int(num_bytes),
+                "sha256": str(sha256),
+                "waiting": [*lines],
+                "last_step": int(last_step),
+                "wall_s": int() | float() as wall_s,
+            } if num_bytes >= 0 and wall_s >= 0 and math.isfinite(wall_s):
+                if not all(isinstance(line, str) for line in lines):
+                    return None
+                waiting = [line.encode() for line in lines]
+                if not all(_row(line) and line.find(b"\n") == len(line) - 1 for line in waiting):
+                    return None
+                return cls(num_bytes, sha256, waiting, last_step, float(wall_s))
+        return None
 
 
 class ConsoleTracker(Tracker):
@@ -297,9 +501,36 @@ class WandbTracker(Tracker):
     runs are recorded offline below run_dir/wandb and can be uploaded later.
     """
 
-    def __init__(self, config: TrackerConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: TrackerConfig,
+        say: Callable[[str], None],
+        state: Mapping[str, Any] | None = None,
+        kept: Kept | None = None,
+    ) -> None:
+        """Start wandb; waits at most START_S.
+
+        Args:
+            config: settings.
+            say: prints a line.
+            state: of the `state` of an earlier process, whose wandb run goes on.
+            kept: rows of the earlier process; those that wandb does not have are sent again.
+        """
         self._config = config
         self._say = say
+        self._kept = kept
+        env, count = os.environ, _count_curves(config)
+        self._project = config.wandb_project
+        if self._project == TrackerConfig.wandb_project:
+            self._project = env.get("WANDB_PROJECT", self._project)
+        ids = _known_ids(state, self._project, config.wandb_entity, 1 + count)
+        self._goes_on = ids is not None
+        if ids and env.get("WANDB_RUN_ID", ids[0]) != ids[0]:
+            _warn(f"WANDB_RUN_ID={env['WANDB_RUN_ID']} is ignored: wandb run {ids[0]} goes on")
+        # WANDB_RUN_ID can name one run only.
+        new = [env.get("WANDB_RUN_ID") or os.urandom(4).hex()]
+        self._ids = ids or new + [os.urandom(4).hex() for _ in range(count)]
+        self._sent = [-1] * (1 + count)  # global_step of the last row of each run
         self._dir = config.run_dir.absolute() / "wandb"
         self._runs: list[Run] = []  # the mean, then members 0, 1, ...
         self._base_url: str | None = None  # None: offline
@@ -332,6 +563,11 @@ class WandbTracker(Tracker):
             self._thread.join(UPLOAD_S)
         if self._thread.is_alive():
             self._fail(self._unfinished)
+
+    def state(self) -> dict[str, Any]:
+        """Where the runs are; which rows they have, wandb and `metrics.jsonl` know."""
+        place = {"project": self._project, "entity": self._config.wandb_entity}
+        return {"wandb": {"run_ids": list(self._ids), **place}}
 
     def _put(self, job: Callable[[], None]) -> None:
         if not self._failed:
@@ -374,6 +610,7 @@ class WandbTracker(Tracker):
                 mode, why = "offline", _format_error(error)
                 self._base_url = None
                 self._runs.clear()
+                wandb.teardown()  # its service refuses a second run of one id
         if mode == "offline":
             self._init(mode)
             how = f"upload it later with `wandb sync {self._folders}`"
@@ -383,6 +620,7 @@ class WandbTracker(Tracker):
                 self._say(f"wandb records offline; {how}")
         elif self._runs[0].url:
             self._say(f"wandb: {self._runs[0].url}")
+        self._send_missing(mode)
 
     def _choose_mode(self, settings: Settings) -> tuple[str, str]:
         """Return the mode to start in, and the reason if the requested mode is not possible."""
@@ -403,9 +641,6 @@ class WandbTracker(Tracker):
         config, env = self._config, os.environ
         members = _count_curves(config)
         name = env.get("WANDB_NAME", config.run_name)
-        project = config.wandb_project
-        if project == TrackerConfig.wandb_project:
-            project = env.get("WANDB_PROJECT", project)
         # By default, `finish` and wandb's exit hook wait without limit for an unreachable server.
         # The run is complete on disk before the wait begins.
         settings = wandb.Settings(
@@ -414,7 +649,7 @@ class WandbTracker(Tracker):
         )
         common: dict[str, Any] = {
             "dir": str(config.run_dir),
-            "project": project,
+            "project": self._project,
             "entity": config.wandb_entity,
             "group": config.wandb_group or env.get("WANDB_RUN_GROUP") or (members and name) or None,
             "tags": config.wandb_tags or None,
@@ -422,8 +657,12 @@ class WandbTracker(Tracker):
             "reinit": "create_new",
             "settings": settings,
         }
+        if self._goes_on:  # offline too: `wandb sync` appends a later folder to an earlier one
+            common["resume"] = "allow"
         job_type = "mean" if members else None
-        mean = wandb.init(name=name, config=dict(config.config), job_type=job_type, **common)
+        mean = wandb.init(
+            name=name, id=self._ids[0], config=dict(config.config), job_type=job_type, **common
+        )
         self._runs.append(mean)
         settings.x_disable_stats = True  # the run of the mean records the system metrics
         for i in range(members):
@@ -432,7 +671,7 @@ class WandbTracker(Tracker):
             own = {**config.config, "args": args, "member": i}
             run = wandb.init(
                 name=" ".join(filter(None, (f"{name}__m{i}", label_of(member)))),
-                id=os.urandom(4).hex(),  # WANDB_RUN_ID can name one run only
+                id=self._ids[1 + i],
                 config=own,
                 job_type="member",
                 **common,
@@ -444,6 +683,22 @@ class WandbTracker(Tracker):
         if 0 < members < config.num_members:
             self._say(f"wandb: curves of {members} of {config.num_members} members and their mean")
 
+    def _send_missing(self, mode: str) -> None:
+        """Find out which rows the runs have, and send the kept ones that they do not have.
+
+        A server says which step comes next. Folders recorded offline cannot be asked: they have
+        every row that the earlier process logged.
+        """
+        if self._kept is None:
+            return
+        if mode == "offline" and self._goes_on:
+            self._sent = [self._kept.last_logged] * len(self._runs)
+        else:
+            self._sent = [run.starting_step - 1 for run in self._runs]
+        for global_step, metrics in self._kept.rows(min(self._sent), self._config.num_members):
+            self._log(global_step, metrics)
+        self._kept = None
+
     @property
     def _unfinished(self) -> str:
         return f"did not finish; upload the rest with `{SYNC} {self._folders}`"
@@ -453,8 +708,10 @@ class WandbTracker(Tracker):
         return f"{shlex.quote(str(self._dir))}/*run-*"
 
     def _log(self, global_step: int, metrics: Metrics) -> None:
-        for run, curve in zip(self._runs, _split_curves(metrics, len(self._runs) - 1), strict=True):
-            run.log({"global_step": global_step, **curve})
+        curves = _split_curves(metrics, len(self._runs) - 1)
+        for i, (run, curve) in enumerate(zip(self._runs, curves, strict=True)):
+            if global_step > self._sent[i]:
+                run.log({"global_step": global_step, **curve}, step=global_step, commit=True)
 
     def _log_figures(self, global_step: int, figures: Mapping[str, go.Figure]) -> None:
         import plotly.graph_objects as go
@@ -517,14 +774,19 @@ class WandbTracker(Tracker):
 class TensorBoardTracker(Tracker):
     """Writes TensorBoard event files; each of several members has a folder inside the mean's."""
 
-    def __init__(self, config: TrackerConfig) -> None:
+    name = "tensorboard"
+
+    def __init__(self, config: TrackerConfig, purge_step: int | None = None) -> None:
+        """Open the event files; points from `purge_step` on in earlier ones are void."""
         from torch.utils.tensorboard import SummaryWriter
 
         folder = config.run_dir / "tensorboard"
         folders = [folder]
         for i, member in enumerate(config.members[: _count_curves(config)]):
             folders.append(folder / " ".join(filter(None, (f"member_{i}", label_of(member)))))
-        self._writers: list[SummaryWriter] = [SummaryWriter(str(path)) for path in folders]
+        self._writers: list[SummaryWriter] = [
+            SummaryWriter(str(path), purge_step=purge_step) for path in folders
+        ]
 
     def log(self, global_step: int, metrics: Metrics) -> None:
         curves = _split_curves(metrics, len(self._writers) - 1)
@@ -537,24 +799,40 @@ class TensorBoardTracker(Tracker):
             writer.close()
 
 
-def make_tracker(config: TrackerConfig) -> Tracker:
-    """Build the tracker of a run.
+def make_tracker(
+    config: TrackerConfig,
+    state: Mapping[str, Any] | None = None,
+    global_step: int | None = None,
+) -> Tracker:
+    """Build the tracker of a run, new or resumed.
 
     A backend that cannot start causes a warning, not an exception. With `track`, the call takes at
     most START_S: a slower wandb continues to start while the run trains.
+
+    Args:
+        config: settings.
+        state: of `Tracker.state` in the checkpoint of a run that is resumed. `metrics.jsonl` is cut
+            back to it, TensorBoard discards later points, and the wandb run goes on with the first
+            row that it does not have. Parts of a wrong type count as missing.
+        global_step: of that checkpoint; None for a new run. Without a known `state`, rows up to
+            this step are kept.
     """
+    resumed = state is not None or global_step is not None
+    parts = state if isinstance(state, Mapping) else {}
     console = ConsoleTracker(config.total_timesteps, config.quiet)
-    backends: list[Tracker] = [JsonlTracker(config.run_dir / "metrics.jsonl"), console]
+    jsonl = JsonlTracker(config.run_dir / "metrics.jsonl")
+    kept = jsonl.resume(parts.get("jsonl"), global_step) if resumed else None
+    backends: list[Tracker] = [jsonl, console]
     if config.tensorboard:
         try:
-            backends.append(TensorBoardTracker(config))
+            backends.append(TensorBoardTracker(config, kept.last_step + 1 if kept else None))
         except ImportError:
             _warn("no TensorBoard files: `pip install tensorboard` first")
         except Exception as error:
             _warn(f"no TensorBoard files: {_format_error(error)}")
     if config.track:
-        backends.append(WandbTracker(config, console.message))
-    return CompositeTracker(backends, config.num_members)
+        backends.append(WandbTracker(config, console.message, parts.get("wandb"), kept))
+    return CompositeTracker(backends, config.num_members, kept.last_step if kept else -1)
 
 
 def _warn(text: str) -> None:
@@ -581,6 +859,60 @@ def _to_values(name: str, value: float | Sequence[float], num_members: int) -> f
         raise ValueError(f"metric {name}: shape {array.shape} for {num_members} members")
     values: list[float] = array.tolist()
     return values
+
+
+def _known_ids(
+    state: Mapping[str, Any] | None, project: str, entity: str | None, count: int
+) -> list[str] | None:
+    """The ids of the wandb runs that go on; None for new runs."""
+    if not isinstance(state, Mapping):
+        return None
+    ids = state.get("run_ids")
+    if (
+        not isinstance(ids, list)
+        or len(ids) != count
+        or not all(isinstance(run_id, str) and RUN_ID.fullmatch(run_id) for run_id in ids)
+    ):
+        _warn("the checkpoint does not name the wandb runs; a new run begins, with all rows")
+        return None
+    if (state.get("project"), state.get("entity")) != (project, entity):
+        return None  # asked for: the settings of wandb may change
+    return ids
+
+
+def _cut(path: Path, content: bytes) -> None:
+    """Make `content` that of a file; a crash leaves the old content or the new."""
+    if not path.is_symlink() and path.is_file():  # a link may lead out of the run directory
+        with path.open("r+b") as file:
+            if file.read(len(content)) == content:
+                file.truncate(len(content))
+                os.fsync(file.fileno())
+                return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl`; None if it is not one."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # of the encoding too
+        return None
+    if not isinstance(row, dict) or not _is_count(row.get("global_step")):
+        return None
+    return row
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _mean(value: float | Sequence[float]) -> float:

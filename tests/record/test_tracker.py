@@ -7,6 +7,7 @@ A test of the time or the output of a whole process starts a process that runs `
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import sys
 import termios
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     posts_hang = {posts_hang}
     slow_s = 0  # before the history is taken
     steps = set()  # those of the history
+    history = {{}}  # lines of each run, by their offset
     def do_GET(self):
         self.answer({{}})
     def do_POST(self):
@@ -78,9 +80,22 @@ class Server(http.server.BaseHTTPRequestHandler):
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
             self.steps.update(map(int, re.findall(rb"global_step[^0-9]+([0-9]+)", body)))
+            sent = json.loads(body).get("files", {{}}).get("wandb-history.jsonl")
+            for i, line in enumerate(sent["content"] if sent else []):
+                lines = self.history.setdefault(self.path.split("/")[-2], {{}})
+                lines[sent["offset"] + i] = json.loads(line)
         name = json.loads(body)["variables"].get("name") if b"variables" in body else None
         bucket = {{"id": "QQ==", "name": name, "displayName": "r", "config": "{{}}",
                   "project": {{"name": "p", "entity": {{"name": "e"}}}}}}
+        if b"RunResumeStatus" in body:
+            lines = self.history.get(name)
+            last = json.dumps(lines[max(lines)]) if lines else "{{}}"
+            bucket |= {{"historyLineCount": len(lines or ()), "historyTail": json.dumps([last]),
+                       "summaryMetrics": last, "eventsTail": "[]", "eventsLineCount": 0,
+                       "logLineCount": 0, "tags": [], "wandbConfig": json.dumps({{"t": 1}})}}
+            model = {{"id": "x", "name": "p", "entity": {{"id": "e", "name": "e"}},
+                     "bucket": bucket if lines else None}}
+            return self.answer({{"data": {{"model": model}}}})
         answers = {{"upsertBucket": {{"bucket": bucket, "inserted": True}},
                    "createRunFiles": {{"runID": "QQ==", "uploadHeaders": [], "files": []}}}}
         self.answer({{"data": {{name: answer for name, answer in answers.items()
@@ -215,15 +230,20 @@ class WandbFile:
         }
 
 
-def wandb_files(run_dir: Path, pattern: str = "*run-*") -> dict[str, WandbFile]:
-    """The runs of a folder by name, once they are closed: shortly after wandb says so."""
+def closed_files(run_dir: Path, pattern: str = "*run-*") -> list[WandbFile]:
+    """The runs of a folder, once they are closed: shortly after wandb says so."""
     deadline = time.monotonic() + 5
     while True:
         paths = run_dir.glob(f"wandb/{pattern}/run-*.wandb")
         files = [WandbFile(path) for path in paths]
         if all(file.exit_code is not None for file in files) or time.monotonic() > deadline:
-            return {file.run.display_name: file for file in files}
+            return files
         time.sleep(0.05)
+
+
+def wandb_files(run_dir: Path, pattern: str = "*run-*") -> dict[str, WandbFile]:
+    """The runs of a folder by name, once they are closed."""
+    return {file.run.display_name: file for file in closed_files(run_dir, pattern)}
 
 
 class Recorder(Tracker):
@@ -389,6 +409,188 @@ def test_lines_that_never_fit_are_counted(
     first, last = warnings(capfd.readouterr().err)
     assert "No space left on device" in first
     assert "3 lines" in last
+
+
+# --- metrics.jsonl of a resumed run ------------------------------------------------------------
+
+
+UNFINISHED: list[Tracker] = []
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    """Close the files of trackers that a test leaves as a killed process does."""
+    yield
+    while UNFINISHED:
+        UNFINISHED.pop().finish({})
+
+
+def logged(run_dir: Path, *steps: int, state: Any = None, at: int | None = None) -> Tracker:
+    """A tracker, new or resumed, that has logged rows."""
+    tracker = make_tracker(config(run_dir), state, at)
+    UNFINISHED.append(tracker)
+    for step in steps:
+        tracker.log(step, {"charts/epsilon": 1 / step})
+    return tracker
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [row["global_step"] for row in rows(run_dir)]
+
+
+def test_resume_cuts_the_rows_after_the_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows after the checkpoint, half ones too, are repeated; the bytes before it are untouched."""
+    tracker = logged(tmp_path, 10, 20)
+    state = tracker.state()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert tracker.digest() == (len(before), hashlib.sha256(before).hexdigest())
+    tracker.log(30, {})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 40, "ch')
+
+    resumed = logged(tmp_path, state=json.loads(json.dumps(state)), at=25)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert resumed.state()["jsonl"] | {"wall_s": 0} == state["jsonl"] | {"wall_s": 0}
+    for step in (30, 40):
+        resumed.log(step, {"charts/epsilon": 0.5})
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert content.startswith(before)
+    assert resumed.digest() == (len(content), hashlib.sha256(content).hexdigest())
+    resumed.finish({})
+    assert steps_of(tmp_path) == [10, 20, 30, 40]
+    assert resumed.lost() == []
+    assert capfd.readouterr().err == ""
+
+
+def test_resume_goes_on_with_the_clock(tmp_path: Path) -> None:
+    """`wall_s` counts the seconds of all processes of the run."""
+    state = logged(tmp_path, 10).state()
+    state["jsonl"]["wall_s"] = 1000.0
+    logged(tmp_path, 20, state=state).finish({})
+    assert 1000 <= rows(tmp_path)[-1]["wall_s"] < 1010
+
+
+def test_no_two_rows_of_one_step(tmp_path: Path) -> None:
+    """The first row of a step stays, in one process and across a resume, in every backend."""
+    recorder = Recorder()
+    jsonl = JsonlTracker(tmp_path / "metrics.jsonl")
+    tracker = CompositeTracker([jsonl, recorder], 1)
+    UNFINISHED.append(tracker)
+    for step in (10, 20, 20, 15):
+        tracker.log(step, {"charts/epsilon": len(recorder.calls)})
+    assert recorder.calls == ["log"] * 2
+    resumed = logged(tmp_path, 20, 30, state=tracker.state())
+    resumed.finish({})
+    assert [row.get("charts/epsilon") for row in rows(tmp_path)] == [0, 1, 1 / 30]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept", "why"),
+    [
+        pytest.param(lambda path: path.unlink(), [], "is missing", id="missing"),
+        pytest.param(lambda path: os.truncate(path, 60), [10], "has 60 bytes", id="shorter"),
+        pytest.param(
+            lambda path: path.write_bytes(path.read_bytes().replace(b"0.1,", b"0.2,")),
+            [10, 20, 30],
+            "was changed",
+            id="changed",
+        ),
+        pytest.param(
+            lambda path: path.write_bytes(
+                path.read_bytes().replace(b'{"global_step": 20', b"\xff")
+            ),
+            [10, 30],
+            "was changed",
+            id="damaged-line",
+        ),
+    ],
+)
+def test_file_that_is_not_the_checkpoints(
+    damage: Callable[[Path], object],
+    kept: list[int],
+    why: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """One warning says what is wrong; good rows up to the checkpoint stay, none twice."""
+    tracker = logged(tmp_path, 10, 20, 30)
+    state = tracker.state()
+    tracker.log(40, {})
+    damage(tmp_path / "metrics.jsonl")
+    resumed = logged(tmp_path, 40, 50, state=state)
+    resumed.finish({})
+    assert steps_of(tmp_path) == [*kept, 40, 50]
+    (warning,) = warnings(capfd.readouterr().err)
+    assert why in warning
+    assert f"{len(kept)} rows" in warning
+    assert not list(tmp_path.glob(".*"))
+
+
+JSONL_STATE = {"bytes": 0, "sha256": "", "last_step": 0, "wall_s": 0.0, "waiting": []}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({}, id="empty"),
+        pytest.param([1], id="no-mapping"),
+        pytest.param({"jsonl": {"bytes": "1"}}, id="types"),
+        pytest.param({"jsonl": JSONL_STATE | {"wall_s": math.nan}}, id="nan"),
+        pytest.param({"jsonl": JSONL_STATE | {"waiting": ["x"]}}, id="lines"),
+    ],
+)
+def test_state_of_wrong_types(
+    state: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A state that does not hold is missing: rows up to the checkpoint's global_step stay."""
+    logged(tmp_path, 10, 20, 30)
+    logged(tmp_path, 21, state=state, at=20).finish({})
+    assert steps_of(tmp_path) == [10, 20, 21]
+    assert len(warnings(capfd.readouterr().err)) == 1
+
+
+def test_lines_that_wait_for_space_are_in_the_checkpoint(tmp_path: Path) -> None:
+    """Rows that a full disk refused are written by the process that resumes the run."""
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    tracker = logged(tmp_path, 10, 20)
+    state = tracker.state()
+    assert tracker.lost() == ["metrics.jsonl"]
+    path.unlink()
+    logged(tmp_path, 30, state=json.loads(json.dumps(state))).finish({})
+    assert steps_of(tmp_path) == [10, 20, 30]
+
+
+def test_cut_does_not_follow_a_link(tmp_path: Path) -> None:
+    """A link in a run directory from elsewhere cannot have another file emptied."""
+    victim = tmp_path / "victim"
+    victim.write_text('{"global_step": 5}\n')
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    state = logged(run_dir).state()
+    (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    (run_dir / "metrics.jsonl").symlink_to(victim)
+    logged(run_dir, 10, state=state, at=0).finish({})
+    assert victim.read_text() == '{"global_step": 5}\n'
+    assert steps_of(run_dir) == [10]
+
+
+def test_lost_files_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A file that is removed during the run, or whose backend failed, is incomplete."""
+    tracker = logged(tmp_path, 10)
+    (tmp_path / "metrics.jsonl").unlink()
+    tracker.log(20, {})
+    tracker.finish({})
+    assert tracker.lost() == ["metrics.jsonl"]
+    broken = Recorder(fail_at="log")
+    broken.name = "tensorboard"
+    composite = CompositeTracker([broken], 1)
+    composite.log(1, {})
+    composite.finish({})
+    assert composite.lost() == ["tensorboard"]
+    assert "removed during the run" in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -741,6 +943,116 @@ def test_slow_server_gets_everything(tmp_path: Path) -> None:
     assert str(list(range(100, 1001, 100))) in done.stdout
 
 
+# --- wandb runs of a resumed run ---------------------------------------------------------------
+
+RESUMED = """
+state = tracker.state()
+for step in (1100, 1200):  # sent, but after the checkpoint
+    tracker.log(step, {"charts/epsilon": 0.0})
+tracker.finish({"eval_return_mean": 0.5})
+time.sleep(1)  # wandb names a folder after the second
+tracker = make_tracker(TrackerConfig(
+    run_dir=run_dir, run_name="r", config={"args": {"seed": 0}}, total_timesteps=2000,
+    num_members=1, **(options | again)), state)
+for step in (1100, 1200, 1300, 1400):
+    tracker.log(step, {"charts/epsilon": 0.0, "charts/episodic_return": [step / 7]})
+"""
+SHOW = """
+import atexit
+def show():
+    for run_id, lines in Server.history.items():
+        print("history", run_id, sorted(lines), [lines[i]["global_step"] for i in sorted(lines)])
+atexit.register(show)
+"""
+ALL_STEPS = list(range(100, 1401, 100))
+
+
+def histories(output: str) -> list[tuple[str, list[int], list[int]]]:
+    """Run id, offsets and global_steps of each run that the stand-in server has."""
+    found = re.findall(r"history (\S+) (\[.*?\]) (\[.*?\])", output)
+    return [(run_id, json.loads(lines), json.loads(steps)) for run_id, lines, steps in found]
+
+
+def test_wandb_run_goes_on_online(tmp_path: Path) -> None:
+    """One run on the server with every row once, those after the checkpoint too."""
+    done, _ = run_script(
+        tmp_path,
+        before=ONE_KEY + STAND_IN_SERVER.format(posts_hang=False) + "again = {}",
+        middle=RESUMED + SHOW,
+        track=True,
+        wandb_mode="online",
+    )
+    assert done.stderr == ""
+    ((_, offsets, steps),) = histories(done.stdout)
+    assert steps == ALL_STEPS
+    assert offsets == list(range(len(ALL_STEPS)))
+
+
+def test_offline_folders_of_a_resumed_run_are_one_run(tmp_path: Path) -> None:
+    """`wandb sync` of both folders, as printed, uploads one run with every row once."""
+    sync = """
+import glob, subprocess
+tracker.finish({})
+command = [sys.executable, "-m", *SYNC.split(), *glob.glob(str(run_dir / "wandb/*run-*"))]
+subprocess.run(command, cwd=run_dir, check=True, capture_output=True)
+"""
+    done, _ = run_script(
+        tmp_path,
+        before=ONE_KEY
+        + STAND_IN_SERVER.format(posts_hang=False)
+        + "again = {}; from dqn_fast.record.tracker import SYNC",
+        middle=RESUMED + sync + SHOW,
+        track=True,
+        wandb_mode="offline",
+    )
+    assert done.stderr == ""
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+    ((_, offsets, steps),) = histories(done.stdout)
+    assert steps == ALL_STEPS
+    assert offsets == list(range(len(ALL_STEPS)))
+
+
+def test_rows_that_the_server_lacks_are_sent_again(tmp_path: Path) -> None:
+    """A run whose first part was recorded offline is whole on the server that it goes on with."""
+    done, _ = run_script(
+        tmp_path,
+        before=ONE_KEY
+        + STAND_IN_SERVER.format(posts_hang=False)
+        + "again = {'wandb_mode': 'online'}",
+        middle=RESUMED + SHOW,
+        track=True,
+        wandb_mode="offline",
+    )
+    assert done.stderr == ""
+    ((_, _, steps),) = histories(done.stdout)
+    assert steps == ALL_STEPS
+
+
+def test_members_runs_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each member's run keeps its id; a run tracked from its resume on has the rows before it."""
+    first = config(tmp_path, track=True, wandb_mode="offline", num_members=2)
+    tracker = make_tracker(first)
+    tracker.log(64, {"charts/episodic_return": [1.0, math.nan], "charts/epsilon": 0.5})
+    state = tracker.state()
+    tracker.finish({})
+    time.sleep(1)  # wandb names a folder after the second
+    tracker = make_tracker(first, state)
+    tracker.log(128, {"charts/episodic_return": [3.0, 5.0]})
+    tracker.finish({})
+    ids = state["wandb"]["run_ids"]
+    assert len(set(ids)) == 3
+    for run_id in ids:
+        assert len(list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))) == 2
+
+    other = config(tmp_path, track=True, wandb_mode="offline", num_members=2, wandb_project="new")
+    tracker = make_tracker(other, {"wandb": state["wandb"]})
+    tracker.finish({})
+    files = closed_files(tmp_path)
+    (mean,) = (f for f in files if f.run.project == "new" and f.run.job_type == "mean")
+    assert [row["charts/episodic_return"] for row in mean.history] == [1.0, 4.0]
+    assert mean.run.run_id not in ids
+
+
 # --- TensorBoard -------------------------------------------------------------------------------
 
 
@@ -764,6 +1076,25 @@ def test_tensorboard_curves(tmp_path: Path) -> None:
     assert curve(folder / "member_0", "losses/td_loss") == [(64, 1.0), (128, 1.0)]
     with pytest.raises(KeyError):
         curve(folder / "member_1", "losses/td_loss")
+
+
+def test_tensorboard_of_a_resumed_run(tmp_path: Path) -> None:
+    """Points after the checkpoint's last row are replaced by those of the resumed run."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = make_tracker(config(tmp_path, tensorboard=True))
+    state: dict[str, Any] = {}
+    for step in (64, 128, 150, 192):
+        tracker.log(step, {"charts/epsilon": 1.0})
+        state = state if step > 128 else tracker.state()
+    tracker.finish({})
+    tracker = make_tracker(config(tmp_path, tensorboard=True), state, 140)
+    for step in (192, 256):
+        tracker.log(step, {"charts/epsilon": 0.0})
+    tracker.finish({})
+    points = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("charts/epsilon")
+    assert [(p.step, p.value) for p in points] == [(64, 1.0), (128, 1.0), (192, 0.0), (256, 0.0)]
 
 
 def test_tensorboard_that_is_not_installed(
