@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any, NoReturn, ParamSpec
 
 P = ParamSpec("P")
@@ -32,9 +32,6 @@ STOP_SIGNALS: tuple[int, ...] = tuple(
     if hasattr(signal, name)
 )
 """Signals that ask a run to stop, from a terminal, a shell or a job scheduler."""
-
-REQUIRED = ("torch", "numpy", "plotly", "jinja2", "gymnasium", "tyro", "tqdm")
-"""Packages without which no command works."""
 
 
 # -------------------------------------------------------------------------------------- signals
@@ -448,6 +445,9 @@ def _run(main: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
             status = main(*args, **kwargs)
             interruption.defer()
         except KeyboardInterrupt:
+            # An exception that has passed through exec of a text, as dataclasses use it, makes the
+            # interpreter end by SIGINT whatever the status is, until the next such exec.
+            exec("")
             return interruption.status
         except ModuleNotFoundError as error:
             if (line := _missing(error)) is None:
@@ -472,9 +472,17 @@ def start_command() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = _excepthook
     _guard_streams()  # to the end of the process
-    for package in REQUIRED:  # some are imported at the end of a run only
-        if package not in sys.modules and find_spec(package) is None:
-            raise ModuleNotFoundError(name=package)
+
+
+def require(*packages: str) -> None:
+    """Look for packages that are imported later, without importing them.
+
+    Raises:
+        ModuleNotFoundError: one is not installed.
+    """
+    for package in packages:
+        if sys.modules.get(package) is None and find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 def _excepthook(
@@ -506,6 +514,8 @@ def _missing(error: BaseException) -> str | None:
             name = str(frame.f_globals.get("__name__")).split(".")[0]
     if name is None and isinstance(error, ImportError) and error.name:
         name = error.name.split(".")[0]
+    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+        name = error.obj.__name__.split(".")[0]  # of which only a part is installed
     if name in (None, "dqn_fast"):
         return None
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

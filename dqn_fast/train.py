@@ -30,7 +30,7 @@ from dqn_fast.envs import EnvError, TensorEnv, VectorizationMode
 from dqn_fast.evaluate import evaluate, q_probe
 from dqn_fast.experiments import experiment
 from dqn_fast.heads import LossName
-from dqn_fast.process import command, stop_requests
+from dqn_fast.process import command, require, stop_requests
 from dqn_fast.record.describe import describe
 from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import Metrics
@@ -389,7 +389,9 @@ def asked_env_id(argv: list[str]) -> str:
 def main() -> int:
     """Train from the command line; returns the exit status."""
     try:
-        train(parse(Args, default=Args.for_env(asked_env_id(sys.argv[1:]))))
+        args = parse(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
+        require(*("plotly", "jinja2") * args.report, *("wandb",) * args.track)
+        train(args)
     except (UsageError, TrainingError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
