@@ -25,6 +25,7 @@ from dqn_fast.dqn import QFunction
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
 from dqn_fast.noise import Noise, Stream
+from dqn_fast.process import command
 from dqn_fast.settings import at_least, check_settings, parse
 from dqn_fast.sweep import label_of
 
@@ -140,6 +141,7 @@ class EvaluateArgs:
     """Maximum number of steps of each episode in the film."""
 
 
+@command()
 def main() -> int:
     """Print one line per member, then one JSON line; returns the exit status."""
     try:

@@ -30,11 +30,11 @@ from dqn_fast.envs import EnvError, TensorEnv, VectorizationMode
 from dqn_fast.evaluate import evaluate, q_probe
 from dqn_fast.experiments import experiment
 from dqn_fast.heads import LossName
+from dqn_fast.process import command, require, stop_requests
 from dqn_fast.record.describe import describe
 from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import Metrics
 from dqn_fast.record.run import (
-    Interruption,
     RunRecord,
     TrainingError,
     create_run_dir,
@@ -263,24 +263,27 @@ def train(
             None makes `args.env_id` with `args.env_params`.
         on_log: called after every log point and evaluation with global_step, the training and the
             metrics.
-        should_stop: called between chunks; if it returns true, the run is saved and ends.
+        should_stop: called between chunks; if it returns true, the run is saved and ends. So it
+            does at a signal of STOP_SIGNALS, which then has its usual effect.
 
     Raises:
         UsageError: a setting is not allowed; nothing was written.
         TrainingError: a loss or gradient is not finite; the run so far is saved, with the agent of
             the last checkpoint.
         EnvError: the environment broke its contract; the run so far is saved, the agent included.
+        KeyboardInterrupt: SIGINT came; the run so far is saved.
     """
     began = time.perf_counter()
     args = settle(args)
     refuse_used_dir(args.run_dir)
-    with ExitStack() as stack:
+    with stop_requests() as stop, ExitStack() as stack:
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
         training = stack.enter_context(closing(setup(args, env)))
         env, dqn, state, plan = training.env, training.dqn, training.state, training.plan
         q_net, noise, exact = training.q_net, training.noise, training.exact
         gammas = member_values(args, "gamma")
+        stop.defer()
         run_dir = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
         config = describe_training(training)
         differs = bool(args.sweep.keys() & {"eps_start", "eps_end", "eps_fraction"})
@@ -296,7 +299,7 @@ def train(
                 # Side jobs, always in this order: evaluate, log, save. Only an evaluation waits for
                 # the device; `settle` turns the copies that have arrived into rows and files.
                 log, evaluation, save = (chunk.crosses(interval) for interval in plan.intervals)
-                stopped = should_stop()
+                stopped = should_stop() or stop()
                 done = chunk.after == plan.end and not stopped
                 row: dict[str, Any] = {}
                 if evaluation or done:
@@ -382,18 +385,19 @@ def asked_env_id(argv: list[str]) -> str:
         return Args.env_id
 
 
+@command(needs_output=False)
 def main() -> int:
     """Train from the command line; returns the exit status."""
     try:
         args = parse(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
-        interruption = Interruption()
-        train(args, should_stop=interruption)
+        require(*("plotly", "jinja2") * args.report, *("wandb",) * args.track)
+        train(args)
     except (UsageError, TrainingError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         gc.freeze()  # saves 0.8 s at exit, in which the interpreter would visit torch's objects
-    return 128 + interruption.signal if interruption.signal is not None else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -529,24 +528,3 @@ def tracker_config(run_dir: Path, config: Mapping[str, Any]) -> TrackerConfig:
         num_members=len(config["derived"]["members"]),
         **{name: args[name] for name in (*names, "wandb_tags", "wandb_mode")},
     )
-
-
-class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request to stop; a second one has its usual effect.
-
-    Attributes:
-        signal: number of the signal received, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
