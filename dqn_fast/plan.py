@@ -137,6 +137,7 @@ class Plan:
         few_shapes: whether chunks have few different `update_counts`, for an engine that captures
             each one; see `_few_shapes`. Never changes the result.
         intervals: of the side jobs (log, evaluate, save); a chunk ends where one is crossed.
+        updates_before: gradient steps taken before `learning_starts`, in a run that was resumed.
         switch: gradient steps after which the engine changes; a chunk ends there. None: no change.
     """
 
@@ -151,6 +152,7 @@ class Plan:
     few_shapes: bool = False
     intervals: tuple[int, ...] = ()
     switch: int | None = None
+    updates_before: int = 0
 
     @property
     def num_vector_steps(self) -> int:
@@ -175,7 +177,7 @@ class Plan:
     def total_updates(self) -> int:
         before = self.first_learning_step * self.num_envs
         groups = self.end // self.train_freq - before // self.train_freq
-        return self.gradient_steps * max(groups, 0)
+        return self.updates_before + self.gradient_steps * max(groups, 0)
 
     @property
     def window_steps(self) -> int:
@@ -199,6 +201,7 @@ class Plan:
     def step_of_update(self, number: int) -> int:
         """global_step of the vector step that gradient step `number`, from 1, follows."""
         before = self.first_learning_step * self.num_envs
+        number = max(number - self.updates_before, 1)
         group = before // self.train_freq + -(-number // self.gradient_steps)
         return -(-group * self.train_freq // self.num_envs) * self.num_envs
 

@@ -23,7 +23,12 @@ from dqn_fast import tree
 from dqn_fast.dqn import DQN, State
 from dqn_fast.envs import TensorEnv, refusal
 from dqn_fast.noise import Noise, Stream
-from dqn_fast.record.checkpoint import kept_paths, load_checkpoint, remove_leftovers
+from dqn_fast.record.checkpoint import (
+    kept_paths,
+    load_checkpoint,
+    remove_leftovers,
+    saved_part,
+)
 from dqn_fast.record.lock import RunLock
 from dqn_fast.settings import UsageError, check_settings, flag
 
@@ -94,10 +99,29 @@ class Resumption:
         return self.saved["num_updates"]
 
     @property
-    def learning_starts(self) -> int:
-        """Transitions before the first gradient step, or before the next one if replay was not
-        saved and fills again."""
-        return self.saved["learning_starts"]
+    def updates_before(self) -> int:
+        """Gradient steps before `learning_starts`."""
+        return self.saved["updates_before"] if self.saved["replay_rows"] else self.num_updates
+
+    def learning_starts(self, usual: int) -> int:
+        """Transitions before the next gradient step: if replay was not saved it has to fill again.
+
+        Args:
+            usual: transitions before the first gradient step of a new run.
+        """
+        if self.saved["replay_rows"] or self.global_step == 0:
+            return self.saved["learning_starts"]
+        starts = self.global_step + usual
+        self.notes.append(
+            "replay was not saved (--checkpoint-replay false): it fills again, with no gradient "
+            f"step before global_step {starts:,}"
+        )
+        return starts
+
+    def history(self) -> list[dict[str, Any]]:
+        """When the run was resumed, with what differs since then, for `config.json`."""
+        now = {"global_step": self.global_step, "differs": self.notes}
+        return [*self.config.get("resumed", ()), now]
 
     def args_of(self, cls: type[A]) -> A:
         """Settings of the run, as they were.
@@ -205,18 +229,6 @@ class Resumption:
                 if elapsed[i] > 0
             ]
         return []
-
-
-def saved_part(state: State, dqn: DQN, replay_rows: int) -> State:
-    """What a checkpoint holds of a state: as views, with the first rows of replay only.
-
-    Args:
-        state: of the run.
-        dqn: the algorithm.
-        replay_rows: rows of each member; 0: replay is left out.
-    """
-    replay = dqn.replay.first_rows(state.replay, replay_rows) if replay_rows else None
-    return state._replace(replay=replay)  # type: ignore[arg-type]
 
 
 def open_run(run_dir: Path) -> Resumption:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dqn_fast import __version__, tree
-from dqn_fast.dqn import QFunction
+from dqn_fast.dqn import DQN, QFunction, State
 
 
 def temporary_name(name: str) -> str:
@@ -200,6 +200,37 @@ def write_weights(path: Path, content: Mapping[str, Any]) -> None:
     weights = {name: t.detach().cpu().contiguous() for name, t in content["q_net"].items()}
     data = safetensors.torch.save(weights, metadata)
     write_whole(path, lambda file: file.write(data))
+
+
+def saved_part(state: State, dqn: DQN, replay_rows: int) -> State:
+    """What a checkpoint holds of a state: as views, with the first rows of replay only.
+
+    Args:
+        state: of the run.
+        dqn: the algorithm.
+        replay_rows: rows of each member; 0: replay is left out.
+    """
+    replay = dqn.replay.first_rows(state.replay, replay_rows) if replay_rows else None
+    return state._replace(replay=replay)  # type: ignore[arg-type]
+
+
+def write_digests(
+    path: Path, global_step: int, known: Mapping[str, tuple[int, str]], names: Sequence[str]
+) -> None:
+    """Write bytes and SHA-256 of text files in the same folder, by name.
+
+    Args:
+        path: of the file to write.
+        global_step: of the run.
+        known: bytes and digest of a file that grows: of what it has so far.
+        names: files to read.
+    """
+    files = dict(known)
+    for name in names:
+        content = path.with_name(name).read_bytes()
+        files[name] = len(content), hashlib.sha256(content).hexdigest()
+    entries = {n: {"bytes": size, "sha256": sha} for n, (size, sha) in files.items()}
+    write_json(path, {"global_step": global_step, "files": entries})
 
 
 class BestAgent:

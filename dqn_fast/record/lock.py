@@ -43,6 +43,7 @@ class RunLock:
             raise UsageError(
                 f"{what}: cannot be written ({error.strerror}); it must be a writable directory"
             ) from error
+        self._is_held = False
         info = os.fstat(self._file)
         self._key = (info.st_dev, info.st_ino)
         with _guard:
@@ -54,16 +55,17 @@ class RunLock:
                     taken = True
             if not taken:
                 _held.add(self._key)
-        if taken:
-            # To close any descriptor of a file drops all locks of the process on it.
-            if self._key not in _held:
+                self._is_held = True
+            elif self._key not in _held:  # else closing it would drop this process's own lock
                 os.close(self._file)
+        if taken:
             raise UsageError(f"{what}: another run is writing it; wait for its end, or stop it")
 
     def release(self) -> None:
         """Give the lock back; may be called again."""
         with _guard:
-            if self._key in _held:
+            if self._is_held:
+                self._is_held = False
                 _held.remove(self._key)
                 with contextlib.suppress(OSError):
                     os.close(self._file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,6 +132,19 @@ class Metrics:
         """Continue an interval from its `Interval.state`."""
         self._interval.load_(saved)
 
+    def cut_(
+        self, global_step: int, num_envs: int, episodes: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Count episodes that do not go on: copy, episode_length and episode_return of each."""
+        copy = np.array([episode["copy"] for episode in episodes])
+        columns: dict[str, NDArray[Any]] = {
+            "global_step": np.full(len(copy), global_step),
+            "episode_return": np.array([e["episode_return"] for e in episodes], np.float32),
+            "episode_length": np.array([e["episode_length"] for e in episodes], np.int32),
+            "member": (copy // num_envs).astype(np.int32),
+        }
+        self._interval.add_episodes(columns)
+
     def take_(self) -> Callable[[], Reading]:
         """Start again at zero; call the result for the reading when the device has reached this
         point."""
@@ -197,7 +210,13 @@ class Interval:
             "episode_length": lengths.ravel()[place],
             "member": member.astype(np.int32),
         }
-        added = (np.ones(len(place)), columns["episode_return"], columns["episode_length"])
+        self.add_episodes(columns)
+
+    def add_episodes(self, columns: dict[str, NDArray[Any]]) -> None:
+        """Count and list episodes: columns as in a `Reading`."""
+        member, num_members = columns["member"], self._num_members
+        ones = np.ones(len(member))
+        added = (ones, columns["episode_return"], columns["episode_length"])
         index = np.concatenate([np.arange(num_members), member])
         for total, weights in zip(self._sums, added, strict=True):
             total[:] = np.bincount(index, np.concatenate([total, weights]), num_members)
