@@ -3,7 +3,8 @@
 A layer is a wrapper or the environment inside. A layer with the methods `state_dict()` and
 `load_state_dict(state)` is saved with these; of any other layer every attribute must be data, a
 random generator, or a constant that a newly made copy has too. What no attribute shows, such as a
-global random generator, is found by playing: two copies with one state must go on alike.
+global random generator, is found by playing: two copies with one state must give equal results. The
+order in which Python iterates over a set is not saved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -27,9 +28,13 @@ from dqn_fast.envs.spaces import describe_error
 
 Env = gymnasium.Env[Any, Any]
 
-_WARM_UP, _STEPS = 20, 60
-"""Steps of the check by playing: before the state is copied, and after it."""
+_ROUNDS = (11, 20, 5)
+"""Rounds of the check by playing: steps before the state is copied."""
+_STEPS = 60
+"""Steps of each round after that."""
 _BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+_MOST_POOL = 1024
+"""Largest pool of a seed sequence that a file may ask for."""
 _KINDS = "biufcSUmM"
 """Kinds of NumPy dtypes that are data."""
 
@@ -66,9 +71,10 @@ class StateKeeper:
                 self._check_by_playing()
             assert self._fresh is not None
             layers = _difference(state, self._fresh)
-        except UnsavableError as error:
-            self._reason = str(error)
-            raise
+        except Exception as error:
+            known = isinstance(error, UnsavableError)
+            self._reason = str(error) if known else f"it raised {describe_error(error)}"
+            raise UnsavableError(self._reason) from error
         return {"fresh": [layer.data for layer in self._fresh], "layers": layers}
 
     def try_save(self, env: Env) -> dict[str, Any] | str:
@@ -91,16 +97,19 @@ class StateKeeper:
                 copies.append(second)
                 _difference(_encode_env(second, is_fresh=True), fresh)
                 first.reset(seed=1)
-                _play(first, 0, _WARM_UP)
                 second.reset(seed=2)
-                _play(second, 1, 1)
-                layers = _difference(_encode_env(first), fresh)
-                load_state_(second, {"fresh": [layer.data for layer in fresh], "layers": layers})
-                if not identical(_play(first, 2, _STEPS), _play(second, 2, _STEPS)):
-                    raise UnsavableError(
-                        "two copies with the same attributes do not go on alike: a part of its "
-                        "state is elsewhere, such as in a global random generator"
-                    )
+                for number, warm_up in enumerate(_ROUNDS):
+                    _play(first, 3 * number, warm_up)
+                    _play(second, 3 * number + 1, 1)
+                    layers = _difference(_encode_env(first), fresh)
+                    saved = {"fresh": [layer.data for layer in fresh], "layers": layers}
+                    load_state_(second, saved)
+                    seed = 3 * number + 2
+                    if not identical(_play(first, seed, _STEPS), _play(second, seed, _STEPS)):
+                        raise UnsavableError(
+                            "two copies with the same attributes give different results: a part of "
+                            "its state is elsewhere, such as in a global random generator"
+                        )
         except UnsavableError:
             raise
         except Exception as error:
@@ -210,7 +219,7 @@ def _encode_env(env: Env, is_fresh: bool = False) -> list[_Layer]:
             if _is_constant(layer, name, value):
                 # One of the layers, by its number, so that it can be compared with another copy.
                 numbers = [i for i, other in enumerate(layers) if other is value]
-                constants[name] = numbers[0] if numbers else value
+                constants[name] = numbers[0] if numbers else _constant(value)
             else:
                 path = f"{type(layer).__name__}.{name}"
                 data["attributes"][name] = encoder.encode(value, path)
@@ -232,7 +241,7 @@ def _difference(layers: list[_Layer], fresh: list[_Layer]) -> list[dict[str, Any
         for name, value in layer.constants.items():
             if name not in other.constants or not _same_constant(value, other.constants[name]):
                 path = f"{layer.data['class'].rpartition('.')[2]}.{name}"
-                raise UnsavableError(f"{path} is a {type(value).__name__}, and no constant")
+                raise UnsavableError(f"{path} is not the same in a newly made copy")
         own: dict[str, Any] = {
             "attributes": {
                 name: value
@@ -269,16 +278,32 @@ def _is_constant(layer: Env, name: str, value: Any) -> bool:
     )
 
 
+class _Function(NamedTuple):
+    """A function as it was: it can change what it has enclosed."""
+
+    code: types.CodeType
+    defaults: Any
+    cells: list[Any]
+
+
+def _constant(value: Any) -> Any:
+    """A constant, for a later comparison with that of another copy."""
+    if not isinstance(value, types.FunctionType):
+        return value
+    defaults = (value.__defaults__, value.__kwdefaults__)
+    return _Function(
+        value.__code__, defaults, [cell.cell_contents for cell in value.__closure__ or ()]
+    )
+
+
 def _same_constant(value: Any, other: Any) -> bool:
     """Whether two copies have the same constant."""
-    if isinstance(value, types.FunctionType) and isinstance(other, types.FunctionType):
-        cells = [[cell.cell_contents for cell in f.__closure__ or ()] for f in (value, other)]
+    if isinstance(value, _Function) and isinstance(other, _Function):
         return (
-            value.__code__ == other.__code__
-            and identical(value.__defaults__, other.__defaults__)
-            and value.__kwdefaults__ == other.__kwdefaults__
-            and all(isinstance(item, bool | int | float | str | None) for item in cells[0])
-            and identical(*cells)
+            value.code == other.code
+            and identical(value.defaults, other.defaults)
+            and all(isinstance(item, bool | int | float | str | None) for item in value.cells)
+            and identical(value.cells, other.cells)
         )
     if isinstance(value, types.MethodType):
         return isinstance(other, types.MethodType) and value.__func__ is other.__func__
@@ -329,8 +354,6 @@ class _Encoder:
             items = [self.encode(item, path) for item in value]
             return {"deque": items, "maxlen": value.maxlen}
         if kind in (set, frozenset):
-            if list(kind(list(value))) != list(value):
-                raise UnsavableError(f"{path} is a set whose order cannot be restored")
             return {kind.__name__: [self.encode(item, path) for item in value]}
         if kind is random.Random:
             return {"random": self.encode(value.getstate(), path)}
@@ -441,7 +464,12 @@ def _decode(value: Any) -> Any:
             legacy.set_state(_decode(content))
             return legacy
         case "generator" if content in _BIT_GENERATORS:
-            seeds = np.random.SeedSequence(**_decode(value["seeds"]))
+            arguments = _decode(value["seeds"])
+            if not 4 <= arguments["pool_size"] <= _MOST_POOL:
+                raise ValueError(
+                    f"pool_size {arguments['pool_size']}: must be in 4 .. {_MOST_POOL}"
+                )
+            seeds = np.random.SeedSequence(**arguments)
             bits = getattr(np.random, content)(seeds)
             bits.state = _decode(value["state"])
             return np.random.Generator(bits)
@@ -465,7 +493,7 @@ def identical(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(identical, a, b))
     if isinstance(a, Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
-        return same and a.numpy().tobytes() == b.numpy().tobytes()
+        return same and torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
     return a.hex() == b.hex() if isinstance(a, float) else bool(a == b)
 
 

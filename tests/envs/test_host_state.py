@@ -238,11 +238,11 @@ class Hidden(Walk):
 
 COUNT = [0]
 REASONS = {
-    "closure": r"Hidden.counted is a function, and no constant",
+    "closure": r"Hidden.counted is not the same in a newly made copy",
     "iterator": r"Hidden.counted is a method-wrapper, which is no plain data",
-    "random": "two copies with the same attributes do not go on alike",
-    "np.random": "two copies with the same attributes do not go on alike",
-    "global": "two copies with the same attributes do not go on alike",
+    "random": "two copies with the same attributes give different results",
+    "np.random": "two copies with the same attributes give different results",
+    "global": "two copies with the same attributes give different results",
     "alias": r"Hidden.second and Hidden.first are one object",
     "view": r"Hidden.part and Hidden.whole are one object",
     "object": r"Hidden.thing is a object, which is no plain data",
@@ -328,7 +328,7 @@ def test_an_environment_that_saves_itself(mode, tmp_path):
     env = from_gymnasium(partial(Simulator, careless=True), vectorization_mode=mode)
     env.vector_reset(noise(0))
     assert env.host_state() is None
-    assert "do not go on alike" in env.host_state_refusal
+    assert "give different results" in env.host_state_refusal
     env.close()
 
 
@@ -346,6 +346,8 @@ def test_a_state_that_does_not_fit_is_a_value_error(mode):
     other.vector_reset(noise(0))
     copies, layers = saved["copies"], saved["copies"][0]["layers"]
     own = {**layers[0], "attributes": {"grid": {"array": "|O", "data": torch.zeros(8).byte()}}}
+    seeds = {"dict": [["entropy", 1], ["pool_size", 2**40]]}
+    big = {"_np_random": {"generator": "PCG64", "state": {"dict": []}, "seeds": seeds}}
     for wrong in (
         None,
         {},
@@ -360,6 +362,7 @@ def test_a_state_that_does_not_fit_is_a_value_error(mode):
         {**saved, "copies": [{**copies[0], "layers": []}] * E},
         {**saved, "copies": [{**copies[0], "layers": [{**layers[0], "absent": 3}]}] * E},
         {**saved, "copies": [{**copies[0], "layers": [own]}] * E},
+        {**saved, "copies": [{**copies[0], "layers": [{**layers[0], "attributes": big}]}] * E},
         {**other.host_state(), "autoreset": saved["autoreset"]},
     ):
         with pytest.raises(ValueError, match=r"^Walk: the saved state of its copies does not fit"):
