@@ -3,6 +3,13 @@
 Importing it makes the tensor environments known to Gymnasium: `dqn_fast/LineWorld-v0` and so on.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m: the module that is to run has not been found yet
+    from dqn_fast.process import start_command
+
+    start_command()
+
 from gymnasium.envs.registration import register, registry
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -22,9 +23,11 @@ from torch import Tensor
 from dqn_fast.agent import AgentFile, load_agent
 from dqn_fast.device import upload
 from dqn_fast.dqn import QFunction
+from dqn_fast.engines import StopRequested
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
 from dqn_fast.noise import Noise, Stream
+from dqn_fast.process import command
 from dqn_fast.settings import at_least, check_settings, parse
 from dqn_fast.sweep import label_of
 
@@ -55,6 +58,7 @@ def evaluate(
     noise: Noise,
     epoch: int = 0,
     gamma: float | NDArray[np.float64] = 1.0,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Play `num_episodes` greedy episodes of every member.
 
@@ -65,9 +69,13 @@ def evaluate(
         noise: of the same M members.
         epoch: number of this evaluation; each number gives different episodes.
         gamma: discount of `discounted_return`, a number or one per member, [M].
+        should_stop: asked every few steps.
 
     Returns:
         Results on the network's device.
+
+    Raises:
+        StopRequested: `should_stop` returned true.
     """
     copies = (q_net.num_members, num_episodes)
 
@@ -85,6 +93,8 @@ def evaluate(
     discounted_return = torch.zeros_like(vector.episode_return)
     gammas = np.broadcast_to(np.asarray(gamma, np.float64), (copies[0],))
     for start in range(0, env.max_steps, _STEPS_PER_CHECK):
+        if should_stop():
+            raise StopRequested
         count = min(_STEPS_PER_CHECK, env.max_steps - start)
         step_noise = draw(Stream.EVALUATION_STEP, start, count, env.step_noise_dim)
         reset_noise = draw(Stream.EVALUATION_RESET, start + 1, count, env.reset_noise_dim)
@@ -140,6 +150,7 @@ class EvaluateArgs:
     """Maximum number of steps of each episode in the film."""
 
 
+@command()
 def main() -> int:
     """Print one line per member, then one JSON line; returns the exit status."""
     try:

@@ -137,6 +137,8 @@ class Plan:
         few_shapes: whether chunks have few different `update_counts`, for an engine that captures
             each one; see `_few_shapes`. Never changes the result.
         intervals: of the side jobs (log, evaluate, save); a chunk ends where one is crossed.
+        updates_before: gradient steps taken before `learning_starts`, in a run that was resumed.
+        switch: gradient steps after which the engine changes; a chunk ends there. None: no change.
     """
 
     num_envs: int
@@ -149,6 +151,8 @@ class Plan:
     max_window_steps: int = 256
     few_shapes: bool = False
     intervals: tuple[int, ...] = ()
+    switch: int | None = None
+    updates_before: int = 0
 
     @property
     def num_vector_steps(self) -> int:
@@ -173,7 +177,7 @@ class Plan:
     def total_updates(self) -> int:
         before = self.first_learning_step * self.num_envs
         groups = self.end // self.train_freq - before // self.train_freq
-        return self.gradient_steps * max(groups, 0)
+        return self.updates_before + self.gradient_steps * max(groups, 0)
 
     @property
     def window_steps(self) -> int:
@@ -186,6 +190,10 @@ class Plan:
         groups = self.window_steps * self.num_envs // self.train_freq + 1
         return min(groups * self.gradient_steps, self.total_updates)
 
+    def due(self, global_step: int) -> tuple[bool, ...]:
+        """Which of `intervals` are crossed in the vector step that ends at `global_step`."""
+        return tuple(crossed(global_step - self.num_envs, global_step, i) for i in self.intervals)
+
     def replay_ratio(self, batch_size: int) -> float:
         """Sampled transitions per collected transition once learning has started."""
         return self.gradient_steps * batch_size / self.train_freq
@@ -193,6 +201,7 @@ class Plan:
     def step_of_update(self, number: int) -> int:
         """global_step of the vector step that gradient step `number`, from 1, follows."""
         before = self.first_learning_step * self.num_envs
+        number = max(number - self.updates_before, 1)
         group = before // self.train_freq + -(-number // self.gradient_steps)
         return -(-group * self.train_freq // self.num_envs) * self.num_envs
 
@@ -246,6 +255,9 @@ class Plan:
         ends += [-(-(before // i + 1) * i // self.num_envs) for i in self.intervals if i > 0]
         if first < self.first_learning_step:
             ends.append(self.first_learning_step)
+        if self.switch and self.gradient_steps:
+            step = self.step_of_update(self.switch) // self.num_envs
+            ends += [step] if first < step else []
         return min(ends) - first
 
     def _few_shapes(self, first: int, num_steps: int) -> int:

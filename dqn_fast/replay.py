@@ -200,25 +200,28 @@ class Replay:
     def update_priority_(self, state: ReplayState, index: Tensor, priority: Tensor) -> None:
         """Store priorities [M, B] of sampled rows [M, B]; uniform replay has none."""
 
+    def first_rows(self, state: ReplayState, count: int) -> ReplayState:
+        """Each member's rows 0 .. count - 1, as views [M, count, ...]. Rows are filled in this
+        order, so these are all that hold a transition if no more were added."""
+        rows = Transition(*(tensor[:, :count] for tensor in self.by_member(state)))
+        return state._replace(rows=rows)
+
     def newest(self, state: ReplayState, count: int) -> Tensor:
         """Each member's newest `count` rows, the newest first, int64 [M, count] in 0 .. C - 1."""
         back = torch.arange(count, device=state.cursor.device)
         return (state.cursor - 1 - back).remainder(self.capacity)
 
-    def first_not_finite(self, state: ReplayState) -> tuple[str, int, int] | None:
-        """The oldest row with NaN or infinity, of the first member that has one; waits for the
-        device.
+    def first_not_finite(self, state: ReplayState, member: int) -> tuple[str, int] | None:
+        """The oldest row of a member with NaN or infinity; waits for the device.
 
         Returns:
-            Name of the field, member, and number of newer rows of that member; None if all values
-            are finite.
+            Name of the field and number of newer rows; None if all values are finite.
         """
         for name in ("reward", "next_obs", "obs"):  # a bad obs was a next_obs before
-            stored = getattr(self.by_member(state), name)
-            bad = (~stored.isfinite()).flatten(2).any(2) if stored.ndim > 2 else ~stored.isfinite()
-            newer = self.newest(state, self.capacity)  # rows newer than each: its own inverse map
-            age = torch.where(bad & (newer < state.size), newer, -1).amax(1).tolist()
-            for member, rows in enumerate(age):
-                if rows >= 0:
-                    return name, member, rows
+            stored = getattr(self.by_member(state), name)[member]
+            bad = (~stored.isfinite()).reshape(len(stored), -1).any(1)
+            newer = self.newest(state, self.capacity)[member]  # of each row: its own inverse map
+            rows = int(torch.where(bad & (newer < state.size[member]), newer, -1).amax())
+            if rows >= 0:
+                return name, rows
         return None

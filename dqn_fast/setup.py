@@ -11,7 +11,7 @@ file. `train` runs the chunks; tests, benchmarks and notebooks may do so too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,13 @@ from torch import Tensor
 from dqn_fast.algorithm import ChunkRecord, StepInputs, UpdateInputs
 from dqn_fast.device import choose_device, upload
 from dqn_fast.dqn import DQN, Hyper, QFunction, State
-from dqn_fast.engines import RECORDED_STEPS, Runner, choose_engine, without_compiler
+from dqn_fast.engines import (
+    RECORDED_STEPS,
+    EngineChoice,
+    Runner,
+    choose_engine,
+    without_compiler,
+)
 from dqn_fast.envs import EnvCheckError, EnvError, TensorEnv, check_env, make_env
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
@@ -33,6 +39,7 @@ from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan, Schedules
 from dqn_fast.replay import Replay
+from dqn_fast.resume import Resumption
 from dqn_fast.settings import UsageError, check_settings, check_value, flag
 from dqn_fast.sweep import form_error, sweep_error
 
@@ -55,6 +62,10 @@ class Training:
         state: everything that outlives a vector step.
         exact: exact solution of the environment, or None.
         runner: the engine.
+        probe: network's input for the first observation of each member's first copy, [M, 1, F].
+        first_step, first_update: vector steps and gradient steps that a resumed run has taken.
+        cut_episodes: episodes that a resumed run does not go on with: copy, episode_length and
+            episode_return of each.
         on_close: callbacks of `close`.
     """
 
@@ -68,6 +79,10 @@ class Training:
     state: State
     exact: ExactValues | None
     runner: Runner
+    probe: Tensor
+    first_step: int = 0
+    first_update: int = 0
+    cut_episodes: Sequence[Mapping[str, Any]] = ()
     on_close: ExitStack = field(default_factory=ExitStack, repr=False)
 
     @property
@@ -78,7 +93,7 @@ class Training:
     def inputs(self) -> Iterator[tuple[Chunk, StepInputs, UpdateInputs]]:
         """The run's chunks, each with its random numbers and schedules."""
         drawn = None
-        for window, chunk in self.plan.chunks():
+        for window, chunk in self.plan.chunks(self.first_step, self.first_update):
             if window is not drawn:
                 drawn, (steps, updates) = window, self.inputs_of(window)
             k, u = chunk.slices_in(window)
@@ -97,6 +112,8 @@ class Training:
 
         Raises:
             EnvError: the environment broke its contract; the message says when.
+            StopRequested: `runner.should_stop` said so while the loop waited for the compiler; the
+                chunk did not run.
         """
         for chunk, steps, updates in self.inputs():
             try:
@@ -124,12 +141,15 @@ def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-def setup(args: Args, env: TensorEnv | None = None) -> Training:
+def setup(
+    args: Args, env: TensorEnv | None = None, resumed: Resumption | None = None
+) -> Training:
     """Make everything that a run trains with; no file is written.
 
     Args:
         args: settings.
         env: the caller's own environment, which stays open; None makes `args.env_id`.
+        resumed: the run that goes on; None: a new run.
 
     Raises:
         UsageError: a setting is not allowed, or the run does not fit into memory.
@@ -164,8 +184,10 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
                     f"--stop-when-optimal: {env_id} has no exact solution here, with gamma up to "
                     f"{gammas.max():g}; use --stop-at-return"
                 )
-            plan = make_plan(args, env)
-            choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
+            plan = make_plan(args, env, resumed)
+            choice = engine_of(args, env, plan)
+            if resumed is not None and resumed.num_updates >= (choice.switch or 0):
+                choice = dataclasses.replace(choice, switch=None)
             # On a CPU the compiler process gets a copy and loads it, which makes two more.
             state_copies = 3 if device.type == "cpu" else 1
             if choice.compiled and not fits(args, env, device, state_copies):
@@ -184,11 +206,15 @@ def setup(args: Args, env: TensorEnv | None = None) -> Training:
             raise UsageError(str(error)) from error
         # Tables that features or dynamics keep for each device are made now, with real numbers:
         # the first call in a trace would make them of stand-ins.
-        env.features(state.env.obs[:1])
-        runner = Runner(dqn, state, plan, noise, choice)
+        probe = env.features(dqn.by_member(state.env.obs)[:, :1]).clone()
+        cut = resumed.restore_(state, dqn, noise) if resumed else []
+        position = (
+            (resumed.global_step // args.num_envs, resumed.num_updates) if resumed else (0, 0)
+        )
+        runner = Runner(dqn, state, plan, noise, choice, position[1])
         stack.callback(runner.close)
         parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
-        return Training(args, *parts, on_close=stack.pop_all())
+        return Training(args, *parts, probe, *position, cut, on_close=stack.pop_all())
     raise AssertionError  # for mypy: the stack suppresses no exception
 
 
@@ -247,7 +273,13 @@ def schedules_of(args: Args) -> Schedules:
     )
 
 
-def make_plan(args: Args, env: TensorEnv) -> Plan:
+def engine_of(args: Args, env: TensorEnv, plan: Plan) -> EngineChoice:
+    """The engine that --engine stands for."""
+    device = choose_device(args.device)
+    return choose_engine(args.engine, device, plan.total_updates, env.on_host)
+
+
+def make_plan(args: Args, env: TensorEnv, resumed: Resumption | None = None) -> Plan:
     """Which vector steps learn, when the target is synchronised, and where chunks end."""
     # While the environments step in the background, learning lacks that step's transitions.
     lag = args.num_envs if env.background else 0
@@ -262,17 +294,27 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
         # An interval longer than the run fires once, at the end of the run.
         intervals=tuple(min(i, args.total_timesteps) for i in intervals(args).values()),
     )
+    if resumed is not None:
+        plan = dataclasses.replace(
+            plan,
+            learning_starts=resumed.learning_starts(plan.learning_starts),
+            updates_before=resumed.updates_before,
+        )
     # 2**19 numbers at a time: enough to hide the cost of a call, few enough to stay in the cache.
     updates = args.gradient_steps * -(-args.num_envs // args.train_freq)
     per_copy = 2 + env.step_noise_dim + env.reset_noise_dim
     numbers = args.num_members * (args.num_envs * per_copy + 2 * updates * args.batch_size)
     window, chunk = max(1, 2**19 // numbers), plan.max_chunk_steps
-    choice = choose_engine(args.engine, choose_device(args.device), plan.total_updates, env.on_host)
+    choice = engine_of(args, env, plan)
     if graph := choice.engine == "graph":
         chunk = min(chunk, RECORDED_STEPS)
         window -= window % chunk if window > chunk else 0
     return dataclasses.replace(
-        plan, max_window_steps=window, max_chunk_steps=chunk, few_shapes=graph
+        plan,
+        max_window_steps=window,
+        max_chunk_steps=chunk,
+        few_shapes=graph,
+        switch=choice.switch,
     )
 
 

@@ -25,21 +25,21 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dqn_fast.device import MatmulPrecision, run_conditions
 from dqn_fast.dqn import QFunction
-from dqn_fast.engines import EngineName
+from dqn_fast.engines import EngineName, StopRequested
 from dqn_fast.envs import EnvError, TensorEnv, VectorizationMode
 from dqn_fast.evaluate import evaluate, q_probe
 from dqn_fast.experiments import experiment
 from dqn_fast.heads import LossName
+from dqn_fast.process import command, require, stop_requests
 from dqn_fast.record.describe import describe
-from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.metrics import Metrics
 from dqn_fast.record.run import (
-    Interruption,
     RunRecord,
     TrainingError,
     create_run_dir,
     refuse_used_dir,
 )
+from dqn_fast.resume import Resumption, open_run
 from dqn_fast.settings import UsageError, above, at_least, between, finite, parse
 from dqn_fast.setup import Training, device_of, intervals, member_values, settle, setup
 from dqn_fast.sweep import members_of, num_points, read_sweep
@@ -162,6 +162,10 @@ class Args:
     # Records
     name: str = "dqn"
     """Name of the experiment, part of the run directory's name."""
+    resume: Path | None = None
+    """Directory of a run to go on with, from its newest checkpoint. Only settings that do not
+    change what is learned may be given with it, such as total_timesteps, intervals, logging,
+    engine, device and threads; all others stay as they were."""
     run_dir: Path | None = None
     """Directory to write, new or empty. None: runs/<env>__<name>__s<seed>__<UTC time>."""
     log_interval: IntervalOrNone = None
@@ -179,6 +183,11 @@ class Args:
     checkpoint_interval: IntervalOrNone = None
     """Transitions between checkpoints. None: a quarter of the run, at most 131,072 vector
     steps. The end of the run is always saved."""
+    checkpoint_replay: bool = True
+    """Save replay in checkpoints too. Without it, a resumed run fills replay again before its next
+    gradient step."""
+    keep_checkpoints: Count = 2
+    """Checkpoints to keep: the newest, checkpoint.pt, and the ones before, checkpoint.1.pt, ..."""
     report: bool = True
     """Write report.html at the end of the run, and agent.gif where the agent can be filmed (needs
     the extra: pip install -e ".[video]")."""
@@ -238,12 +247,14 @@ class Result:
         env: the environment.
         summary: content of `summary.json`.
         run_dir: directory of the run.
+        missing: files in it that could not be written.
     """
 
     q_net: QFunction
     env: TensorEnv
     summary: dict[str, Any]
     run_dir: Path
+    missing: list[str]
 
 
 LogHook = Callable[[int, Training, dict[str, Any]], None]
@@ -258,50 +269,82 @@ def train(
     """Train and write the run directory.
 
     Args:
-        args: settings.
+        args: settings; with `args.resume`, settings at their defaults stay as they were in the run.
         env: the caller's own environment, which stays open; `from_gymnasium` converts Gymnasium's.
             None makes `args.env_id` with `args.env_params`.
         on_log: called after every log point and evaluation with global_step, the training and the
             metrics.
-        should_stop: called between chunks; if it returns true, the run is saved and ends.
+        should_stop: called between chunks; if it returns true, the run is saved and ends. So it
+            does at a signal of STOP_SIGNALS, which then has its usual effect.
 
     Raises:
         UsageError: a setting is not allowed; nothing was written.
-        TrainingError: a loss or gradient is not finite; the run so far is saved, with the agent of
-            the last checkpoint.
-        EnvError: the environment broke its contract; the run so far is saved, the agent included.
+        TrainingError: a loss or gradient of every member is not finite; the run so far is saved,
+            and the checkpoints are those before.
+        EnvError: the environment broke its contract; the run so far is saved, and the checkpoints
+            are those before.
+        KeyboardInterrupt: SIGINT came; the run so far is saved.
     """
+    with ExitStack() as stack:
+        resumed = None
+        if args.resume is not None:
+            resumed = open_run(args.resume)
+            stack.callback(resumed.lock.release)
+            resumed.named(args.env_id)
+            args = resumed.complete(args, env)
+        return run(args, env, resumed, on_log, should_stop)
+
+
+def run(
+    args: Args,
+    env: TensorEnv | None,
+    resumed: Resumption | None,
+    on_log: LogHook | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """`train` with complete settings; `resumed` is the run that goes on, or None."""
     began = time.perf_counter()
     args = settle(args)
-    refuse_used_dir(args.run_dir)
-    with ExitStack() as stack:
+    if resumed is None:
+        refuse_used_dir(args.run_dir)
+    with stop_requests() as stop, ExitStack() as stack:
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
-        training = stack.enter_context(closing(setup(args, env)))
-        env, dqn, state, plan = training.env, training.dqn, training.state, training.plan
-        q_net, noise, exact = training.q_net, training.noise, training.exact
+        training = stack.enter_context(closing(setup(args, env, resumed)))
+        own_env, env = env is not None, training.env
+        q_net, noise, exact, plan = training.q_net, training.noise, training.exact, training.plan
         gammas = member_values(args, "gamma")
-        run_dir = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
-        config = describe_training(training)
         differs = bool(args.sweep.keys() & {"eps_start", "eps_end", "eps_fraction"})
-        probe = env.features(dqn.by_member(state.env.obs)[:, :1]).clone()
-        metrics = Metrics(dqn.num_members, most_episodes(args), noise.device)
-        diagnostics = Diagnostics(dqn, exact)
-        with RunRecord(run_dir, config, plan, metrics, diagnostics, dqn, state, began) as run:
-            training.runner.on_change = run.changed_engine
-            for chunk, record in training.chunks():
-                metrics.add_(record, chunk.before, chunk.first_update)
-                run.advance(chunk)
+        stop.defer()
 
-                # Side jobs, always in this order: evaluate, log, save. Only an evaluation waits for
-                # the device; `settle` turns the copies that have arrived into rows and files.
-                log, evaluation, save = (chunk.crosses(interval) for interval in plan.intervals)
-                stopped = should_stop()
-                done = chunk.after == plan.end and not stopped
+        def stops() -> bool:
+            return should_stop() or stop()
+
+        training.runner.should_stop = stops
+        if resumed is None:
+            run_dir, lock = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
+            stack.callback(lock.release)
+        else:
+            run_dir = resumed.run_dir
+        config = describe_training(training) | {"own_env": own_env}
+        if resumed is not None:
+            config["resumed"] = resumed.history()
+        metrics = Metrics(training.dqn.num_members, most_episodes(args), noise.device)
+        with RunRecord(run_dir, config, training, metrics, began, resumed) as run:
+            training.runner.on_change = run.changed_engine
+
+            def side_jobs() -> bool:
+                """Evaluate, log and save where it is due, always in this order; returns whether the
+                run goes on. Only an evaluation waits for the device."""
+                step = run.global_step
+                log, evaluation, save = plan.due(step)
+                done = step >= plan.end
+                if log or evaluation or save or done:
+                    run.keep_good()
                 row: dict[str, Any] = {}
                 if evaluation or done:
                     run.check_finite()
-                    eval_began = time.perf_counter()
+                    eval_began, run.owes_side_jobs = time.perf_counter(), True
                     result = evaluate(
                         env.for_evaluation(),
                         q_net,
@@ -309,27 +352,52 @@ def train(
                         noise,
                         epoch=run.num_evaluations,
                         gamma=gammas,
+                        should_stop=stops,
                     )
                     known = exact.compare(q_net) if exact else {}
                     row = run.evaluated(result, known)
                     run.eval_s += time.perf_counter() - eval_began
-                solved = reached_goal(args, row)
-                ends = stopped or done or solved
+                    run.owes_side_jobs = False
+                if reached_goal(args, row):
+                    run.status = "solved"
+                ends = done or run.status == "solved"
                 if log or ends:
-                    epsilon = training.schedules.epsilon(chunk.after).tolist()
-                    row["charts/epsilon"] = epsilon if differs else epsilon[0]
-                    run.log_point(row, q_probe(q_net, probe))
+                    log_point(row)
                 elif row:
                     run.log(row)
                 if save or ends:
                     run.save()
-                for global_step, metrics_now in run.settle(wait=ends or on_log is not None):
+                report_rows(wait=ends)
+                return not ends
+
+            def log_point(row: dict[str, Any]) -> None:
+                epsilon = training.schedules.epsilon(run.global_step).tolist()
+                row["charts/epsilon"] = epsilon if differs else epsilon[0]
+                run.log_point(row, q_probe(q_net, training.probe))
+
+            def report_rows(wait: bool) -> None:
+                """Turn copies that have arrived into rows and files."""
+                for global_step, metrics_now in run.settle(wait=wait or on_log is not None):
                     if on_log is not None:
                         on_log(global_step, training, metrics_now)
-                if stopped or solved:
-                    run.status = "stopped" if stopped else "solved"
-                    break
-        return Result(q_net, env, run.summary, run_dir)
+
+            try:
+                goes_on = not run.solved and (not run.owes_side_jobs or side_jobs())
+                for chunk, record in training.chunks() if goes_on else ():
+                    metrics.add_(record, chunk.before, chunk.first_update)
+                    run.advance(chunk)
+                    if not side_jobs() or stops():
+                        break
+            except StopRequested:  # before a chunk, or in an evaluation, which is made again
+                pass
+            if run.owes_side_jobs or (run.status == "done" and run.global_step < plan.end):
+                run.status = "stopped"
+                run.keep_good()
+                run.save()
+                if not run.owes_side_jobs:
+                    log_point({})  # of a part of a window; a resumed run takes it back
+                report_rows(wait=True)
+        return Result(q_net, env, run.summary, run_dir, run.missing)
 
 
 def describe_training(training: Training) -> dict[str, Any]:
@@ -372,28 +440,37 @@ def most_episodes(args: Args) -> int:
 # ------------------------------------------------------------------------------- command line
 
 
-def asked_env_id(argv: list[str]) -> str:
-    """The value of --env-id, on which the defaults of the other flags depend."""
+def asked(argv: list[str], name: str) -> str | None:
+    """The value of a flag on which the defaults of the others depend; None if it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
+    parser.add_argument(name, name.replace("-", "_").replace("__", "--", 1), dest="value")
     try:
-        return str(parser.parse_known_args(argv)[0].env_id)
+        value: str | None = parser.parse_known_args(argv)[0].value
+        return value
     except argparse.ArgumentError:  # no value: tyro reports it
-        return Args.env_id
+        return None
 
 
+@command(needs_output=False)
 def main() -> int:
     """Train from the command line; returns the exit status."""
+    argv, resumed = sys.argv[1:], None
     try:
-        args = parse(Args, default=Args.for_env(asked_env_id(sys.argv[1:])))
-        interruption = Interruption()
-        train(args, should_stop=interruption)
+        if (run_dir := asked(argv, "--resume")) is not None:
+            resumed = open_run(Path(run_dir))
+            args = parse(Args, default=resumed.args_of(Args))
+            resumed.named(asked(argv, "--env-id"))
+            args = resumed.complete(args, exact=True)
+        else:
+            args = parse(Args, default=Args.for_env(asked(argv, "--env-id") or Args.env_id))
+        require(*("plotly", "jinja2") * args.report, *("wandb",) * args.track)
+        result = run(args, None, resumed)
     except (UsageError, TrainingError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         gc.freeze()  # saves 0.8 s at exit, in which the interpreter would visit torch's objects
-    return 128 + interruption.signal if interruption.signal is not None else 0
+    return 1 if result.missing else 0
 
 
 if __name__ == "__main__":

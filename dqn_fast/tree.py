@@ -6,7 +6,7 @@ variant does not need that tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -68,28 +68,36 @@ def plain(tree: Any) -> Any:
     return tree
 
 
-def load_(tree: Any, saved: Any, path: str = "") -> None:
+def load_(tree: Any, saved: Any) -> None:
     """Overwrite the tensors of `tree` from `saved`, the result of `plain` for such a tree.
 
     Raises:
-        ValueError: the trees differ; the message has the path to the difference.
+        ValueError: the trees differ; the message has the path to the difference, and nothing was
+            written.
     """
-    expected, given = plain(tree), saved
+    pairs = list(_pairs(tree, saved, ""))
+    with torch.no_grad():
+        for tensor, new in pairs:
+            tensor.copy_(new)
+
+
+def _pairs(tree: Any, saved: Any, path: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor of `tree` with the one that `saved` has for it."""
+    expected = plain(tree)
     if isinstance(tree, Tensor):
         if not isinstance(saved, Tensor) or saved.shape != tree.shape or saved.dtype != tree.dtype:
             raise ValueError(f"{path or 'tensor'}: must be {tree.dtype} {tuple(tree.shape)}")
-        with torch.no_grad():
-            tree.copy_(saved)
+        yield tree, saved
     elif isinstance(expected, dict):
-        if not isinstance(given, Mapping) or given.keys() != expected.keys():
+        if not isinstance(saved, Mapping) or saved.keys() != expected.keys():
             raise ValueError(f"{path or 'state'}: must hold {', '.join(expected)}")
         values = tree if isinstance(tree, Mapping) else dict(zip(tree._fields, tree, strict=True))
         for name, value in values.items():
-            load_(value, given[name], f"{path}/{name}" if path else name)
+            yield from _pairs(value, saved[name], f"{path}/{name}" if path else name)
     elif isinstance(expected, list):
-        if not isinstance(given, (list, tuple)) or len(given) != len(expected):
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(expected):
             raise ValueError(f"{path}: must hold {len(expected)} values")
-        for i, (value, new) in enumerate(zip(tree, given, strict=True)):
-            load_(value, new, f"{path}/{i}")
-    elif given != expected:
+        for i, (value, new) in enumerate(zip(tree, saved, strict=True)):
+            yield from _pairs(value, new, f"{path}/{i}")
+    elif saved != expected:
         raise ValueError(f"{path}: must be {expected}")

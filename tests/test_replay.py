@@ -150,21 +150,22 @@ def test_the_newest_rows_come_newest_first():
 
 
 def test_the_oldest_row_that_is_not_finite_is_found():
-    """With field, member and how many rows are newer; beyond `size` nothing is looked at."""
+    """With its field and how many rows are newer; beyond `size` nothing is looked at."""
     replay = Replay(5, 2, 2, torch.zeros(1), num_actions=7)
     state, zeros = replay.init(), torch.zeros(2, 2)
     for i in range(2):
         reward = torch.tensor([[0.0, 0.0], [float(i), math.nan if i else math.inf]])
         rows = Transition(zeros, zeros.long(), reward, zeros, zeros.bool())
         replay.add_(state, rows)
-    assert replay.first_not_finite(state) == ("reward", 1, 2)
+    assert replay.first_not_finite(state, 1) == ("reward", 2)
     replay.by_member(state).next_obs[0, 0] = math.nan
     replay.by_member(state).next_obs[0, 4] = math.nan  # not yet written
-    assert replay.first_not_finite(state) == ("reward", 1, 2)
+    assert replay.first_not_finite(state, 0) == ("next_obs", 3)
+    assert replay.first_not_finite(state, 1) == ("reward", 2)
     state.rows.reward.zero_()
-    assert replay.first_not_finite(state) == ("next_obs", 0, 3)
+    assert replay.first_not_finite(state, 1) is None
     state.rows.next_obs.zero_()
-    assert replay.first_not_finite(state) is None
+    assert replay.first_not_finite(state, 0) is None
 
 
 def test_line_world_takes_eight_bytes_a_transition():

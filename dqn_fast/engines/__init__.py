@@ -8,6 +8,7 @@ from dqn_fast.engines.choice import (
     EngineChoice,
     EngineName,
     EngineUnavailableError,
+    StopRequested,
     choose_engine,
     without_compiler,
 )

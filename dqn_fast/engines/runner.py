@@ -240,7 +240,8 @@ class Runner:
     """
 
     def __init__(
-        self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, choice: EngineChoice
+        self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, choice: EngineChoice,
+        num_updates: int = 0
     ) -> None:
         """Start compiling if the choice asks for it.
 
@@ -255,7 +256,7 @@ class Runner:
         self.reason, self.compile_s = choice.reason, 0.0
         self.on_change: Callable[[str, str, float, bool], None] = lambda *_: None
         self._algorithm, self._state, self._noise = algorithm, state, noise
-        self._num_updates, self._switch = 0, choice.switch or 0
+        self._num_updates, self._switch = num_updates, choice.switch or 0
         self._chunk_: Callable[..., ChunkRecord] = chunk_
         self._draw: Callable[..., tuple[Tensor, ...]] = algorithm.draw
         self._compiled: CompiledChunk | None = None

@@ -165,6 +165,25 @@ class TensorEnv(ABC):
         """An environment of the same kind that shares no episode with this one."""
         return self
 
+    def host_state(self) -> Any | None:
+        """State of all copies outside torch, for a checkpoint: plain values and tensors.
+
+        Returns:
+            None, bool, int, float, str, lists, dicts with text as keys, and tensors, nested; empty
+            for tensor environments. None: the state cannot be saved, so that a resumed run begins
+            new episodes.
+        """
+        return {}
+
+    def load_host_state_(self, saved: Any) -> None:
+        """Continue from a result of `host_state`, after `vector_reset` has made as many copies.
+
+        Raises:
+            ValueError: it does not fit; the copies must be reset again.
+        """
+        if saved != {}:
+            raise ValueError(f"{type(self).__name__} has no state outside torch")
+
     def close(self) -> None:  # noqa: B027 - nothing to do unless something is held
         """Release resources outside torch, such as processes and windows."""
 

@@ -7,6 +7,10 @@
 The env copies step in one `gymnasium.vector.VectorEnv`. Every autoreset mode gives the same
 transitions: their successors are true ones, and none is only a reset. Nothing that an env copy
 returns is trusted: a fault raises an EnvError that names the environment, the copy and the step.
+
+A run can be resumed within its episodes if all attributes of the environment are data, or if it has
+the methods `state_dict()`, which returns its state but `np_random` as plain values, arrays or
+tensors, and `load_state_dict(state)`; see `host_state.py`.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ from torch import Tensor
 
 from dqn_fast.device import upload
 from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
+from dqn_fast.envs.host_state import StateKeeper, UnsavableError, identical, load_state_
 from dqn_fast.envs.params import plain
 from dqn_fast.envs.spaces import (
     ARRAYS,
@@ -151,6 +156,7 @@ class GymnasiumEnv(TensorEnv):
         max_steps: time limit in steps; ENDLESS without a limit.
         single_observation_space: Gymnasium's space of one copy's observation.
         background: steps run in worker processes, between `send` and `vector_step`.
+        host_state_refusal: why the last call of `host_state` returned None; else empty.
     """
 
     on_host: ClassVar[bool] = True
@@ -166,6 +172,7 @@ class GymnasiumEnv(TensorEnv):
         self._encoder = ObservationEncoder(factory.observation_space)
         self._sibling: GymnasiumEnv | None = None
         self._envs: CheckedVectorEnv | None = None
+        self.host_state_refusal = ""
         # The finalizer must not refer to this object, so it gets the list.
         self._open = [] if factory.ready is None else [CheckedVectorEnv(factory.ready)]
         weakref.finalize(self, _close_all, self._open)
@@ -250,6 +257,60 @@ class GymnasiumEnv(TensorEnv):
         self._start_episodes(num_envs)
         zeros = torch.zeros(num_envs, device=noise.device)
         return VectorState(HostState(), _upload([stored], noise.device)[0], zeros.int(), zeros)
+
+    def host_state(self) -> dict[str, Any] | None:
+        """Statistics of the episodes and the states of all copies; None if they cannot be saved.
+
+        At the first call two more copies are made and played, to check that a saved state is whole.
+        The states of a VectorEnv other than a SyncVectorEnv cannot be saved, and none between
+        `send` and `vector_step`.
+        """
+        self.host_state_refusal = ""
+        try:
+            copies, autoreset = self._started().save()
+        except UnsavableError as error:
+            self.host_state_refusal = f"{self.name}: {error}"
+            return None
+        return {
+            "step": self._step,
+            "elapsed": torch.from_numpy(self._elapsed.copy()),
+            "return": torch.from_numpy(self._return.copy()),
+            "ended": torch.from_numpy(self._ended.copy()),
+            "first": torch.from_numpy(self._first.copy()),
+            "autoreset": autoreset,
+            **copies,
+        }
+
+    def load_host_state_(self, saved: Any) -> None:
+        envs = self._started()
+        statistics: dict[str, NDArray[Any]] = {
+            "elapsed": self._elapsed,
+            "return": self._return,
+            "ended": self._ended,
+            "first": self._first,
+        }
+        try:
+            arrays = {}
+            for name, like in statistics.items():
+                array = saved[name].numpy()
+                if array.shape != like.shape or array.dtype != like.dtype:
+                    raise ValueError(
+                        f"{name} is {describe_value(array)}, not {like.dtype} {list(like.shape)}"
+                    )
+                arrays[name] = array.copy()
+            step = saved["step"]
+            if type(step) is not int:
+                raise ValueError(f"step is {describe_value(step)}, not an int")
+            envs.load_(saved)
+        except Violation as violation:
+            raise ValueError(str(self._error(violation))) from violation
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: the saved state of its copies does not fit: {describe_error(error)}"
+            ) from error
+        self._step = step
+        self._elapsed, self._return = arrays["elapsed"], arrays["return"]
+        self._ended, self._first = arrays["ended"], arrays["first"]
 
     def send(self, action: Tensor) -> None:
         if not self.background:
@@ -391,7 +452,8 @@ class GymnasiumEnv(TensorEnv):
                 return envs
         if self._evaluation is not None and self._factory.ready is None:
             _close_all(self._open)
-        self._open.append(CheckedVectorEnv(self._factory.make(num_envs)))
+        is_ours = self._factory.makes_checked
+        self._open.append(CheckedVectorEnv(self._factory.make(num_envs), is_ours))
         return self._open[-1]
 
     def _started(self) -> CheckedVectorEnv:
@@ -437,14 +499,19 @@ def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
 class CheckedVectorEnv:
     """An open VectorEnv whose results are checked.
 
+    Args:
+        env: the VectorEnv.
+        is_ours: its environments are CheckedEnvs.
+
     Attributes:
         num_envs: E.
         mode: its autoreset mode.
         pending: a step was sent and not received.
     """
 
-    def __init__(self, env: AnyVectorEnv) -> None:
+    def __init__(self, env: AnyVectorEnv, is_ours: bool = False) -> None:
         self.env, self.num_envs, self.pending = env, env.num_envs, False
+        self._is_ours, self._keepers = is_ours, list[StateKeeper]()
         base: Any = env.unwrapped
         self._workers = base if isinstance(base, AsyncVectorEnv) else None
         # A wrapper has no step_async: with one, `send` takes the whole step.
@@ -505,6 +572,90 @@ class CheckedVectorEnv:
                 raise Violation(f"{name} is {describe_value(flag)}, not bool [{self.num_envs}]")
         return obs, reward, terminated, truncated, infos
 
+    def save(self) -> tuple[dict[str, Any], Tensor | None]:
+        """States of all copies, and which of them the next step only resets, bool [E].
+
+        Raises:
+            UnsavableError: they cannot be saved.
+        """
+        if self.pending:
+            raise UnsavableError("a step is under way")
+        autoreset = None
+        base: Any = self.env
+        results: list[dict[str, Any] | str]
+        if self._workers is not None and self._is_ours:
+            try:
+                with self._quiet():
+                    results = [pickle.loads(result) for result in self._workers.call("save")]
+            except Exception as error:
+                raise self._violation("saving its state", error) from error
+        elif type(self.env) is SyncVectorEnv or isinstance(self.env, SameStepVectorEnv):
+            keepers = self._keepers_of(base)
+            results = [
+                keeper.try_save(env) for keeper, env in zip(keepers, _bare(base.envs), strict=True)
+            ]
+            autoreset = torch.from_numpy(base._autoreset_envs.copy())
+        else:
+            raise UnsavableError(
+                f"a {type(self.env).__name__} does not show the state of its copies"
+            )
+        # Most copies share what a new copy holds, such as tables, so that is stored once.
+        fresh: list[Any] = []
+        copies = []
+        for index, result in enumerate(results):
+            if isinstance(result, str):
+                raise UnsavableError(f"the state of copy {index} cannot be saved: {result}")
+            numbers = [i for i, other in enumerate(fresh) if identical(other, result["fresh"])]
+            if not numbers:
+                numbers = [len(fresh)]
+                fresh.append(result["fresh"])
+            copies.append({"fresh": numbers[0], "layers": result["layers"]})
+        return {"fresh": fresh, "copies": copies}, autoreset
+
+    def _keepers_of(self, base: Any) -> list[StateKeeper]:
+        """What saves each copy of a SyncVectorEnv."""
+        if self._is_ours:
+            return [env.keeper for env in base.envs]
+        if not isinstance(base.env_fns, (list, tuple)):
+            raise UnsavableError("its VectorEnv does not tell how its copies are made")
+        if not self._keepers:
+            by_maker = {id(make): StateKeeper(make) for make in base.env_fns}
+            self._keepers = [by_maker[id(make)] for make in base.env_fns]
+        return self._keepers
+
+    def load_(self, saved: Mapping[str, Any]) -> None:
+        """Give all copies, which were reset, the states that `save` returned.
+
+        Raises:
+            ValueError: they do not fit.
+            Violation: a worker process failed.
+        """
+        fresh, copies = saved["fresh"], saved["copies"]
+        if len(copies) != self.num_envs:
+            raise ValueError(f"there are {self.num_envs} copies, and {len(copies)} were saved")
+        states = [{"fresh": fresh[copy["fresh"]], "layers": copy["layers"]} for copy in copies]
+        base: Any = self.env
+        if self._workers is not None and self._is_ours:
+            try:
+                with self._quiet():
+                    self._workers.set_attr("to_load", list(map(pickle.dumps, states)))
+                    problems = self._workers.call("load_problem")
+            except Exception as error:
+                raise self._violation("loading its state", error) from error
+        elif type(self.env) is SyncVectorEnv or isinstance(self.env, SameStepVectorEnv):
+            autoreset = saved["autoreset"].numpy()
+            if autoreset.shape != (self.num_envs,) or autoreset.dtype != np.bool_:
+                raise ValueError(f"autoreset is {describe_value(autoreset)}")
+            for env, state in zip(_bare(base.envs), states, strict=True):
+                load_state_(env, state)
+            base._autoreset_envs = autoreset.copy()
+            return
+        else:
+            raise ValueError(f"a {type(self.env).__name__} does not show the state of its copies")
+        for index, problem in enumerate(problems):
+            if problem:
+                raise ValueError(f"copy {index}: {problem}")
+
     def close(self) -> None:
         """Close the VectorEnv; raises nothing.
 
@@ -553,6 +704,11 @@ class CheckedVectorEnv:
             index = int(np.flatnonzero(infos["_" + _VIOLATION])[0])
             violation: Violation = infos[_VIOLATION][index]
             raise Violation(violation.text, index, violation.error)
+
+
+def _bare(envs: Sequence[gymnasium.Env[Any, Any]]) -> list[gymnasium.Env[Any, Any]]:
+    """The environments without CheckedEnv."""
+    return [env.env if isinstance(env, CheckedEnv) else env for env in envs]
 
 
 class SameStepVectorEnv(SyncVectorEnv):
@@ -606,11 +762,16 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     A Violation travels in the info and is not raised: so it comes out of a worker process as it
     comes out of a loop, and the process lives on until it is closed. All other infos are dropped:
     nothing reads them, and environments are least careful with them.
+
+    Attributes:
+        keeper: saves the state of the copy.
+        load_problem: why the last assignment of `to_load` failed; else empty.
     """
 
-    def __init__(self, env: gymnasium.Env[Any, Any], in_worker: bool) -> None:
+    def __init__(self, env: gymnasium.Env[Any, Any], in_worker: bool, keeper: StateKeeper) -> None:
         super().__init__(env)
         self._in_worker = in_worker
+        self.keeper, self.load_problem = keeper, ""
         self._space = env.observation_space
         is_box = isinstance(self._space, spaces.Box)
         self._dtype = self._space.dtype if is_box else None
@@ -653,6 +814,25 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             infos = {_VIOLATION: self._violation("step", error)}
             return self._space.sample(), 0.0, False, False, infos
+
+    # A worker process passes bytes: tensors would be sent through shared memory.
+
+    def save(self) -> bytes:
+        """State of the copy, or why it cannot be saved."""
+        return pickle.dumps(self.keeper.try_save(self.env))
+
+    @property
+    def to_load(self) -> bytes:
+        """State to load, from another `save`; assign it."""
+        return b""
+
+    @to_load.setter
+    def to_load(self, saved: bytes) -> None:
+        self.load_problem = ""
+        try:
+            load_state_(self.env, pickle.loads(saved))
+        except ValueError as error:
+            self.load_problem = str(error)
 
     def close(self) -> None:
         """Close the copy; an exception is only a warning, so that no result is lost."""
@@ -731,6 +911,7 @@ class EnvFactory:
         background: the copies step in worker processes.
         params: arguments of an id's constructor.
         ready: the VectorEnv itself, if the source is one.
+        makes_checked: the copies are CheckedEnvs.
     """
 
     def __init__(
@@ -759,6 +940,7 @@ class EnvFactory:
                     "--vectorization-mode vector_entry_point: only for an id; must be sync or "
                     "async here"
                 )
+        self.makes_checked = self._makers is not None
         env = self._make_probe(label or "from_gymnasium")
         spec = env.spec
         self.name = spec.id if label and spec else _name(env)
@@ -818,9 +1000,11 @@ class EnvFactory:
                     "by the number of members"
                 )
             return env
+        makers = [functools.partial(_make_limited, make, self._time_limit) for make in self._makers]
+        pairs = [(make, StateKeeper(make)) for make in makers]
         env_fns = [
-            functools.partial(_make_checked, make, self.name, i, self._time_limit, os.getpid())
-            for i, make in zip(range(num_envs), itertools.cycle(self._makers), strict=False)
+            functools.partial(_make_checked, make, keeper, self.name, i, os.getpid())
+            for i, (make, keeper) in zip(range(num_envs), itertools.cycle(pairs), strict=False)
         ]
         try:
             with _silence_gymnasium(), warnings.catch_warnings():
@@ -904,11 +1088,17 @@ def _makes_vector_envs(source: Any) -> bool:
     return False
 
 
+def _make_limited(make: Callable[[], Any], max_steps: int | None) -> gymnasium.Env[Any, Any]:
+    """An environment with a time limit of `max_steps`, if one is given."""
+    env = make()
+    return env if max_steps is None else TimeLimit(env, max_steps)
+
+
 def _make_checked(
     make: Callable[[], gymnasium.Env[Any, Any]],
+    keeper: StateKeeper,
     name: str,
     index: int,
-    max_steps: int | None,
     owner: int,
 ) -> CheckedEnv:
     """Make copy `index`, in the process `owner` or in a worker."""
@@ -924,7 +1114,7 @@ def _make_checked(
     except Exception as error:
         text = f"it cannot be made: {describe_error(error)}"
         raise EnvError(f"{name}, copy {index}, step 0: {text}") from error
-    return CheckedEnv(env if max_steps is None else TimeLimit(env, max_steps), in_worker)
+    return CheckedEnv(env, in_worker, keeper)
 
 
 def _name(env: Any) -> str:

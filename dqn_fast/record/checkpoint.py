@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from dqn_fast.dqn import QFunction
+from dqn_fast import __version__, tree
+from dqn_fast.dqn import DQN, QFunction, State
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def temporary_name(name: str) -> str:
+    """Name under which this process writes the file `name` before it replaces it."""
+    return f".{name}.{os.getpid()}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that ended while they wrote."""
+    for path in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_whole(
+    path: Path,
+    write: Callable[[IO[bytes]], object],
+    before_replace: Callable[[], object] = lambda: None,
+) -> None:
     """Write a file atomically: a reader, or a crash, sees either the old content or the new.
 
     Args:
         path: the file; its folder exists.
         write: writes the content into the open binary file that is its argument.
+        before_replace: called when the new content is on the disk and not yet under its name.
 
     Raises:
         OSError: the file could not be written; `path` is unchanged and no other file is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        before_replace()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -60,35 +83,154 @@ def finite(value: Any) -> Any:
     return value
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values with torch.save; loadable with `weights_only=True`."""
+FORMAT = 2
+"""Format of checkpoints. Those of format 1 say neither their format nor their digest."""
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any], keep: int = 1) -> None:
+    """Write tensors and plain values, their format and their digest, whole or not at all.
+
+    Args:
+        path: of the newest checkpoint, `name.pt`.
+        content: loadable with `weights_only=True`.
+        keep: checkpoints to keep, >= 1: the one before becomes `name.1.pt`, and so on.
+
+    Raises:
+        OSError: the file could not be written; the earlier checkpoints are as before.
+    """
+    content = {**content, "format": FORMAT, "program": __version__}
+    content["digest"] = digest_of(content)
 
     def write(file: IO[bytes]) -> None:
         try:
-            torch.save(dict(content), file)
+            torch.save(content, file)
         except RuntimeError as error:  # torch closes its archive again after a failed write
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
-    write_whole(path, write)
+    write_whole(path, write, before_replace=lambda: _shift(path, keep))
+
+
+def kept_paths(path: Path) -> Iterator[Path]:
+    """The newest checkpoint `name.pt`, then the ones before, `name.1.pt`, ...; all may be missing
+    but the last."""
+    yield path
+    for number in itertools.count(1):
+        older = path.with_suffix(f".{number}{path.suffix}")
+        if not os.path.lexists(older):
+            return
+        yield older
+
+
+def _shift(path: Path, keep: int) -> None:
+    """Rename the older checkpoints, so that `path` may be replaced; there is always one of them."""
+    paths = [path, *(path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep))]
+    for older in [*kept_paths(path)][keep:]:
+        older.unlink()
+    for older, newer in reversed([*zip(paths[2:], paths[1:], strict=False)]):
+        if newer.exists():
+            newer.replace(older)
+    if keep > 1 and path.exists():
+        try:
+            link = path.with_name(temporary_name(paths[1].name))
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            link.replace(paths[1])
+        except OSError:  # no links on this file system
+            path.replace(paths[1])
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain values and tensors: types, names, order, shapes and bytes."""
+    sha = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            sha.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        elif isinstance(value, Mapping):
+            sha.update(f"dict {len(value)}\0".encode())
+            for name, item in value.items():
+                sha.update(f"{name!r}\0".encode())
+                feed(item)
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"list {len(value)}\0".encode())
+            for item in value:
+                feed(item)
+        else:
+            sha.update(f"{type(value).__name__} {value!r}\0".encode(errors="surrogatepass"))
+
+    feed(value)
+    return sha.hexdigest()
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read the result of `save_checkpoint`, without running code from the file.
 
     Raises:
-        ValueError: the file cannot be opened, or it is not a checkpoint.
+        ValueError: the file cannot be opened, it is not a checkpoint, or it is damaged.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except Exception as error:  # torch raises several types for a file that is not a checkpoint
         raise ValueError(f"{path}: not a checkpoint of this program") from error
     if not isinstance(content, dict) or "q_net" not in content:
         raise ValueError(f"{path}: not a checkpoint of this program")
-    return content
+    if (version := content.get("format", 1)) != 1:
+        if version != FORMAT:
+            by = content.get("program")
+            raise ValueError(f"{path}: was written by version {by} of this program")
+        digest = content.pop("digest", None)
+        if digest != digest_of(content):
+            raise ValueError(f"{path}: is damaged, its digest differs")
+    return tree.replace(content, [tensor.to(device) for tensor in tree.leaves(content)])
+
+
+def write_weights(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the weights of `agent_content` alone as safetensors, for other tools.
+
+    Its metadata are texts: the JSON of everything else that describes the network.
+    """
+    described = ("env_id", "network", "head", "members", "global_step", "eval_return_mean")
+    metadata = {name: json.dumps(finite(content[name])) for name in described}
+    weights = {name: t.detach().cpu().contiguous() for name, t in content["q_net"].items()}
+    data = safetensors.torch.save(weights, metadata)
+    write_whole(path, lambda file: file.write(data))
+
+
+def saved_part(state: State, dqn: DQN, replay_rows: int) -> State:
+    """What a checkpoint holds of a state: as views, with the first rows of replay only.
+
+    Args:
+        state: of the run.
+        dqn: the algorithm.
+        replay_rows: rows of each member; 0: replay is left out.
+    """
+    replay = dqn.replay.first_rows(state.replay, replay_rows) if replay_rows else None
+    return state._replace(replay=replay)  # type: ignore[arg-type]
+
+
+def write_digests(
+    path: Path, global_step: int, known: Mapping[str, tuple[int, str]], names: Sequence[str]
+) -> None:
+    """Write bytes and SHA-256 of text files in the same folder, by name.
+
+    Args:
+        path: of the file to write.
+        global_step: of the run.
+        known: bytes and digest of a file that grows: of what it has so far.
+        names: files to read.
+    """
+    files = dict(known)
+    for name in names:
+        content = path.with_name(name).read_bytes()
+        files[name] = len(content), hashlib.sha256(content).hexdigest()
+    entries = {n: {"bytes": size, "sha256": sha} for n, (size, sha) in files.items()}
+    write_json(path, {"global_step": global_step, "files": entries})
 
 
 class BestAgent:
@@ -118,13 +260,21 @@ class BestAgent:
             self.return_mean[member], self.global_step[member] = return_mean[member], global_step
         return any(better)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, for `load_`."""
         return {
-            "return_mean": self.return_mean,
-            "global_step": self.global_step,
-            "weights": self.weights,
+            "return_mean": list(self.return_mean),
+            "global_step": list(self.global_step),
+            "weights": dict(self.weights),
         }
+
+    def load_(self, saved: Mapping[str, Any], q_net: QFunction) -> None:
+        """Continue from a `state`, with weights like those of `q_net`."""
+        self.return_mean, self.global_step = [*saved["return_mean"]], [*saved["global_step"]]
+        self.weights = {}
+        if saved["weights"]:
+            self.weights = {name: t.detach().clone() for name, t in q_net.named().items()}
+            tree.load_(self.weights, saved["weights"])
 
 
 def agent_content(

@@ -8,7 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from dqn_fast.exact import ExactValues
 from dqn_fast.heads import describe_head
 from dqn_fast.plan import Plan
 from dqn_fast.sweep import label_of, one_or_all
+
+if TYPE_CHECKING:
+    from dqn_fast.resume import Resumption
 
 PRECISIONS = {"highest": "float32", "high": "TF32"}
 """Float format of each value of --matmul-precision."""
@@ -142,7 +145,7 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
-def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
+def header(config: Mapping[str, Any], run_dir: Path, checkpoint_bytes: int) -> list[str]:
     """Lines of text at the start of a run."""
     args, derived = config["args"], config["derived"]
     params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
@@ -151,6 +154,10 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
     precision = "" if on_cpu else f", products in {PRECISIONS[args['matmul_precision']]}"
     rounded = [f"rounded   {text}" for text in derived["rounded"]]
     unseen = ("env_id", "env_params", "seed", "num_seeds", "num_envs", "run_dir", "name", "quiet")
+    unseen += ("resume",)
+    every, kept = args["checkpoint_interval"], args["keep_checkpoints"]
+    when = f"every {every:,} transitions and at the end" if every else "at the end"
+    without = "" if args["checkpoint_replay"] else " without replay"
     shown = {
         **args,
         "sweep": " ".join(f"{k} {' '.join(map(str, v))}" for k, v in args["sweep"].items()),
@@ -167,9 +174,20 @@ def header(config: Mapping[str, Any], run_dir: Path) -> list[str]:
         f"network   {'-'.join(map(str, derived['sizes']))}, {derived['num_parameters']:,} "
         f"parameters; replay {args['buffer_size']:,} x {derived['replay_bytes_per_transition']} "
         f"bytes, {derived['replay_bytes'] / 1e6:.2g} MB",
+        f"saved     {when}, {checkpoint_bytes / 1e6:.2g} MB{without}, the last {kept} kept",
         *([f"changed   {', '.join(changed)}"] if changed else []),
         *rounded,
         f"writing   {run_dir}",
+    ]
+
+
+def resumed_header(resumed: Resumption, end: int) -> list[str]:
+    """Lines of text about a run that goes on."""
+    step = resumed.global_step
+    to_come = f"{end - step:,} transitions to come" if step < end else "nothing left to train"
+    return [
+        f"resumed   from {resumed.path} at global_step {step:,}; {to_come}",
+        *(f"differs   {note}" for note in resumed.notes),
     ]
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dqn_fast import tree
 from dqn_fast.dqn import DQN, State
 from dqn_fast.envs import TabularEnv
 from dqn_fast.exact import ExactValues
@@ -43,6 +44,7 @@ class Diagnostics:
         self.env, self._dqn, self._exact = dqn.env, dqn, exact
         self._count, self._stride = 0, 1
         self._previous: Params | None = None
+        self._spread: Tensor | None = None
 
     @torch.no_grad()
     def take(self, state: State, new_rows: int) -> dict[str, Tensor]:
@@ -56,7 +58,7 @@ class Diagnostics:
             The snapshot as tensors on the device; `add` takes them from the host.
         """
         dqn, gamma = self._dqn, state.hyper.gamma
-        if self._previous is None:
+        if self._spread is None:
             self._spread = torch.arange(SAMPLE_SIZE, device=gamma.device)
         noise = self._spread * state.replay.size // SAMPLE_SIZE
         batch = dqn.replay.sample(state.replay, noise, gamma)
@@ -64,7 +66,7 @@ class Diagnostics:
         *hidden, outputs = dqn.network.activations(state.params, obs)
         q_values = dqn.head.values(outputs)
         if self._previous is None:
-            self._previous = [param.detach().clone() for param in state.params]
+            self._keep(state.params)
             changes = q_values.new_full((dqn.num_members,), torch.nan)
         else:
             before = dqn.head.values(dqn.network(self._previous, obs))
@@ -104,6 +106,37 @@ class Diagnostics:
             pairs = zip(self.snapshots[::2], self.snapshots[1::2], strict=True)
             self.snapshots = [_merge(first, second) for first, second in pairs]
             self._stride *= 2
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, for `load_`; the tensors on the device are not copied."""
+        return {
+            "snapshots": [
+                {name: torch.from_numpy(array) for name, array in snapshot.items()}
+                for snapshot in self.snapshots
+            ],
+            "count": self._count,
+            "stride": self._stride,
+            "previous": self._previous,
+        }
+
+    def load_(self, saved: Mapping[str, Any], params: Params) -> None:
+        """Continue from a `state`, with parameters like `params`.
+
+        Raises:
+            ValueError: the parameters of the last snapshot do not fit.
+        """
+        self.snapshots = [
+            {name: tensor.numpy() for name, tensor in snapshot.items()}
+            for snapshot in saved["snapshots"]
+        ]
+        self._count, self._stride = saved["count"], saved["stride"]
+        if saved["previous"] is not None:
+            self._keep(params)
+            tree.load_(self._previous, saved["previous"])
+
+    def _keep(self, params: Params) -> None:
+        """Allocate what the next snapshot is compared with."""
+        self._previous = [param.detach().clone() for param in params]
 
     def arrays(self) -> Mapping[str, NDArray[Any]]:
         """All snapshots stacked along a new first axis, and the constants of the run."""

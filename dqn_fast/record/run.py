@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -15,34 +14,45 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from dqn_fast import tree
-from dqn_fast.dqn import DQN, State
 from dqn_fast.envs import EnvError
 from dqn_fast.evaluate import Evaluation
 from dqn_fast.film import RUN_FILM, film_run
-from dqn_fast.plan import Chunk, Plan
+from dqn_fast.plan import Chunk
 from dqn_fast.record.background import FileWriter, HostCopy, Moment
 from dqn_fast.record.checkpoint import (
     BestAgent,
     agent_content,
     save_checkpoint,
+    saved_part,
+    write_digests,
     write_json,
+    write_weights,
     write_whole,
 )
-from dqn_fast.record.describe import closing, header, summarise
+from dqn_fast.record.describe import closing, header, resumed_header, summarise
 from dqn_fast.record.diagnostics import Diagnostics
+from dqn_fast.record.guard import Guard
+from dqn_fast.record.lock import LOCK_FILE, RunLock
 from dqn_fast.record.metrics import EpisodeLog, Metrics, Reading
 from dqn_fast.record.tracker import TrackerConfig, make_tracker
 from dqn_fast.report import run_figures, write_report
 from dqn_fast.settings import UsageError
 
+if TYPE_CHECKING:
+    from dqn_fast.resume import Resumption
+    from dqn_fast.setup import Training
+
 Row = tuple[int, dict[str, Any]]
 """global_step of a log point, and its metrics: one value per member or one for all members."""
+
+GOALS = {"total_timesteps", "stop_at_return", "stop_when_optimal"}
+"""Settings that say when a run has reached its goal."""
 
 COPIED_BYTES = 2**28
 """Maximum bytes of a checkpoint that is copied and written while the loop runs."""
@@ -54,21 +64,24 @@ class TrainingError(RuntimeError):
 
 def refuse_used_dir(path: Path | None) -> None:
     """Raise UsageError if a run cannot use this directory, as far as reading can tell."""
-    if path is not None and path.is_dir() and any(path.iterdir()):
+    if path is not None and path.is_dir() and any(p.name != LOCK_FILE for p in path.iterdir()):
         raise UsageError(f"--run-dir {path}: is not empty; it must be new or empty")
     if path is not None and path.exists() and not path.is_dir():
         raise UsageError(f"--run-dir {path}: is a file; it must be a directory")
 
 
-def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path:
-    """Make the directory of a new run.
+def create_run_dir(
+    path: Path | None, env_id: str, name: str, seed: int
+) -> tuple[Path, RunLock]:
+    """Make and lock the directory of a new run.
 
     Args:
         path: the directory, new or empty; None makes a new one under `runs`.
         env_id, name, seed: parts of the new directory's name, together with the time in UTC.
 
     Raises:
-        UsageError: the directory is not empty or cannot be written; nothing was changed.
+        UsageError: the directory is not empty, another run has it, or it cannot be written;
+            nothing was changed.
     """
     if path is None:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -83,8 +96,14 @@ def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path
         existed = candidate.is_dir()
         try:
             candidate.mkdir(parents=True, exist_ok=path is not None)
-            with tempfile.TemporaryFile(dir=candidate):
-                pass
+            lock = RunLock(candidate, f"--run-dir {candidate}")
+            try:
+                with tempfile.TemporaryFile(dir=candidate):
+                    pass
+                refuse_used_dir(path)  # another run may have begun and ended since
+            except BaseException:
+                lock.release()
+                raise
         except FileExistsError:
             if path is not None:
                 raise UsageError(f"--run-dir {path}: is a file; it must be a directory") from None
@@ -96,7 +115,7 @@ def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> Path
                 f"--run-dir {candidate}: cannot be written ({error.strerror}); "
                 "it must be a writable directory"
             ) from error
-        return candidate
+        return candidate, lock
     raise UsageError(f"--run-dir {candidates[0]}: 99 such directories exist; name another")
 
 
@@ -115,6 +134,8 @@ class RunRecord:
         config: content of `config.json`.
         status: "done", or why the run ended early.
         num_evaluations: evaluations so far.
+        owes_side_jobs: whether the run stopped in the evaluation of its last vector step, so that
+            this step's evaluation, log point and checkpoint are still to be made.
         engine: engines that ran the chunks, as in the summary.
         compile_s: seconds that the loop waited for a compiler.
         eval_s: seconds spent on evaluations. Rates in the summary exclude both.
@@ -124,28 +145,25 @@ class RunRecord:
     def __init__(
         self,
         run_dir: Path,
-        config: Mapping[str, Any],
-        plan: Plan,
+        config: dict[str, Any],
+        training: Training,
         metrics: Metrics,
-        diagnostics: Diagnostics,
-        dqn: DQN,
-        state: State,
         began: float,
+        resumed: Resumption | None = None,
     ) -> None:
         """Write `config.json`, start the loggers and print the header.
 
         Args:
             run_dir: existing directory.
             config: of `describe`.
-            plan: of the run.
+            training: of the run.
             metrics: records of the chunks, on the device.
-            diagnostics: snapshots of the run.
-            dqn: the algorithm.
-            state: everything that outlives a vector step.
             began: time.perf_counter() at the start of the program.
+            resumed: the run that goes on, or None.
         """
         self.run_dir, self.config, self.status = run_dir, config, "done"
         self.num_evaluations = 0
+        self.owes_side_jobs = False
         self.engine: str = config["derived"]["engine"]
         self._running, self._reason = self.engine, config["derived"]["engine_reason"]
         self.compile_s = self.eval_s = 0.0
@@ -153,26 +171,88 @@ class RunRecord:
         self._args: Mapping[str, Any] = config["args"]
         self._members: list[dict[str, Any]] = config["derived"]["members"]
         self._num_members = len(self._members)
-        self._plan, self._metrics, self._diagnostics = plan, metrics, diagnostics
-        self._dqn, self._state, self._q_net = dqn, state, dqn.q_function(state)
+        self._plan, self._metrics = training.plan, metrics
+        self._dqn, self._state, self._q_net = training.dqn, training.state, training.q_net
+        self._diagnostics = Diagnostics(training.dqn, training.exact)
         self._device = self._q_net.device
-        self._tracker = make_tracker(tracker_config(run_dir, config))
         self._files = FileWriter(self._not_written)
         self._pending: deque[tuple[HostCopy, Callable[[Any], Row | None]]] = deque()
         self._must_wait, self._refuses_bad = False, True
-        self._bad_update: int | None = None
-        self._num_saving = self._measured_at = 0
+        self._frozen: dict[int, str] = {}
+        self._num_saving, self._measured_at, self._saved_at = 0, 0, -1
         self._episodes = EpisodeLog(self._num_members)
         self._best = BestAgent(self._num_members)
         self._evaluation: dict[str, list[Any]] = {}
         self._global_step = self._num_updates = self._num_syncs = self._last_diagnosis = 0
+        self._unwritten: dict[str, str] = {}
         self._warned: set[str] = set()
+        self._spent = dict.fromkeys(("wall_s", "startup_s", "loop_s", "compile_s"), 0.0)
+        window = (0, 0, 0.0)
+        if resumed is not None:
+            window = self._load(resumed, training)
+        self._guard = Guard(training.state, self._frozen)
+        # A file whose digest is there is whole; so it goes before the file changes.
+        kept = resumed.saved["record"]["tracker"] if resumed else None
+        self._write_digests(_jsonl_digest(kept), at_once=True)
+        tracker = tracker_config(run_dir, config)
+        self._tracker = make_tracker(tracker, kept, resumed.global_step if resumed else None)
         self._write("config.json", lambda path: write_json(path, config))
-        for line in header(config, run_dir):
+        self._write_digests(self._tracker.digest(), "config.json", at_once=True)
+        for line in header(config, run_dir, self._checkpoint_bytes()):
             self._tracker.message(line)
-        self._tracker.progress(0)
+        if resumed is not None:
+            for line in resumed_header(resumed, self._plan.end):
+                self._tracker.message(line)
+            self._restore_best()
+        self._tracker.progress(self._global_step)
         self._began, self._loop_began = began, time.perf_counter()
-        self._last_log = (Moment(self._device), 0, 0)
+        self._last_log = (Moment(self._device), *window)
+
+    def _load(self, resumed: Resumption, training: Training) -> tuple[int, int, float]:
+        """Continue the record of an earlier process.
+
+        Returns:
+            global_step, gradient steps and age in seconds of the last log point.
+        """
+        saved = resumed.saved["record"]
+        self.num_evaluations, self._evaluation = saved["num_evaluations"], saved["evaluation"]
+        self._global_step, self._num_updates = resumed.global_step, resumed.num_updates
+        self._num_syncs, self._last_diagnosis = saved["num_syncs"], saved["last_diagnosis"]
+        self._measured_at, self._spent = saved["measured_at"], dict(saved["spent"])
+        self.eval_s, self.owes_side_jobs = saved["eval_s"], saved["owes_side_jobs"]
+        self._frozen = dict(saved["frozen"])
+        if saved["solved"] and not resumed.changes.keys() & GOALS:
+            self.status = "solved"
+        self.engine = saved["engine"]
+        if self._running != saved["running"]:
+            self.engine += f", {self._running} from {self._global_step:,} on"
+        self._best.load_(resumed.saved["best"], self._q_net)
+        self._diagnostics.load_(saved["diagnostics"], training.state.params)
+        self._episodes.load_(saved["episodes"])
+        self._metrics.load_(saved["metrics"])
+        if training.cut_episodes:
+            self._metrics.cut_(self._global_step, self._args["num_envs"], training.cut_episodes)
+        step, num_updates, age = saved["window"]
+        return step, num_updates, age
+
+    @property
+    def global_step(self) -> int:
+        """Transitions of one member so far."""
+        return self._global_step
+
+    @property
+    def solved(self) -> bool:
+        """Whether the run has reached its goal."""
+        return self.status == "solved"
+
+    @property
+    def missing(self) -> list[str]:
+        """Files that could not be written, or that are not there any more; final after the run."""
+        names = ["config.json", "episodes.npz", "diagnostics.npz", "summary.json"]
+        names += ["checkpoint.pt"] if self._saved_at >= 0 else []
+        names += ["best.pt"] if self._best.weights else []
+        gone = [name for name in names if not (self.run_dir / name).exists()]
+        return sorted({*gone, *self._unwritten, *self._tracker.lost()})
 
     def __enter__(self) -> RunRecord:
         return self
@@ -194,24 +274,31 @@ class RunRecord:
                     list(self.settle(wait=True))
             self._files.wait()
             with contextlib.suppress(Exception):
-                self._save_agent()
+                self._save_broken()
         self._loop_ended = time.perf_counter()
-        self._write_arrays()
+        self._write_arrays(self._episodes)
         self._files.wait()
         self._files.close()
         self.summary = self._summarise()
+        self._write_digests(self._tracker.digest(), "config.json", at_once=True)
         self._write("summary.json", lambda path: write_json(path, self.summary))
         if (best := self.run_dir / "best.pt").exists():
             self._tracker.log_artifact(best, f"{self.run_dir.name}-best", "model")
         if self._args["track"]:
             self._best_effort("figures", self._log_figures)
         self._tracker.finish(self.summary, exit_code=0 if error is None else 1)
+        files = ("config.json", "summary.json")
+        self._write_digests(self._tracker.digest(), *files, at_once=True)
         if self._args["report"]:
             if error is None:
                 self._best_effort(RUN_FILM, self._film)
             self._best_effort("report.html", self._write_report)
         if not self._args["quiet"]:  # below the progress bar, which is closed
             print(*closing(self.summary, self._args, self.run_dir), sep="\n")
+        if missing := self.missing:
+            why = next(iter(self._unwritten.values()), "it is not there any more")
+            text = f"error: {self.run_dir}: {', '.join(missing)} could not be written ({why})"
+            print(text, file=sys.stderr)
 
     def advance(self, chunk: Chunk) -> None:
         """Set the position of the run to the end of `chunk`."""
@@ -266,30 +353,45 @@ class RunRecord:
         """Wait for the device and settle everything; replay is read only after a bad gradient step.
 
         Raises:
-            EnvError: a gradient step is not finite, and replay has a reward or an observation that
-                is not finite.
-            TrainingError: a gradient step is not finite, and all of replay is.
+            EnvError: no member learns any more, and replay of the last one has a reward or an
+                observation that is not finite.
+            TrainingError: no member learns any more, and all of that replay is finite.
         """
         for _ in self.settle(wait=True):
             pass
-        self._refuse(self._metrics.first_bad_update())
+        self._freeze(self._metrics.bad_updates())
 
-    def _refuse(self, bad_update: int | None) -> None:
-        self._bad_update = self._bad_update or bad_update
-        if self._bad_update is None or not self._refuses_bad:
-            return
-        if (bad := self._dqn.replay.first_not_finite(self._state.replay)) is not None:
-            name, member, newer = bad
+    def keep_good(self) -> None:
+        """Give members that broke down their last good networks; before these are read."""
+        self._guard.check_()
+
+    def _freeze(self, bad_updates: Mapping[int, int]) -> None:
+        """Name the members that have broken down; the run ends when there is no other."""
+        for member, number in bad_updates.items():
+            if member in self._frozen:
+                continue
+            error = self._breakdown(member, number)
+            self._frozen[member] = str(error)
+            self._guard.freeze_([member])
+            if len(self._frozen) == self._num_members and self._refuses_bad:
+                raise error
+            if self._num_members > 1:
+                self._tracker.message(f"warning: member {member} is frozen: {error}")
+
+    def _breakdown(self, member: int, number: int) -> Exception:
+        """Why a gradient step of a member is not finite."""
+        which = f" of member {member}" if self._num_members > 1 else ""
+        if bad := self._dqn.replay.first_not_finite(self._state.replay, member):
+            name, newer = bad
             num_envs = self._args["num_envs"]
-            which = f" of member {member}" if self._num_members > 1 else ""
-            raise EnvError(
+            return EnvError(
                 f"{self.config['env_id']}: {name} not finite in copy "
                 f"{num_envs - 1 - newer % num_envs}{which}, in vector step "
                 f"{self._global_step // num_envs - newer // num_envs:,}; it must be finite"
             )
-        raise TrainingError(
-            f"loss or gradient not finite in gradient step {self._bad_update:,}, "
-            f"at global_step {self._plan.step_of_update(self._bad_update):,}"
+        return TrainingError(
+            f"loss or gradient not finite{which} in gradient step {number:,}, "
+            f"at global_step {self._plan.step_of_update(number):,}"
         )
 
     def log_point(self, row: Mapping[str, Any], probe: Mapping[str, Tensor]) -> None:
@@ -318,9 +420,9 @@ class RunRecord:
             self._episodes.add(reading)
             if snapshot is not None:
                 self._diagnostics.add(arrived["snapshot"], step, num_syncs)
-            before, first_step, first_update = self._last_log
-            self._last_log = moment, step, num_updates
-            rate = self._num_members / max(moment.since(before), 1e-9)
+            before, first_step, first_update, age = self._last_log
+            self._last_log = moment, step, num_updates, 0.0
+            rate = self._num_members / max(moment.since(before) + age, 1e-9)
             logged = self._logged(
                 step,
                 reading.values
@@ -332,7 +434,7 @@ class RunRecord:
                 | {name: tensor.tolist() for name, tensor in arrived["probe"].items()}
                 | dict(row),
             )
-            self._refuse(reading.first_bad_update)
+            self._freeze(reading.bad_updates)
             return logged
 
         # New tensors that no other code uses: on a CPU they need no copy.
@@ -358,11 +460,7 @@ class RunRecord:
             **exact,
         }
         if self._best.offer(self._q_net, self._evaluation["eval_return_mean"], self._global_step):
-            best = agent_content(
-                self.config, self._best.weights, self._best.global_step, self._best.return_mean
-            )
-            content = HostCopy(best, self._device).get()
-            self._write_soon("best.pt", partial(save_checkpoint, content=content))
+            self._write_best()
         metrics: dict[str, Any] = {
             "eval/return_mean": self._evaluation["eval_return_mean"],
             "eval/return_std": self._evaluation["eval_return_std"],
@@ -385,41 +483,117 @@ class RunRecord:
             self._tracker.log(step, metrics)
         return step, metrics
 
+    def _write_best(self) -> None:
+        best = agent_content(
+            self.config, self._best.weights, self._best.global_step, self._best.return_mean
+        )
+        content = HostCopy(best, self._device).get()
+        self._write_soon("best.pt", partial(save_checkpoint, content=content))
+        self._write_soon("best.safetensors", partial(write_weights, content=content))
+
+    def _restore_best(self) -> None:
+        """Write the best agent of the checkpoint; what came after it comes again."""
+        if self._best.weights:
+            self._write_best()
+            return
+        for name in ("best.pt", "best.safetensors"):
+            (self.run_dir / name).unlink(missing_ok=True)
+
     def save(self) -> None:
-        """Write `checkpoint.pt` and the episodes so far.
+        """Write a checkpoint and the episodes so far; twice at one place is once.
 
         The checkpoint is copied and then written while the loop runs, unless it is larger than
         COPIED_BYTES: then the loop waits, because a second copy of a large replay may not fit.
         """
-        content = self._last_agent()
+        if self._saved_at == self._global_step and not self.owes_side_jobs:
+            return
+        saves_replay = self._args["checkpoint_replay"]
+        rows = min(self._dqn.replay.capacity, self._global_step) if saves_replay else 0
+        content = self._last_agent() | {"config": self.config}
         content["resume"] = {
-            "state": tree.plain(self._state),
-            "best": self._best.state_dict(),
+            "global_step": self._global_step,
             "num_updates": self._num_updates,
-            "num_evaluations": self.num_evaluations,
+            "learning_starts": self._plan.learning_starts,
+            "updates_before": self._plan.updates_before,
+            "replay_rows": rows,
+            "state": tree.plain(saved_part(self._state, self._dqn, rows)),
+            "host": self._dqn.env.host_state(),
+            "best": self._best.state(),
+            "previous": self._diagnostics.state()["previous"],
         }
-        large = tree.num_bytes(content) > COPIED_BYTES
+        now = {
+            "num_evaluations": self.num_evaluations,
+            "evaluation": dict(self._evaluation),
+            "num_syncs": self._num_syncs,
+            "last_diagnosis": self._last_diagnosis,
+            "measured_at": self._measured_at,
+            "owes_side_jobs": self.owes_side_jobs,
+            "solved": self.solved,
+            "engine": self.engine,
+            "running": self._running,
+            "eval_s": self.eval_s,
+            "spent": self._spent_so_far(),
+        }
+        moment, large = Moment(self._device), tree.num_bytes(content) > COPIED_BYTES
 
         def finish(arrived: dict[str, Any]) -> None:
             self._num_saving -= 1
-            self._refuse(bad_update())
-            if self._bad_update is None:
-                self._write_soon("checkpoint.pt", partial(save_checkpoint, content=arrived))
-                self._write_arrays()
-                if large:
-                    self._files.wait()
+            interval = so_far()
+            self._freeze(interval.bad_updates)
+            if len(self._frozen) == self._num_members:
+                return  # the earlier checkpoints stand
+            before, step, num_updates, age = self._last_log
+            diagnostics = self._diagnostics.state() | {"previous": arrived["resume"]["previous"]}
+            arrived["resume"]["record"] = now | {
+                "frozen": [[*pair] for pair in self._frozen.items()],
+                "window": [step, num_updates, moment.since(before) + age],
+                "metrics": interval.state(),
+                "episodes": self._episodes.state(),
+                "diagnostics": diagnostics,
+                "tracker": self._tracker.state(),
+            }
+            keep = self._args["keep_checkpoints"]
+            self._write_soon("checkpoint.pt", partial(save_checkpoint, content=arrived, keep=keep))
+            self._write_soon("weights.safetensors", partial(write_weights, content=arrived))
+            self._write_arrays(self._episodes.with_reading(interval.reading()))
+            self._write_digests(self._tracker.digest(), "config.json")
+            if large:
+                self._files.wait()
 
-        bad_update = self._metrics.bad_update_later()
+        so_far = self._metrics.so_far()
+        self._saved_at = self._global_step
         self._pending.append((HostCopy(content, self._device, lent=large), finish))
         # One copy at a time: a host ahead of its GPU would accumulate them.
         self._must_wait |= large or self._num_saving > 0
         self._num_saving += 1
 
-    def _save_agent(self) -> None:
-        """Write `checkpoint.pt` of a failed run: the network if it is finite. No state is saved to
-        resume from, because a chunk may be incomplete."""
-        if all(bool(param.isfinite().all()) for param in self._state.params):
-            self._write("checkpoint.pt", lambda path: save_checkpoint(path, self._last_agent()))
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of the tensors of a checkpoint at the end of the run; episodes come on top."""
+        rows = self._dqn.replay.capacity if self._args["checkpoint_replay"] else 0
+        rows = min(rows, self._plan.end)
+        return tree.num_bytes(saved_part(self._state, self._dqn, rows))
+
+    def _save_broken(self) -> None:
+        """Write the agent of a run that broke off as `broken.pt`; the checkpoints stay."""
+        self._guard.check_()
+        self._write("broken.pt", lambda path: save_checkpoint(path, self._last_agent()))
+
+    def _write_digests(
+        self, metrics: tuple[int, str] | None, *names: str, at_once: bool = False
+    ) -> None:
+        """Write `digests.json`, with which the report finds text files that were damaged.
+
+        Args:
+            metrics: bytes of `metrics.jsonl` and their digest; None: not known.
+            names: files that are whole.
+            at_once: whether to write it now, not after the files that are still to be written.
+        """
+        known = {} if metrics is None else {"metrics.jsonl": metrics}
+        write = partial(write_digests, global_step=self._global_step, known=known, names=names)
+        if at_once:
+            self._write("digests.json", write)
+        else:
+            self._write_soon("digests.json", write)
 
     def _last_agent(self) -> dict[str, Any]:
         not_known = [math.nan] * self._num_members
@@ -432,25 +606,35 @@ class RunRecord:
 
     def _write_soon(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file in the thread, from data that no code changes any more."""
-        self._files.submit(name, partial(write, self.run_dir / name))
+
+        def job() -> None:
+            write(self.run_dir / name)
+            self._unwritten.pop(name, None)
+
+        self._files.submit(name, job)
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         try:
             write(self.run_dir / name)
+            self._unwritten.pop(name, None)
         except OSError as error:
             self._not_written(name, error)
 
     def _not_written(self, name: str, error: Exception) -> None:
+        why = (isinstance(error, OSError) and error.strerror) or repr(error)
+        self._unwritten[name] = why
         if name not in self._warned:
             self._warned.add(name)
-            why = error.strerror if isinstance(error, OSError) else repr(error)
             self._tracker.message(f"warning: {name} could not be written ({why}); training goes on")
 
     def _best_effort(self, what: str, make: Callable[[], object]) -> None:
         """Make a film, figure or report; an error causes one warning and never ends the run."""
         try:
             make()
+            self._unwritten.pop(what, None)
         except Exception as error:
+            if isinstance(error, OSError):
+                self._unwritten[what] = error.strerror or repr(error)
             print(f"warning: no {what}: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _film(self) -> None:
@@ -462,18 +646,30 @@ class RunRecord:
     def _log_figures(self) -> None:
         self._tracker.log_figures(self._global_step, run_figures(self.run_dir))
 
-    def _write_arrays(self) -> None:
-        episodes = self._episodes.arrays() | {"num_dropped": np.array(self._episodes.num_dropped)}
+    def _write_arrays(self, log: EpisodeLog) -> None:
+        episodes = log.arrays() | {"num_dropped": np.array(log.num_dropped)}
         for name, arrays in (
             ("episodes.npz", episodes),
             ("diagnostics.npz", self._diagnostics.arrays()),
         ):
             self._write_soon(name, partial(_write_npz, arrays))
 
-    def _summarise(self) -> dict[str, Any]:
+    def _spent_so_far(self) -> dict[str, float]:
+        """Seconds of this process and of those before it, as in the summary; evaluations and
+        compiling are in "loop_s"."""
         now = time.perf_counter()
-        spent = self._loop_ended - self._loop_began
-        seconds = max(spent - self.compile_s - self.eval_s, 1e-9)
+        loop_ended = getattr(self, "_loop_ended", now)
+        spent = {
+            "wall_s": now - self._began,
+            "startup_s": self._loop_began - self._began,
+            "loop_s": loop_ended - self._loop_began,
+            "compile_s": self.compile_s,
+        }
+        return {name: self._spent[name] + seconds for name, seconds in spent.items()}
+
+    def _summarise(self) -> dict[str, Any]:
+        spent = self._spent_so_far()
+        seconds = max(spent["loop_s"] - spent["compile_s"] - self.eval_s, 1e-9)
         unknown = [None] * self._num_members
         shared = {
             "status": self.status,
@@ -485,9 +681,9 @@ class RunRecord:
             "global_step": self._global_step,
             "num_updates": self._num_updates,
             "replay_ratio": self.config["derived"]["replay_ratio"],
-            "wall_s": now - self._began,
-            "startup_s": self._loop_began - self._began,
-            "compile_s": self.compile_s,
+            "wall_s": spent["wall_s"],
+            "startup_s": spent["startup_s"],
+            "compile_s": spent["compile_s"],
             "eval_s": self.eval_s,
             "loop_s": seconds,
             "env_steps_per_s": self._global_step * self._num_members / seconds,
@@ -507,6 +703,8 @@ class RunRecord:
             "start_value": unknown,
             "eval_return_best": [r if math.isfinite(r) else None for r in self._best.return_mean],
         }
+        if self._num_members > 1:
+            members["frozen"] = [self._frozen.get(i) for i in range(self._num_members)]
         for name in ("optimal_return", "optimal_start_value"):
             known = self.config["derived"][name]
             members[name] = known if isinstance(known, list) else [known] * self._num_members
@@ -531,22 +729,7 @@ def tracker_config(run_dir: Path, config: Mapping[str, Any]) -> TrackerConfig:
     )
 
 
-class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request to stop; a second one has its usual effect.
-
-    Attributes:
-        signal: number of the signal received, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
+def _jsonl_digest(saved: Mapping[str, Any] | None) -> tuple[int, str] | None:
+    """Bytes of `metrics.jsonl` at a checkpoint, and their digest."""
+    jsonl = (saved or {}).get("jsonl")
+    return (jsonl["bytes"], jsonl["sha256"]) if jsonl else None

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from dqn_fast.process import command
 from dqn_fast.report import write_report
 
 
@@ -23,6 +24,7 @@ class ReportArgs:
     are several runs."""
 
 
+@command()
 def main() -> int:
     """Write the report, print its path and return the exit status."""
     args = tyro.cli(ReportArgs)

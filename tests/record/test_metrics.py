@@ -70,7 +70,7 @@ def test_readings_equal_plain_counting(room, monkeypatch):
     means = torch.cat(updates).mean(0)
     for i, name in enumerate(UPDATE_METRICS):
         np.testing.assert_allclose(reading.values[name], means[i], rtol=1e-5, atol=1e-6)
-    assert metrics.first_bad_update() is None
+    assert metrics.bad_updates() == {}
 
 
 def test_a_reading_starts_again_at_zero():
@@ -106,10 +106,39 @@ def test_the_first_update_that_is_not_finite_is_named(bad):
     updates = torch.zeros(6, 4, 2)
     updates[3, 0, 1] = updates[5, 2, 0] = bad
     metrics.add_(ChunkRecord(empty, empty.int(), torch.zeros(6, 4, 2)), 0, 100)
-    assert metrics.first_bad_update() is None
+    assert metrics.bad_updates() == {}
     metrics.add_(ChunkRecord(empty, empty.int(), updates), 3, 106)
     metrics.add_(ChunkRecord(empty, empty.int(), updates), 6, 112)
-    assert metrics.first_bad_update() == 106 + 4
+    assert metrics.bad_updates() == {0: 106 + 6, 1: 106 + 4}
+
+
+def test_blocks_change_no_bit():
+    """Sums are the same however the records are cut: by the buffer, by a checkpoint, or by both,
+    and in an interval that goes on from the state of another."""
+    generator = np.random.default_rng(1)
+    records = [random_record(generator, 5, 2, 3, 40) for _ in range(8)]
+    for record in records:
+        record.episode_return.mul_(torch.rand_like(record.episode_return) ** 20)
+        record.updates.mul_(torch.rand_like(record.updates) ** 20)
+
+    def read(cuts: set[int], resumed: int | None) -> Reading:
+        metrics, step, update = Metrics(2, 37, CPU), 0, 0
+        for i, record in enumerate(records):
+            metrics.add_(record, step, update)
+            step, update = step + 15, update + len(record.updates)
+            if i in cuts:
+                state = metrics.so_far()().state()
+                if i == resumed:
+                    metrics = Metrics(2, 37, CPU)
+                    metrics.load_(state)
+        return metrics.read_()
+
+    plain = read(set(), None)
+    for other in (read({0, 3, 4}, None), read({2}, 2), read({1, 6}, 6)):
+        assert other.values == plain.values
+        assert other.num_episodes.tolist() == plain.num_episodes.tolist()
+        for name, column in plain.episodes.items():
+            np.testing.assert_array_equal(column, other.episodes[name])
 
 
 def test_the_episode_log_is_bounded_and_spans_the_run():

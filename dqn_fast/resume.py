@@ -1,0 +1,274 @@
+"""Going on with a run from its newest whole checkpoint.
+
+    python -m dqn_fast.train --resume RUN_DIR
+    train(Args(resume=run_dir, total_timesteps=200_000))
+
+`open_run` locks the directory and reads the checkpoint, `Resumption.complete` gives the settings,
+and `restore_` overwrites a new state. On a CPU the resumed run equals the undisturbed one bit for
+bit, unless a setting or the software has changed that moves a sum or a schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from dqn_fast import tree
+from dqn_fast.dqn import DQN, State
+from dqn_fast.envs import TensorEnv, refusal
+from dqn_fast.noise import Noise, Stream
+from dqn_fast.record.checkpoint import (
+    kept_paths,
+    load_checkpoint,
+    remove_leftovers,
+    saved_part,
+)
+from dqn_fast.record.lock import RunLock
+from dqn_fast.settings import UsageError, check_settings, flag
+
+if TYPE_CHECKING:
+    from dqn_fast.train import Args
+
+A = TypeVar("A", bound="Args")
+
+ROUNDING = "results differ by rounding from here on"
+MAY_CHANGE: dict[str, str] = {
+    "resume": "",
+    "run_dir": "",
+    "total_timesteps": "schedules follow the new length from here on",
+    "log_interval": "log points lie at other steps",
+    "eval_interval": "evaluations lie at other steps, and play other episodes",
+    "eval_episodes": "evaluations play other episodes",
+    "checkpoint_interval": "",
+    "checkpoint_replay": "",
+    "keep_checkpoints": "",
+    "stop_at_return": "",
+    "stop_when_optimal": "",
+    "device": ROUNDING,
+    "engine": ROUNDING,
+    "chunk_steps": "",
+    "num_threads": ROUNDING,
+    "matmul_precision": ROUNDING,
+    "report": "",
+    "quiet": "",
+    "track": "",
+    "wandb_project": "",
+    "wandb_entity": "",
+    "wandb_group": "",
+    "wandb_tags": "",
+    "wandb_mode": "",
+    "tensorboard": "",
+}
+"""Settings that a resumed run may change, each with its effect on the results."""
+
+
+@dataclass
+class Resumption:
+    """A run that goes on.
+
+    Attributes:
+        run_dir: its directory, locked by `lock`.
+        path: the checkpoint that was read.
+        config: content of `config.json` at the checkpoint.
+        saved: state of environments, learner and records; see `RunRecord.save`.
+        lock: of the directory.
+        notes: what differs from an undisturbed run, a line each.
+        changes: settings that have changed, by name.
+    """
+
+    run_dir: Path
+    path: Path
+    config: Mapping[str, Any]
+    saved: Mapping[str, Any]
+    lock: RunLock
+    notes: list[str] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def global_step(self) -> int:
+        return self.saved["global_step"]
+
+    @property
+    def num_updates(self) -> int:
+        return self.saved["num_updates"]
+
+    @property
+    def updates_before(self) -> int:
+        """Gradient steps before `learning_starts`."""
+        return self.saved["updates_before"] if self.saved["replay_rows"] else self.num_updates
+
+    def learning_starts(self, usual: int) -> int:
+        """Transitions before the next gradient step: if replay was not saved it has to fill again.
+
+        Args:
+            usual: transitions before the first gradient step of a new run.
+        """
+        if self.saved["replay_rows"] or self.global_step == 0:
+            return self.saved["learning_starts"]
+        starts = self.global_step + usual
+        self.notes.append(
+            "replay was not saved (--checkpoint-replay false): it fills again, with no gradient "
+            f"step before global_step {starts:,}"
+        )
+        return starts
+
+    def history(self) -> list[dict[str, Any]]:
+        """When the run was resumed, with what differs since then, for `config.json`."""
+        now = {"global_step": self.global_step, "differs": self.notes}
+        return [*self.config.get("resumed", ()), now]
+
+    def args_of(self, cls: type[A]) -> A:
+        """Settings of the run, as they were.
+
+        Raises:
+            UsageError: the checkpoint is of a version with other settings.
+        """
+        known = {setting.name for setting in dataclasses.fields(cls)}
+        saved = {**self.config["args"], "resume": self.run_dir, "run_dir": self.run_dir}
+        if unknown := saved.keys() - known:
+            raise UsageError(f"--resume {self.run_dir}: has the unknown setting {min(unknown)}")
+        return check_settings(cls(**saved))
+
+    def complete(self, args: A, env: TensorEnv | None = None, exact: bool = False) -> A:
+        """The settings of the resumed run.
+
+        Args:
+            args: settings that change; those at their defaults stay as they were in the run.
+            env: the caller's own environment, or None.
+            exact: whether settings at their defaults count too.
+
+        Raises:
+            UsageError: a setting may not change, or the environment has to be named.
+        """
+        cls = type(args)
+        args, before, usual = check_settings(args), self.args_of(cls), cls()
+        names = [setting.name for setting in dataclasses.fields(cls)]
+        given = {n for n in names if exact or getattr(args, n) != getattr(usual, n)}
+        if args.run_dir is not None and args.run_dir.absolute() != self.run_dir.absolute():
+            raise UsageError(f"--run-dir {args.run_dir}: must be {self.run_dir}, as --resume")
+        for name in names:
+            old, new = getattr(before, name), getattr(args, name)
+            if name not in given or new == old or name in ("resume", "run_dir"):
+                continue
+            if name not in MAY_CHANGE:
+                raise UsageError(
+                    f"{flag(name)} {new}: must be {old}, as in {self.run_dir}, which is resumed"
+                )
+            self.changes[name] = new
+            if MAY_CHANGE[name]:
+                self.notes.append(f"{name} {old} -> {new}: {MAY_CHANGE[name]}")
+        own = bool(self.config.get("own_env"))
+        if own and env is None:
+            raise UsageError(
+                f"--resume {self.run_dir}: its environment was made in Python; "
+                "use train(Args(resume=...), env=...)"
+            )
+        return dataclasses.replace(before, **self.changes)
+
+    def named(self, env_id: str | None) -> None:
+        """Check that the environment may be made: a path to code in a file is only a name, and is
+        imported where the person names it too.
+
+        Args:
+            env_id: id that the person has named; None: none.
+
+        Raises:
+            UsageError: it has to be named.
+        """
+        args = self.config["args"]
+        if env_id == args["env_id"] or self.config.get("own_env"):
+            return
+        if why := refusal(args["env_id"], args["env_params"]):
+            raise UsageError(
+                f"--resume {self.run_dir}: {why}; if you trust it, "
+                f"add --env-id {args['env_id']}"
+            )
+
+    def restore_(self, state: State, dqn: DQN, noise: Noise) -> list[dict[str, Any]]:
+        """Overwrite the state of a new run with the saved one.
+
+        Args:
+            state: written.
+            dqn: the algorithm.
+            noise: of the members.
+
+        Returns:
+            Episodes that are cut off here, because the environment's state cannot be saved.
+
+        Raises:
+            UsageError: the checkpoint does not fit the settings.
+        """
+        path, step = self.path, self.global_step // dqn.num_envs
+        target = saved_part(state, dqn, self.saved["replay_rows"])
+        try:
+            tree.load_(target, self.saved["state"])
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from error
+        if not dqn.env.on_host:
+            return []
+        try:
+            if self.saved["host"] is None:
+                raise ValueError("its state cannot be saved")
+            dqn.env.load_host_state_(self.saved["host"])
+        except ValueError as error:
+            self.notes.append(f"all copies begin new episodes: {error}")
+            elapsed, returns = state.env.elapsed.tolist(), state.env.episode_return.tolist()
+            draws = noise.uniform(
+                Stream.ENV_RESET, step, 1, (dqn.num_envs, dqn.env.reset_noise_dim)
+            )[0]
+            state.env.copy_(dqn.env.vector_reset(draws.flatten(0, 1)))
+            return [
+                {"copy": i, "episode_length": elapsed[i], "episode_return": returns[i]}
+                for i in range(len(elapsed))
+                if elapsed[i] > 0
+            ]
+        return []
+
+
+def open_run(run_dir: Path) -> Resumption:
+    """Lock the directory of a run and read its newest whole checkpoint.
+
+    Raises:
+        UsageError: there is no such run, it has no whole checkpoint, or another process has it.
+    """
+    name = f"--resume {run_dir}"
+    if not run_dir.is_dir():
+        raise UsageError(f"{name}: must be the directory of a run")
+    lock = RunLock(run_dir, name)
+    try:
+        remove_leftovers(run_dir)
+        notes: list[str] = []
+        for path in kept_paths(run_dir / "checkpoint.pt"):
+            try:
+                content = load_checkpoint(path)
+                if not isinstance(content.get("resume"), dict):
+                    raise ValueError(f"{path}: holds an agent only")
+                run = Resumption(
+                    run_dir, path, content["config"], content["resume"], lock, notes=notes
+                )
+                notes += _software_changes(run.config["software"])
+                return run
+            except (ValueError, KeyError, TypeError) as error:
+                text = str(error) if isinstance(error, ValueError) else f"{path}: cannot be read"
+                notes.append(f"{text}; used the one before")
+        why = notes[0].removesuffix("; used the one before") if notes else "has no checkpoint"
+        raise UsageError(f"{name}: {why}; there is nothing to go on with")
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _software_changes(before: Mapping[str, Any]) -> list[str]:
+    """Versions on which rounding depends and that are not those of the checkpoint."""
+    now = {"torch": torch.__version__, "platform": platform.platform()}
+    return [
+        f"{name} {before[name]} -> {version}: {ROUNDING}"
+        for name, version in now.items()
+        if before.get(name) not in (version, None)
+    ]
