@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,43 +17,46 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.torture.commands import Outcome, run
+from scripts.torture.commands import Command, Outcome, run
 from scripts.torture.records import differences
 from scripts.torture.trial import EVALUATE, REPORT, SMALL, TRAIN, Trial
 
 TEXTS = (".json", ".jsonl")
-LONGER = ("--total-timesteps", "9216")
-HANGS_S = 60.0
+HANGS_S = 30.0
 """Longest time of a command on a small run; more counts as a hang."""
 
 
 @dataclass
 class Good:
-    """A run that nothing has damaged.
+    """A run that was stopped before its end, and that nothing has damaged.
 
     Attributes:
         path: its directory.
-        longer: the same run after it was resumed.
+        whole: the same run after it was resumed.
         numbers: standard output of `evaluate`, without the name of the directory.
     """
 
     path: Path
-    longer: Path
+    whole: Path
     numbers: str
 
 
 def make_good(trial: Trial) -> Good | None:
     """Train the run that is to be damaged; None if that fails already."""
-    path, longer = trial.new("good"), trial.new("longer")
-    outcome = run(TRAIN, "--run-dir", path, *SMALL, folder=trial.new("streams"))
-    if not trial.ended(outcome, 0):
+    path, whole = trial.new("good"), trial.new("whole")
+    argv = (TRAIN, "--run-dir", path, *SMALL, "--total-timesteps", "16384")
+    command = Command.start(*argv, folder=trial.new("streams"))
+    while not command.poll() and not (path / "best.pt").exists():
+        time.sleep(0.01)
+    command.signal(signal.SIGTERM)
+    if not trial.ended(command.wait(), 128 + signal.SIGTERM):
         return None
-    shutil.copytree(path, longer)
+    shutil.copytree(path, whole)
     evaluated = _evaluate(trial, path)
-    resumed = run(TRAIN, "--resume", longer, *LONGER, folder=trial.new("streams"))
+    resumed = _resume(trial, whole)
     if not (trial.ended(evaluated, 0) and trial.ended(resumed, 0)):
         return None
-    return Good(path, longer, evaluated.out.replace(str(path), ""))
+    return Good(path, whole, evaluated.out.replace(str(path), ""))
 
 
 def flips(trial: Trial) -> None:
@@ -107,7 +112,7 @@ def _examine(trial: Trial, good: Good, path: Path, name: str, how: str) -> None:
     if outcome.code == 0:
         found = [
             item
-            for item in differences(good.longer, path)
+            for item in differences(good.whole, path)
             if not (name in ("episodes.npz", "diagnostics.npz") and item.startswith(name))
             and not (name == "metrics.jsonl" and item.startswith(name) and name in outcome.err)
         ]
@@ -127,6 +132,11 @@ def _harmless(trial: Trial, outcome: Outcome, what: str) -> None:
 
 def _evaluate(trial: Trial, path: Path) -> Outcome:
     argv = (EVALUATE, path, "--episodes", "5")
+    return run(*argv, folder=trial.new("streams"), timeout_s=HANGS_S)
+
+
+def _resume(trial: Trial, path: Path) -> Outcome:
+    argv = (TRAIN, "--resume", path, "--quiet", "True")
     return run(*argv, folder=trial.new("streams"), timeout_s=HANGS_S)
 
 
@@ -163,7 +173,7 @@ def odd_files(trial: Trial) -> None:
         for argv in (
             (EVALUATE, path, "--episodes", "5"),
             (REPORT, path, "--out", path.with_name("odd.html")),
-            (TRAIN, "--resume", path, *LONGER),
+            (TRAIN, "--resume", path, "--quiet", "True"),
         ):
             outcome = run(*argv, folder=trial.new("streams"), timeout_s=HANGS_S)
             _harmless(trial, outcome, what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ TIMES = ("wall_s", "startup_s", "compile_s", "eval_s", "loop_s")
 
 ENGINE = ("engine", "engine_reason")
 
-NOT_COMPARED = {"config", "digest", "tracker", "run_dir", "resume_of", "software", "clock", "times"}
-"""Parts of a checkpoint that name a directory, a position in a file, or a time."""
+NOT_COMPARED = {*TIMES, "config", "digest", "tracker"}
+"""Parts of a checkpoint that name a directory, a position in a file, or a time, at any depth."""
 
-FILES = ("checkpoint.pt", "best.pt", "metrics.jsonl", "episodes.npz", "diagnostics.npz",
+WINDOW_S = re.compile(r"\.window\[2\]")
+"""Seconds since the last log point, in a checkpoint."""
+
+FILES = ("weights.safetensors", "best.safetensors", "checkpoint.pt", "best.pt", "metrics.jsonl", "episodes.npz", "diagnostics.npz",
          "summary.json")  # fmt: skip
 
 
@@ -40,7 +44,7 @@ def differences(run: Path, other: Path, ignored: tuple[str, ...] = ()) -> list[s
             continue
         try:
             pairs = zip_items(read(here, ignored), read(there, ignored))
-            found += [f"{name}: {what}" for what in pairs]
+            found += [f"{name}: {what}" for what in pairs if not WINDOW_S.search(what)]
         except Exception as error:
             found.append(f"{name}: {type(error).__name__}: {error}")
     return found
@@ -51,6 +55,10 @@ def read(path: Path, ignored: tuple[str, ...] = ()) -> Any:
     match path.suffix:
         case ".pt":
             return torch.load(path, weights_only=True)
+        case ".safetensors":
+            content = path.read_bytes()  # 8 bytes: length of the JSON that follows
+            end = 8 + int.from_bytes(content[:8], "little")
+            return {"header": json.loads(content[8:end]), "weights": content[end:]}
         case ".npz":
             with np.load(path) as arrays:
                 return dict(arrays)
@@ -74,7 +82,7 @@ def zip_items(one: Any, two: Any, where: str = "") -> Iterator[str]:
     """Paths of the values that differ, bit for bit; NaN equals NaN."""
     if isinstance(one, Mapping) and isinstance(two, Mapping):
         for key in [*one, *(key for key in two if key not in one)]:
-            if key in NOT_COMPARED and not where.count("."):
+            if key in NOT_COMPARED:
                 continue
             if key not in one or key not in two:
                 yield f"{where}.{key} is in one only"
