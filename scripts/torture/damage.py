@@ -107,7 +107,7 @@ def _examine(trial: Trial, good: Good, path: Path, name: str, how: str) -> None:
     if name in ("metrics.jsonl", "config.json", "summary.json") and outcome.code == 0:
         said = name in outcome.err + outcome.out or name in _text(page)
         trial.check(said, f"report does not name the file that differs: {what}")
-    outcome = run(TRAIN, "--resume", path, *LONGER, folder=trial.new("streams"), timeout_s=HANGS_S)
+    outcome = _resume(trial, path)
     _harmless(trial, outcome, what)
     if outcome.code == 0:
         found = [

@@ -23,8 +23,10 @@ NOT_COMPARED = {*TIMES, "config", "digest", "tracker"}
 WINDOW_S = re.compile(r"\.window\[2\]")
 """Seconds since the last log point, in a checkpoint."""
 
-FILES = ("weights.safetensors", "best.safetensors", "checkpoint.pt", "best.pt", "metrics.jsonl", "episodes.npz", "diagnostics.npz",
-         "summary.json")  # fmt: skip
+FILES = (
+    "weights.safetensors", "best.safetensors", "checkpoint.pt", "best.pt", "metrics.jsonl",
+    "episodes.npz", "diagnostics.npz", "summary.json",
+)  # fmt: skip
 
 
 def differences(run: Path, other: Path, ignored: tuple[str, ...] = ()) -> list[str]:
