@@ -120,7 +120,7 @@ def software() -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    versions["torch"] = torch.__version__  # has the CUDA version, which the metadata lack
+    versions["torch"] = str(torch.__version__)  # has the CUDA version, which the metadata lack
     return versions | {"platform": platform.platform(), "git_commit": _git_commit()}
 
 

@@ -568,10 +568,12 @@ class RunRecord:
         self._num_saving += 1
 
     def _checkpoint_bytes(self) -> int:
-        """Bytes of the tensors of a checkpoint at the end of the run; episodes come on top."""
+        """Bytes of the tensors of a checkpoint at the end of the run; episodes and diagnostics come
+        on top."""
         rows = self._dqn.replay.capacity if self._args["checkpoint_replay"] else 0
         rows = min(rows, self._plan.end)
-        return tree.num_bytes(saved_part(self._state, self._dqn, rows))
+        networks = 3 * tree.num_bytes(self._state.params)  # agent, best agent, last log point
+        return tree.num_bytes(saved_part(self._state, self._dqn, rows)) + networks
 
     def _save_broken(self) -> None:
         """Write the agent of a run that broke off as `broken.pt`; the checkpoints stay."""
