@@ -23,7 +23,16 @@ from dqn_fast.train import Args, train
 
 CHECKOUT = Path(__file__).parent.parent
 ENDLESS = {"total_timesteps": 10**8, "report": False, "quiet": True, "engine": "eager"}
-FLAGS = ["--total-timesteps", "100000000", "--no-report", "--quiet", "--engine", "eager"]
+FLAGS = [
+    "--total-timesteps",
+    "100000000",
+    "--log-interval",
+    "4096",
+    "--no-report",
+    "--quiet",
+    "--engine",
+    "eager",
+]
 
 
 @pytest.fixture(autouse=True)
