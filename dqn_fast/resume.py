@@ -186,8 +186,7 @@ class Resumption:
             return
         if why := refusal(args["env_id"], args["env_params"]):
             raise UsageError(
-                f"--resume {self.run_dir}: {why}; if you trust it, "
-                f"add --env-id {args['env_id']}"
+                f"--resume {self.run_dir}: {why}; if you trust it, add --env-id {args['env_id']}"
             )
 
     def restore_(self, state: State, dqn: DQN, noise: Noise) -> list[dict[str, Any]]:

@@ -443,7 +443,7 @@ def most_episodes(args: Args) -> int:
 def asked(argv: list[str], name: str) -> str | None:
     """The value of a flag on which the defaults of the others depend; None if it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(name, name.replace("-", "_").replace("__", "--", 1), dest="value")
+    parser.add_argument(*{name, "--" + name[2:].replace("-", "_")}, dest="value")
     try:
         value: str | None = parser.parse_known_args(argv)[0].value
         return value

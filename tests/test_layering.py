@@ -16,7 +16,7 @@ LAYERS = (
     {"dqn", "engines"},
     {"exact"},
     {"agent", "evaluate", "film", "memory", "record", "report"},
-    {"setup"},
+    {"resume", "setup"},
     {"train"},
 )
 

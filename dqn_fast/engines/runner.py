@@ -240,8 +240,13 @@ class Runner:
     """
 
     def __init__(
-        self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, choice: EngineChoice,
-        num_updates: int = 0
+        self,
+        algorithm: Algorithm,
+        state: Any,
+        plan: Plan,
+        noise: Noise,
+        choice: EngineChoice,
+        num_updates: int = 0,
     ) -> None:
         """Start compiling if the choice asks for it.
 

@@ -99,6 +99,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep: int = 1) -> No
         OSError: the file could not be written; the earlier checkpoints are as before.
     """
     content = {**content, "format": FORMAT, "program": __version__}
+    content = tree.replace(content, map(_alone, tree.leaves(content)))
     content["digest"] = digest_of(content)
 
     def write(file: IO[bytes]) -> None:
@@ -110,6 +111,15 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep: int = 1) -> No
             raise
 
     write_whole(path, write, before_replace=lambda: _shift(path, keep))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own size, for torch.save writes whole storages."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    if tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
+        return torch.from_numpy(tensor.detach().numpy())  # a copy of replay may not fit
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def kept_paths(path: Path) -> Iterator[Path]:

@@ -132,9 +132,7 @@ class Metrics:
         """Continue an interval from its `Interval.state`."""
         self._interval.load_(saved)
 
-    def cut_(
-        self, global_step: int, num_envs: int, episodes: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def cut_(self, global_step: int, num_envs: int, episodes: Sequence[Mapping[str, Any]]) -> None:
         """Count episodes that do not go on: copy, episode_length and episode_return of each."""
         copy = np.array([episode["copy"] for episode in episodes])
         columns: dict[str, NDArray[Any]] = {

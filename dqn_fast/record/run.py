@@ -70,9 +70,7 @@ def refuse_used_dir(path: Path | None) -> None:
         raise UsageError(f"--run-dir {path}: is a file; it must be a directory")
 
 
-def create_run_dir(
-    path: Path | None, env_id: str, name: str, seed: int
-) -> tuple[Path, RunLock]:
+def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> tuple[Path, RunLock]:
     """Make and lock the directory of a new run.
 
     Args:
