@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dqn_fast.agent import load_agent
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.record.checkpoint import load_checkpoint

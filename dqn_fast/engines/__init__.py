@@ -21,6 +21,7 @@ __all__ = [
     "EngineName",
     "EngineUnavailableError",
     "Runner",
+    "StopRequested",
     "choose_engine",
     "chunk_",
     "without_compiler",
