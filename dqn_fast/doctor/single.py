@@ -1,0 +1,665 @@
+"""Checks of one environment with Gymnasium's interface, before anything adapts it.
+
+`watch` plays one copy and looks at every result. `check_repeats` compares plays of several copies
+that should be equal. Both play what training plays: time limit and wrappers included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import numbers
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from dqn_fast.doctor.findings import Finding, fault, note, ok
+from dqn_fast.envs.from_gymnasium import ENDLESS
+from dqn_fast.envs.spaces import ARRAYS, describe_error, describe_value, first_true, shorten
+
+AnyEnv = gymnasium.Env[Any, Any]
+MakeEnv = Callable[[], AnyEnv]
+
+ENOUGH_STEPS, ENOUGH_EPISODES = 1_000, 20
+"""A play ends with so many of both, or after MOST_STEPS or MOST_S, whichever is first."""
+MOST_STEPS, MOST_S = 20_000, 2.0
+REPEATED, RESET_EVERY = 300, 60
+"""Steps of plays that are compared, and steps after which an episode in them is given up."""
+REPEAT_S = 2.0
+"""Seconds for one such play; slow environments are compared over fewer steps."""
+
+
+class BrokenError(Exception):
+    """A result with which no play can go on.
+
+    Attributes:
+        finding: the fault.
+    """
+
+    def __init__(self, what: str, words: str) -> None:
+        super().__init__(words)
+        self.finding = fault(what, words)
+
+
+# --------------------------------------------------------------------------- observations as values
+
+
+def leaves(obs: Any) -> list[Any]:
+    """The parts of an observation that are no dict, tuple or list."""
+    if isinstance(obs, Mapping):
+        return [leaf for key in sorted(obs, key=str) for leaf in leaves(obs[key])]
+    if isinstance(obs, (tuple, list)):
+        return [leaf for item in obs for leaf in leaves(item)]
+    return [obs]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two observations, rewards or flags are the same bit for bit; NaN equals NaN."""
+    first, second = leaves(a), leaves(b)
+    return len(first) == len(second) and all(map(_equal_leaves, first, second))
+
+
+def _equal_leaves(a: Any, b: Any) -> bool:
+    try:
+        x, y = np.asarray(a), np.asarray(b)
+        if x.dtype == object:
+            return bool(a == b)
+        return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+    except Exception:
+        return bool(a == b)
+
+
+# ------------------------------------------------------------------------- global random numbers
+
+
+def _states() -> dict[str, bytes]:
+    """States of the generators that belong to the whole process."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - these are what is watched
+    return {
+        "random": repr(random.getstate()).encode(),
+        "numpy.random": repr(numpy_state[2:]).encode() + np.asarray(numpy_state[1]).tobytes(),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+
+
+@contextlib.contextmanager
+def same_global_numbers() -> Iterator[None]:
+    """Start the process's generators from fixed seeds; afterwards they are as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+# ------------------------------------------------------------------------------------ one long play
+
+
+class Episode(NamedTuple):
+    """An episode that ended.
+
+    Attributes:
+        start, before, last: its first, last but one and last observation.
+        length: steps.
+        terminated, truncated: flags of its last step.
+    """
+
+    start: Any
+    before: Any
+    last: Any
+    length: int
+    terminated: bool
+    truncated: bool
+
+
+@dataclass
+class Watched:
+    """What a play of one copy showed; texts are empty where nothing was seen."""
+
+    num_steps: int = 0
+    episodes: list[Episode] = field(default_factory=list)
+    open_length: int = 0
+    open_varies: bool = False
+    starts: list[Any] = field(default_factory=list)
+    global_numbers: set[str] = field(default_factory=set)
+    written: str = ""
+    outside: str = ""
+    dtypes: str = ""
+    own_reset: bool = False
+    info: str = ""
+    rewards: tuple[float, float] = (math.inf, -math.inf)
+
+
+class _Watch:
+    """Plays one copy; see `Watched`."""
+
+    def __init__(self, env: AnyEnv) -> None:
+        self.env, self.seen = env, Watched()
+        self._in_step = False
+        self._reset_obs: list[Any] = []  # of resets within the current step
+        self._held: list[tuple[Any, Any]] = []  # the newest observation, and its copy
+        layer: Any = env
+        while True:
+            with contextlib.suppress(AttributeError, TypeError):
+                layer.reset = self._noticed(layer.reset)
+            if not isinstance(layer, gymnasium.Wrapper):
+                break
+            layer = layer.env
+
+    def _noticed(self, reset: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's reset, which tells when a step calls it."""
+
+        def noticed(*args: Any, **kwargs: Any) -> Any:
+            result = reset(*args, **kwargs)
+            if self._in_step and isinstance(result, tuple) and result:
+                self._reset_obs.append(copy.deepcopy(result[0]))
+            return result
+
+        return noticed
+
+    def reset(self, **arguments: Any) -> Any:
+        with self._globals():
+            try:
+                result: Any = self.env.reset(**arguments)
+            except Exception as error:
+                words = f"raises {describe_error(error)}"
+                if "seed" in arguments and isinstance(error, TypeError):
+                    words += "; its signature must be reset(self, *, seed=None, options=None)"
+                raise BrokenError("reset", words) from error
+        if not (isinstance(result, tuple) and len(result) == 2):
+            returned = describe_value(result)
+            raise BrokenError("reset", f"returns {returned}; must return (obs, info)")
+        if not isinstance(result[1], Mapping):
+            self.seen.info = f"reset returns the info {describe_value(result[1])}"
+        self._keep("reset", result[0])
+        return self._checked(result[0], "reset")
+
+    def step(self, action: Any) -> tuple[Any, bool, bool]:
+        self._in_step = True
+        self._reset_obs.clear()
+        with self._globals():
+            try:
+                result: Any = self.env.step(action)
+            except Exception as error:
+                where = f"step {self.seen.num_steps + 1} raises {describe_error(error)}"
+                raise BrokenError("step", f"{where}; action {action!r}") from error
+            finally:
+                self._in_step = False
+        if not (isinstance(result, tuple) and len(result) == 5):
+            words = f"returns {describe_value(result)}; must return (obs, reward, terminated, "
+            old = isinstance(result, tuple) and len(result) == 4
+            words += "truncated, info)"
+            if old:
+                words += ". Four values are the interface of the old gym: split done into the two"
+            raise BrokenError("step", words)
+        obs, reward, terminated, truncated, info = result
+        self.seen.num_steps += 1
+        if not isinstance(info, Mapping):
+            self.seen.info = f"step returns the info {describe_value(info)}"
+        self._check_reward(reward)
+        for name, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, (bool, np.bool_)) and not (
+                isinstance(flag, np.ndarray) and flag.dtype == np.bool_ and flag.ndim == 0
+            ):
+                words = f"is {describe_value(flag)}; must be a bool: write bool({name})"
+                raise BrokenError(name, words)
+        self._keep("step", obs)
+        return self._checked(obs, "step"), bool(terminated), bool(truncated)
+
+    def _check_reward(self, reward: Any) -> None:
+        is_number = isinstance(reward, (numbers.Real, np.bool_))
+        if not is_number and getattr(reward, "ndim", None) != 0:
+            words = f"is {describe_value(reward)}; must be a number: write float(reward)"
+            raise BrokenError("reward", words)
+        number = float(reward)
+        if not math.isfinite(number):
+            words = f"is {number} in step {self.seen.num_steps}; no value can be learned from it"
+            raise BrokenError("reward", f"{words}: find the division or logarithm that makes it")
+        low, high = self.seen.rewards
+        self.seen.rewards = min(low, number), max(high, number)
+
+    def _keep(self, what: str, obs: Any) -> None:
+        """See whether this call wrote into the last observation, and keep the new one."""
+        for held, as_it_was in self._held:
+            if not equal(held, as_it_was):
+                self.seen.written = what
+        self._held = [(obs, copy.deepcopy(obs))]
+
+    def _checked(self, obs: Any, what: str) -> Any:
+        """A copy of an observation that may be used."""
+        self._check_part(self.env.observation_space, obs, what)
+        return copy.deepcopy(obs)
+
+    def _check_part(self, space: Any, obs: Any, what: str) -> None:
+        said = f"of {what} is {describe_value(obs)}"
+        if isinstance(space, spaces.Dict):
+            if not isinstance(obs, Mapping) or (missing := space.spaces.keys() - obs.keys()):
+                lacks = f", which lacks {min(missing, key=str)!r}" if isinstance(obs, dict) else ""
+                raise BrokenError("observation", f"{said}{lacks}; its space is {_short(space)}")
+            for key, part in space.spaces.items():
+                self._check_part(part, obs[key], what)
+            return
+        if isinstance(space, spaces.Tuple):
+            if not isinstance(obs, (tuple, list)) or len(obs) != len(space.spaces):
+                raise BrokenError("observation", f"{said}; its space is {_short(space)}")
+            for part, item in zip(space.spaces, obs, strict=True):
+                self._check_part(part, item, what)
+            return
+        if not isinstance(space, ARRAYS):
+            if obs not in space:
+                raise BrokenError("observation", f"{said}; it is not in {_short(space)}")
+            return
+        try:
+            array = np.asarray(obs)
+        except Exception:
+            raise BrokenError("observation", f"{said}; must be an array") from None
+        self._check_array(space, array, said)
+
+    def _check_array(self, space: Any, array: Any, said: str) -> None:
+        if array.dtype.kind not in "biuf":
+            raise BrokenError("observation", f"{said}; must hold numbers of {space.dtype}")
+        if array.shape != space.shape:
+            words = f"of the shape {array.shape}; its space has {space.shape}: return that, or "
+            raise BrokenError("observation", f"{said}, {words}declare this one")
+        wanted = np.dtype(space.dtype)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            value = array[~np.isfinite(array)].ravel()[0]
+            words = f"holds {value} in step {self.seen.num_steps}; a network can read no such"
+            raise BrokenError("observation", f"{words} number: clip it, or end the episode there")
+        if array.dtype != wanted:
+            if wanted.kind != "f" and not np.array_equal(array.astype(wanted), array):
+                words = f"{said}; does not fit the {wanted} of its space"
+                raise BrokenError("observation", words)
+            if not isinstance(space, spaces.Discrete):
+                self.seen.dtypes = f"{array.dtype}, its space {wanted}"
+        if isinstance(space, spaces.Box):
+            wrong = (array < space.low) | (array > space.high)
+            if wrong.any() and not self.seen.outside:
+                index = first_true(wrong.reshape(-1, 1))
+                value, low, high = (x.ravel()[index] for x in (array, space.low, space.high))
+                self.seen.outside = (
+                    f"number {index} was {value:.6g} in step {self.seen.num_steps}, its bounds are "
+                    f"[{low:.6g}, {high:.6g}]"
+                )
+        elif not space.contains(_as_element(space, array)):
+            raise BrokenError("observation", f"{said}; it is not in {_short(space)}")
+
+    @contextlib.contextmanager
+    def _globals(self) -> Iterator[None]:
+        """See whether a call uses the process's generators."""
+        if self.seen.num_steps >= REPEATED:
+            yield
+            return
+        before = _states()
+        yield
+        after = _states()
+        self.seen.global_numbers |= {name for name in before if before[name] != after[name]}
+
+    def play(self, actions: Iterator[Any]) -> Watched:
+        seen, deadline = self.seen, time.perf_counter() + MOST_S
+        start = before = obs = self.reset(seed=0)
+        seen.starts.append(start)
+        while True:
+            before, (obs, terminated, truncated) = obs, self.step(next(actions))
+            seen.open_length += 1
+            seen.open_varies |= not equal(obs, start)
+            if terminated or truncated:
+                seen.own_reset |= any(equal(obs, own) for own in self._reset_obs)
+                parts = (start, before, obs, seen.open_length, terminated, truncated)
+                seen.episodes.append(Episode(*parts))
+                start = obs = self.reset()
+                seen.starts.append(start)
+                seen.open_length = 0
+            enough = seen.num_steps >= ENOUGH_STEPS and len(seen.episodes) >= ENOUGH_EPISODES
+            if enough or seen.num_steps >= MOST_STEPS or time.perf_counter() > deadline:
+                return seen
+
+
+def _as_element(space: Any, array: Any) -> Any:
+    return int(array) if isinstance(space, spaces.Discrete) else array.astype(space.dtype)
+
+
+def _short(space: Any) -> str:
+    return shorten(str(space), 120)
+
+
+def actions_of(space: Any, seed: int = 0) -> Iterator[Any]:
+    """Random actions as training sends them."""
+    generator = np.random.default_rng(seed)
+    while True:
+        for action in generator.integers(int(space.n), size=1_000):
+            yield space.dtype.type(action + space.start)
+
+
+def watch(make: MakeEnv, max_steps: int | None) -> tuple[list[Finding], Watched | None]:
+    """Play one copy and say what was seen.
+
+    Args:
+        make: makes a copy.
+        max_steps: its time limit, if it is known.
+
+    Returns:
+        Findings, and what was seen; None: a fault ended the play.
+    """
+    env = make()
+    try:
+        watch = _Watch(env)
+        with same_global_numbers():
+            seen = watch.play(actions_of(env.action_space))
+    except BrokenError as broken:
+        return [broken.finding], None
+    finally:
+        with contextlib.suppress(Exception):
+            env.close()
+    findings = [
+        *_about_spaces(env, seen),
+        *_about_successors(seen),
+        *_about_limit(seen, max_steps),
+    ]
+    return findings, seen
+
+
+def _about_spaces(env: AnyEnv, seen: Watched) -> Iterator[Finding]:
+    space: Any = env.action_space
+    start = f", sent as {space.start} to {space.start + space.n - 1}" if space.start else ""
+    if space.n == 1:
+        yield note("actions", "there is only one, so there is nothing to learn")
+    else:
+        yield ok("actions", f"Discrete, {space.n}{start}")
+    if seen.dtypes:
+        yield note(
+            "observation dtype",
+            f"observations are {seen.dtypes}: each is converted; return the space's dtype",
+        )
+    elif any(
+        np.asarray(leaf).dtype == np.float64 for leaf in leaves(env.observation_space.sample())
+    ):
+        words = "float64 is stored and learned from as float32; a float32 space saves the copy"
+        yield note("observation dtype", words)
+    if seen.outside:
+        words = f"outside of their space: {seen.outside}. Training does not read the bounds of a "
+        yield note("observations", f"{words}Box; other programs do: widen them, or clip")
+    else:
+        yield ok("observations", f"in their space, finite: {_short(env.observation_space)}")
+    if seen.info:
+        yield note("info", f"{seen.info}; must be a dict. Training does not read it")
+    low, high = seen.rewards
+    yield ok("rewards", f"numbers from {low:g} to {high:g} in random play")
+    if seen.written:
+        yield note(
+            "returned arrays",
+            f"{seen.written} writes into the observation that was returned before. Single "
+            "environments are copied here, so training is right; in a VectorEnv of your own or in "
+            "another program, successors are overwritten: return a new array, or obs.copy()",
+        )
+    else:
+        yield ok("returned arrays", "stay as they were returned")
+
+
+def _about_successors(seen: Watched) -> Iterator[Finding]:
+    what = "last observation"
+    if seen.own_reset or _starts_at_the_end(seen):
+        how = "calls reset" if seen.own_reset else "seems to reset"
+        yield fault(
+            what,
+            f"step {how} when an episode ends and returns the next episode's first observation, so "
+            "values bootstrap from the wrong state: return the true last observation, and leave "
+            "the reset to the caller",
+        )
+    elif seen.episodes:
+        yield ok(what, f"is the true successor in {len(seen.episodes)} episodes")
+
+
+def _starts_at_the_end(seen: Watched) -> bool:
+    """Whether the last observations of episodes look like first ones, and those before do not."""
+    if any(np.asarray(leaf).dtype.kind not in "biuf" for leaf in leaves(seen.starts[0])):
+        return False
+    episodes = [e for e in seen.episodes if e.length > 1 and not equal(e.before, e.last)]
+    if len(episodes) < 3 or len(episodes) < len(seen.episodes):
+        return False
+    starts = [np.concatenate([np.ravel(x) for x in leaves(obs)]) for obs in seen.starts]
+    low, high = np.min(starts, 0), np.max(starts, 0)
+    exact = {start.tobytes() for start in starts}
+
+    def is_start(obs: Any) -> bool:
+        flat = np.concatenate([np.ravel(x) for x in leaves(obs)])
+        if flat.dtype.kind == "f" and len(exact) > 1:
+            room = (high - low) / max(len(starts) - 1, 1)
+            return bool((flat >= low - room).all() and (flat <= high + room).all())
+        return flat.tobytes() in exact
+
+    return all(is_start(e.last) and not is_start(e.before) for e in episodes)
+
+
+def _about_limit(seen: Watched, max_steps: int | None) -> Iterator[Finding]:
+    what, episodes = "time limit", seen.episodes
+    lengths = [e.length for e in episodes]
+    ended = f"{len(lengths)} episodes of {min(lengths)} to {max(lengths)} steps" if lengths else ""
+    at_limit = [e for e in episodes if e.length == max_steps]
+    if max_steps is not None and len(at_limit) > 1 and all(e.terminated for e in at_limit):
+        yield fault(
+            what,
+            f"all {len(at_limit)} episodes of {max_steps} steps, which is the time limit, ended "
+            "with terminated: time is up is not an end of the task, and values would stop there. "
+            "Return truncated, or leave the limit to Gymnasium's max_episode_steps",
+        )
+        return
+    if max_steps is not None:
+        if any(e.truncated and e.length < max_steps for e in episodes):
+            yield ok(what, f"{max_steps} steps, and it truncates earlier by itself; {ended}")
+        else:
+            ended = ended or f"no episode is over after {seen.open_length} steps"
+            yield ok(what, f"{max_steps} steps; in random play {ended}")
+        return
+    if not episodes:
+        yield note(
+            what,
+            f"none, and no episode is over after {seen.open_length:,} steps of random play. "
+            f"Training goes on, an evaluation gives up after {ENDLESS:,} steps: set "
+            "--env-params max_episode_steps N, or max_steps of from_gymnasium",
+        )
+    elif any(e.truncated for e in episodes):
+        cut = [e for e in episodes if e.truncated]
+        if len(cut) >= 3 and all(e.terminated for e in cut):
+            yield fault(
+                what,
+                "truncated comes only together with terminated: time is up would stop the values "
+                "as an end of the task does. Set terminated only where the task ended",
+            )
+        else:
+            yield ok(what, f"it truncates by itself; {ended}")
+    elif len(lengths) >= 3 and len(set(lengths)) == 1 and lengths[0] > 1:
+        yield note(
+            what,
+            f"every episode ends with terminated after exactly {lengths[0]} steps. If that is a "
+            "time limit, return truncated instead; if the task ends then, all is well",
+        )
+    else:
+        yield ok(what, f"none registered; in random play {ended}")
+
+
+def after_the_end(make: MakeEnv) -> Iterator[Finding]:
+    """What a step after the end of an episode does."""
+    env = make()
+    try:
+        env.reset(seed=0)
+        deadline = time.perf_counter() + MOST_S
+        for action in itertools.islice(actions_of(env.action_space), MOST_STEPS):
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                try:
+                    env.step(action)
+                except Exception as error:
+                    words = f"is refused with {describe_error(error)}"
+                else:
+                    words = "is taken"
+                yield ok("step after the end", f"{words}; training resets and takes none")
+                return
+            if time.perf_counter() > deadline:
+                return
+    finally:
+        with contextlib.suppress(Exception):
+            env.close()
+
+
+# --------------------------------------------------------------------------- plays that are equal
+
+
+def play(env: AnyEnv, actions: Iterable[Any], seed: int) -> Iterator[tuple[str, Any]]:
+    """Results of a play, each with the call that gave it, such as "a step"."""
+    yield "the first reset", copy.deepcopy(env.reset(seed=seed)[0])
+    length = 0
+    for action in actions:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        length += 1
+        yield "a step", copy.deepcopy((obs, reward, bool(terminated), bool(truncated)))
+        if terminated or truncated or length == RESET_EVERY:
+            yield "a reset without a seed", copy.deepcopy(env.reset()[0])
+            length = 0
+
+
+def first_difference(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> str | None:
+    """Where two plays differ first, in words; None: they are equal."""
+    steps = 0
+    for (what, x), (other, y) in zip(a, b, strict=False):
+        steps += what == "a step"
+        if what != other or not equal(x, y):
+            return f"{what}, after {steps} steps" if steps else what
+    return None if len(a) == len(b) else "the number of steps"
+
+
+class Repeats(NamedTuple):
+    """Findings about plays, and whether equal seeds give equal plays of separate copies."""
+
+    findings: list[Finding]
+    comparable: bool
+
+
+def check_repeats(make: MakeEnv, seen: Watched) -> Repeats:
+    """Compare plays with one seed: of two copies, of one copy twice, and beside another copy."""
+    names = ", ".join(sorted(seen.global_numbers))
+    findings = []
+    if names:
+        findings.append(
+            fault(
+                "global numbers",
+                f"reset or step uses the process's generator of {names}. Its seed is not set by "
+                "reset, so no run can be repeated; copies disturb each other, and copies in "
+                "processes draw the same numbers: use self.np_random, which reset(seed=seed) seeds",
+            )
+        )
+    else:
+        findings.append(ok("global numbers", "random, numpy.random and torch are not touched"))
+    made: list[AnyEnv] = []
+
+    def copies(count: int) -> list[AnyEnv]:
+        made.extend(make() for _ in range(count))
+        return made[-count:]
+
+    try:
+        repeated, comparable = _compared(copies, bool(names))
+        return Repeats([*findings, *repeated], comparable)
+    finally:
+        for env in made:
+            with contextlib.suppress(Exception):
+                env.close()
+
+
+def _compared(
+    copies: Callable[[int], list[AnyEnv]], uses_globals: bool
+) -> tuple[list[Finding], bool]:
+    first, second = copies(2)
+    endless = actions_of(first.action_space, seed=1)
+    actions: list[Any] = []
+    with same_global_numbers():
+        deadline = time.perf_counter() + REPEAT_S
+        alone = list(play(first, _recorded(endless, actions, deadline), 7))
+    with same_global_numbers():
+        other = list(play(second, actions, 7))
+    findings = []
+    over = f"over {len(actions)} steps"
+    if (where := first_difference(alone, other)) is not None:
+        help = {
+            "the first reset": "reset(seed=seed) must seed everything: call "
+            "super().reset(seed=seed) and draw from self.np_random",
+            "a reset without a seed": "reset without a seed must continue the generator of the "
+            "last seed: make a new one only if seed is given",
+        }.get(where.split(",")[0], "draw from self.np_random, which reset(seed=seed) seeds")
+        words = f"two copies with one seed and the same actions differ in {where}, so no run can "
+        return [fault("repeats", f"{words}be repeated: {help}")], False
+    if not uses_globals:
+        findings.append(ok("repeats", f"two copies with one seed are equal {over}, bit for bit"))
+    with same_global_numbers():
+        again = list(play(first, actions, 7))
+    if (where := first_difference(alone, again)) is not None:
+        words = f"a copy that has played differs from a new one with the same seed, in {where}: "
+        words += "something survives reset, such as a counter or the generator; set all of it"
+        findings.append(fault("reset", f"{words} in reset"))
+        return findings, False
+    findings.append(ok("reset", "starts anew: a copy that has played equals a new one"))
+    if not uses_globals:
+        played, beside = copies(2)
+        with same_global_numbers():
+            theirs = play(beside, actions[::-1], 8)
+            together = [item for item, _ in zip(play(played, actions, 7), _endless(theirs))]  # noqa: B905
+        if (where := first_difference(alone, together)) is not None:
+            words = f"a copy plays differently while another one plays, first in {where}: they "
+            words += "share state, such as an attribute of the class or a global variable; keep it"
+            findings.append(fault("copies", f"{words} in self"))
+            return findings, False
+        findings.append(ok("copies", "do not influence each other"))
+        findings.append(_about_generator(copies(1)[0], actions[:50]))
+    return findings, not uses_globals
+
+
+def _recorded(actions: Iterator[Any], into: list[Any], deadline: float) -> Iterator[Any]:
+    """REPEATED actions, or as many as are asked for until the deadline; at least 20."""
+    while len(into) < REPEATED and (len(into) < 20 or time.perf_counter() < deadline):
+        into.append(next(actions))
+        yield into[-1]
+
+
+def _endless(play: Iterator[Any]) -> Iterator[Any]:
+    yield from play
+    while True:
+        yield None
+
+
+def _about_generator(env: AnyEnv, actions: list[Any]) -> Finding:
+    """Whether later episodes of a seed differ from its first, if seeds differ."""
+
+    def episode(**arguments: Any) -> list[tuple[str, Any]]:
+        results = [("a step", copy.deepcopy(env.reset(**arguments)[0]))]
+        for action in actions:
+            obs, reward, terminated, truncated, _ = env.step(action)
+            results.append(("a step", copy.deepcopy((obs, reward, terminated, truncated))))
+            if terminated or truncated:
+                break
+        return results
+
+    with same_global_numbers():
+        by_seed = [episode(seed=seed) for seed in range(11, 16)]
+        first = episode(seed=11)
+        later = [episode() for _ in range(4)]
+    differ = any(first_difference(first, other) is not None for other in by_seed)
+    if not differ:
+        return ok("seeds", "all seeds give the same episodes: it draws no random numbers")
+    if all(first_difference(first, other) is None for other in later):
+        words = "every episode of a seed repeats its first: reset without a seed starts the "
+        words += "generator again, so a copy sees one episode for ever; make a generator only if "
+        return fault("seeds", f"{words}seed is given")
+    return ok("seeds", "differ, and later episodes continue the generator")
