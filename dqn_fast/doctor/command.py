@@ -82,7 +82,7 @@ def checks(args: DoctorArgs) -> Iterator[Finding]:
     env = subject.env if subject else make_env(run.env_id)
     try:
         with run_conditions(args.num_threads, choose_device(args.device)):
-            yield from check_machine(run, env)
+            yield from check_machine(run, env, subject.name if subject else run.env_id)
             if subject is not None:
                 yield ok("environment", f"{subject.name}, made")
                 yield from check_environment(subject, run)

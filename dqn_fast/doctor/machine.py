@@ -48,12 +48,13 @@ extern "C" int dqn_fast_doctor() {
 """
 
 
-def check_machine(args: Args, env: TensorEnv) -> Iterator[Finding]:
+def check_machine(args: Args, env: TensorEnv, name: str) -> Iterator[Finding]:
     """Check this machine for a run.
 
     Args:
         args: settings of the run, with a device that exists.
         env: the run's environment.
+        name: of the environment.
     """
     yield from check_devices()
     yield from check_cpu(args.num_threads)
@@ -62,10 +63,10 @@ def check_machine(args: Args, env: TensorEnv) -> Iterator[Finding]:
     yield from check_cache()
     yield from check_folder("temporary files", temporary_folder, "set TMPDIR to another folder")
     yield from check_folder("working directory", Path.cwd, "change to another or set --run-dir")
-    yield from check_fit(args, env)
+    yield from check_fit(args, env, name)
     yield from check_descriptors()
     yield from check_wandb()
-    yield check_engine(args, env)
+    yield check_engine(args, env, name)
 
 
 # ----------------------------------------------------------------------------------------- devices
@@ -322,7 +323,7 @@ def _with_free_space(what: str, folder: Path, words: str) -> Finding:
     return ok(what, words) if free >= LOW_DISK else note(what, f"{words}: make room")
 
 
-def check_fit(args: Args, env: TensorEnv) -> Iterator[Finding]:
+def check_fit(args: Args, env: TensorEnv, name: str) -> Iterator[Finding]:
     """Free memory of the device, control groups included, and what the run needs."""
     device = choose_device(args.device)
     free = free_memory(device)
@@ -330,7 +331,7 @@ def check_fit(args: Args, env: TensorEnv) -> Iterator[Finding]:
         yield note("memory", f"what is free on {device} is not known")
         return
     settled = settle(args)
-    words = f"{in_gb(free)} free on {device}; {_run(env)} needs "
+    words = f"{in_gb(free)} free on {device}; the default run of {name} needs "
     words += in_gb(memory_needs(settled, env, device).total)
     try:
         check_memory(settled, env, device)
@@ -350,8 +351,8 @@ def check_descriptors() -> Iterator[Finding]:
     if limit == resource.RLIM_INFINITY:
         yield ok("open files", "no limit")
         return
-    # Measured: 2 for each process, its pipe and its sentinel, and 40 for the program.
-    copies = max((limit - 100) // 3, 0)
+    # Measured: 3 for each process, and 10 for the program; the rest is for files of the run.
+    copies = max((limit - 64) // 3, 0)
     words = f"at most {limit:,}: about {copies:,} environments with --vectorization-mode async"
     if copies < 128:
         yield note("open files", f"{words}; raise it with ulimit -n 4096")
@@ -389,16 +390,14 @@ def check_wandb() -> Iterator[Finding]:
         yield ok("wandb", f"logged in at {url}, which answers")
 
 
-def check_engine(args: Args, env: TensorEnv) -> Finding:
+def check_engine(args: Args, env: TensorEnv, name: str) -> Finding:
     """Engine that `auto` chooses for a run."""
     device = choose_device(args.device)
     plan = make_plan(settle(args), env)
     choice = choose_engine(args.engine, device, plan.total_updates, env.on_host)
-    return ok("engine", f"auto chooses {choice.engine} for {_run(env)} ({choice.reason})")
-
-
-def _run(env: TensorEnv) -> str:
-    return f"the default run of {getattr(env, 'name', type(env).__name__)}"
+    return ok(
+        "engine", f"auto chooses {choice.engine} for the default run of {name} ({choice.reason})"
+    )
 
 
 def in_gb(size: int) -> str:
