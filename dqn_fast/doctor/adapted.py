@@ -281,7 +281,8 @@ def check_speed(args: Args, env: TensorEnv, make: MakeEnv | None = None) -> Iter
     num_envs, bare = args.num_envs, None
     if make is not None:
         bare, made = bare_speed(make)
-        num_envs = max(1, min(num_envs, int(MAKE_S / max(made, 1e-9))))
+        # One that is slow to make or to step gets fewer copies: a few steps of all must suffice.
+        num_envs = max(1, min(num_envs, int(MAKE_S / made), int(bare * SPEED_S)))
         yield ok("speed alone", f"{bare:,.0f} steps/s, {1e6 / bare:,.1f} us a step")
     together = adapted_speed(env, num_envs)
     words = f"{together:,.0f} steps/s with {num_envs} copies"

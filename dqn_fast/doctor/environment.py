@@ -24,6 +24,7 @@ from dqn_fast.doctor.single import (
     MakeEnv,
     after_the_end,
     check_repeats,
+    same_global_numbers,
     watch,
 )
 from dqn_fast.doctor.vector import check_vector
@@ -214,18 +215,31 @@ def check_environment(subject: Subject, args: Args) -> Iterator[Finding]:
         subject: the environment.
         args: settings of its run, with a device that exists.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), same_global_numbers():
         warnings.simplefilter("ignore")  # the environment's own
         try:
             if not subject.env.on_host:
                 yield from _check_tensor(subject, args)
             elif subject.is_vector:
-                yield from check_vector(subject.factory())
-                yield _about_evaluation(subject)
+                yield from _check_vector(subject, args)
             else:
                 yield from _check_single(subject, args)
+        except BrokenError as broken:
+            yield broken.finding
         except Exception as error:
             yield fault("plays", f"a play raises {describe_error(error)}")
+
+
+def _check_vector(subject: Subject, args: Args) -> Iterator[Finding]:
+    faults = 0
+    for finding in check_vector(subject.factory()):
+        faults += finding.level == "fault"
+        yield finding
+    yield _about_evaluation(subject)
+    if not faults:
+        ready = isinstance(subject.source, VectorEnv)
+        num_envs = subject.source.num_envs if ready else args.num_envs
+        yield from check_speed(dataclasses.replace(args, num_envs=num_envs), subject.env)
 
 
 def _check_tensor(subject: Subject, args: Args) -> Iterator[Finding]:

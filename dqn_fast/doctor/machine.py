@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import importlib.metadata
 import math
 import os
@@ -103,8 +104,9 @@ def check_devices() -> Iterator[Finding]:
 
 def check_card(index: int) -> Finding:
     """Multiply on a card; its name and memory."""
-    name, what = torch.cuda.get_device_name(index), f"cuda:{index}"
+    name = what = f"cuda:{index}"
     try:
+        name = torch.cuda.get_device_name(index)
         ones = torch.ones(64, 64, device=what)
         total = (ones @ ones).sum().item()
         free, size = torch.cuda.mem_get_info(index)
@@ -268,16 +270,18 @@ def check_cache() -> Iterator[Finding]:
         yield note("compile cache", f"{words}. Give this folder to yourself with mode 0700")
         return
     size = sum(
-        path.stat().st_size for path in folder.glob("*") if path.is_file() and not path.is_symlink()
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
     )
     yield _with_free_space("compile cache", folder, f"{folder}, {in_gb(size)} in use")
 
 
 def compile_cache() -> tuple[Path, str | None]:
     """Folder of compiled functions, and why it is not used; None: it is usable."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / "dqn_fast"
+    home = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    name = f"torchinductor_{getpass.getuser()}"
+    folder = Path(home or Path(tempfile.gettempdir(), name)).absolute() / "dqn_fast"
     for path in (folder.parent, folder):
         try:
             found = path.lstat()
