@@ -251,7 +251,7 @@ class SeedsTheGlobals(Walk):
         return super().reset(seed=seed)
 
 
-@trap("fault", "reset", "something survives reset")
+@trap("note", "reset", "something survives reset")
 class CountsOn(Walk):
     total = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 from gymnasium.vector.utils import CloudpickleWrapper
 from torch import Tensor
 
-from dqn_fast.device import choose_device, first_line, run_conditions
+from dqn_fast.device import first_line
 from dqn_fast.doctor.findings import Finding, fault, note, ok
 from dqn_fast.doctor.machine import in_gb
 from dqn_fast.doctor.single import MakeEnv, actions_of, equal
@@ -21,13 +22,16 @@ from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.envs.from_gymnasium import GymnasiumEnv
 from dqn_fast.envs.spaces import ObservationEncoder, describe_error
 from dqn_fast.settings import UsageError
-from dqn_fast.setup import setup
+from dqn_fast.setup import make_dqn, setup
 from dqn_fast.train import Args
 
 SPEED_S = 0.5
 """Seconds of each measurement of speed."""
 MAKE_S = 2.0
 """Seconds that making env copies may take; an environment that is slow to make gets fewer."""
+LARGE_NETWORK, REPLAY_BYTES = 5_000_000, 10**8
+"""Parameters of a network whose training is not measured, because a gradient step takes seconds;
+bytes of the replay of that measurement."""
 COPIES, VECTOR_STEPS, SCALAR_S = 3, 100, 1.0
 """Copies and vector steps that are compared with plays of single environments, in SCALAR_S."""
 
@@ -225,20 +229,8 @@ def adapted_speed(env: TensorEnv, num_envs: int) -> float:
     return (steps - 2) * num_envs / (time.perf_counter() - began)
 
 
-class TrainingSpeed(NamedTuple):
-    """Speed of a short eager run.
-
-    Attributes:
-        env_steps_per_s: transitions per second, learning included.
-        row_bytes: bytes of a stored transition.
-    """
-
-    env_steps_per_s: float
-    row_bytes: int
-
-
-def training_speed(args: Args, env: TensorEnv) -> TrainingSpeed:
-    """Train eagerly for a moment, without files.
+def training_speed(args: Args, env: TensorEnv, row_bytes: int) -> float:
+    """Transitions/s of an eager run, without files, for a moment.
 
     Raises:
         UsageError: the run is not possible.
@@ -249,25 +241,23 @@ def training_speed(args: Args, env: TensorEnv) -> TrainingSpeed:
         engine="eager",
         learning_starts=0,
         total_timesteps=1_000_000 * args.num_envs,
-        buffer_size=max(least, min(args.buffer_size, 10_000)),
+        buffer_size=max(least, min(args.buffer_size, REPLAY_BYTES // row_bytes)),
         chunk_steps=16,
     )
-    with run_conditions(args.num_threads, choose_device(args.device)):
-        training = setup(args, env)
-        try:
-            steps, began, warm = 0, 0.0, 0
-            for chunk, _ in training.chunks():
-                if warm >= 3:
-                    steps += chunk.num_steps
-                elif chunk.num_updates or args.gradient_steps == 0 or warm:
-                    warm += 1
-                    began = time.perf_counter()
-                if steps and time.perf_counter() - began > SPEED_S:
-                    break
-            took = time.perf_counter() - began
-        finally:
-            training.close()
-        return TrainingSpeed(steps * args.num_envs / took, training.dqn.replay.bytes_per_transition)
+    training = setup(args, env)
+    try:
+        steps, warm, began = 0, 0, 0.0
+        for chunk, _ in training.chunks():
+            if warm == 3:
+                steps += chunk.num_steps
+            elif warm or chunk.num_updates or args.gradient_steps == 0:
+                warm += 1
+                began = time.perf_counter()
+            if steps and time.perf_counter() - began > SPEED_S:
+                break
+        return steps * args.num_envs / (time.perf_counter() - began)
+    finally:
+        training.close()
 
 
 def check_speed(args: Args, env: TensorEnv, make: MakeEnv | None = None) -> Iterator[Finding]:
@@ -290,23 +280,32 @@ def check_speed(args: Args, env: TensorEnv, make: MakeEnv | None = None) -> Iter
         more = 1e6 / together - 1e6 / bare
         words += f", {abs(more):,.1f} us {'more' if more >= 0 else 'less'} a step than alone"
     yield ok("speed adapted", words)
-    try:
-        training = training_speed(dataclasses.replace(args, num_envs=num_envs), env)
-    except UsageError as error:
-        yield fault("training", first_line(error))
-        return
-    share = min(1.0, training.env_steps_per_s / together)
-    words = f"{training.env_steps_per_s:,.0f} steps/s eagerly with learning; the environments take "
-    words += f"{share:.0%} of it"
-    if env.on_host and not env.background and share > 0.5 and num_envs > 1:
-        words += ": on several cores --vectorization-mode async steps them while the learner learns"
-        yield note("training", words)
-    else:
-        yield ok("training", words)
-    size = training.row_bytes * args.buffer_size
-    words = f"{training.row_bytes:,} bytes a transition, {in_gb(size)} for --buffer-size "
+    args = dataclasses.replace(args, num_envs=num_envs, buffer_size=max(num_envs, args.buffer_size))
+    dqn = make_dqn(args, env)
+    row_bytes = dqn.replay.bytes_per_transition
+    if num_parameters(dqn.network.sizes) <= LARGE_NETWORK:
+        try:
+            learning = training_speed(args, env, row_bytes)
+        except UsageError as error:
+            yield fault("training", first_line(error))
+            return
+        share = min(1.0, learning / together)
+        words = f"{learning:,.0f} steps/s eagerly with learning; the environments take {share:.0%} "
+        words += "of it"
+        if env.on_host and not env.background and share > 0.5 and num_envs > 1:
+            words += ": on several cores --vectorization-mode async steps them while the learner "
+            yield note("training", f"{words}learns")
+        else:
+            yield ok("training", words)
+    size = row_bytes * args.buffer_size
+    words = f"{row_bytes:,} bytes a transition, {in_gb(size)} for --buffer-size "
     words += f"{args.buffer_size:,}"
     if size > 10**9:
         yield note("replay", f"{words}: smaller observations (uint8) or fewer rows save memory")
     else:
         yield ok("replay", words)
+
+
+def num_parameters(sizes: tuple[int, ...]) -> int:
+    """Parameters of a network with layers of these widths."""
+    return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(sizes))
