@@ -180,11 +180,13 @@ def check_pickle(make: Any) -> Finding:
     except Exception as error:
         return note(
             "pickle",
-            f"what makes the copies cannot be pickled ({describe_error(error)}). async works where "
-            "processes are forked (Linux below Python 3.14), not elsewhere: make locks, files and "
+            f"the callable that makes the copies cannot be pickled ({describe_error(error)}). async "
+            "works where processes are forked (Linux below Python 3.14), not elsewhere: make locks, files and "
             "connections in the constructor",
         )
-    return ok("pickle", "what makes the copies can be pickled, so any start method works")
+    return ok(
+        "pickle", "the callable that makes the copies can be pickled: processes can be spawned"
+    )
 
 
 # ------------------------------------------------------------------------------------------- speed

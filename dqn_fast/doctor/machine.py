@@ -243,7 +243,7 @@ def _output(command: Sequence[str], timeout: float = 5.0, check: bool = False) -
         except subprocess.TimeoutExpired:
             out, err = "", f"no result after {timeout:g} s"
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):  # other systems have no groups
                 os.killpg(process.pid, signal.SIGKILL)
     if check and process.returncode != 0:
         lines = err.splitlines()

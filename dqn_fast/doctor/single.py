@@ -277,13 +277,13 @@ class _Watch:
         if array.dtype.kind not in "biuf":
             raise BrokenError("observation", f"{said}; must hold numbers of {space.dtype}")
         if array.shape != space.shape:
-            words = f"of the shape {array.shape}; its space has {space.shape}: return that, or "
-            raise BrokenError("observation", f"{said}, {words}declare this one")
+            words = f"its space has the shape {space.shape}: return that, or declare the other"
+            raise BrokenError("observation", f"{said}; {words}")
         wanted = np.dtype(space.dtype)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             value = array[~np.isfinite(array)].ravel()[0]
-            words = f"holds {value} in step {self.seen.num_steps}; a network can read no such"
-            raise BrokenError("observation", f"{words} number: clip it, or end the episode there")
+            words = f"holds {value} in step {self.seen.num_steps}; no network can learn from it"
+            raise BrokenError("observation", f"{words}: clip it, or end the episode there")
         if array.dtype != wanted:
             if wanted.kind != "f" and not np.array_equal(array.astype(wanted), array):
                 words = f"{said}; does not fit the {wanted} of its space"
@@ -475,8 +475,8 @@ def _about_limit(seen: Watched, max_steps: int | None) -> Iterator[Finding]:
         yield fault(
             what,
             f"all {len(at_limit)} episodes of {max_steps} steps, which is the time limit, ended "
-            "with terminated: time is up is not an end of the task, and values would stop there. "
-            "Return truncated, or leave the limit to Gymnasium's max_episode_steps",
+            "with terminated. Values then stop at the time limit as if the task had ended: return "
+            "truncated there, or leave the limit to Gymnasium's max_episode_steps",
         )
         return
     if max_steps is not None:
@@ -498,8 +498,8 @@ def _about_limit(seen: Watched, max_steps: int | None) -> Iterator[Finding]:
         if len(cut) >= 3 and all(e.terminated for e in cut):
             yield fault(
                 what,
-                "truncated comes only together with terminated: time is up would stop the values "
-                "as an end of the task does. Set terminated only where the task ended",
+                "truncated comes only together with terminated, so values stop at the time limit "
+                "as if the task had ended: set terminated only where the task ended",
             )
         else:
             yield ok(what, f"it truncates by itself; {ended}")
@@ -559,7 +559,7 @@ def first_difference(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> str 
     for (what, x), (other, y) in zip(a, b, strict=False):
         steps += what == "a step"
         if what != other or not equal(x, y):
-            return f"{what}, after {steps} steps" if steps else what
+            return f"step {steps}" if what == "a step" else f"{what}, after {steps} steps"
     return None if len(a) == len(b) else "the number of steps"
 
 
@@ -640,7 +640,7 @@ def _compared(
             together = [item for item, _ in zip(play(played, actions, 7), _endless(theirs))]  # noqa: B905
         if (where := first_difference(alone, together)) is not None:
             words = f"a copy plays differently while another one plays, first in {where}: they "
-            words += "share state, such as an attribute of the class or a global variable; keep it"
+            words += "share state, such as an attribute of the class or a global variable: keep it"
             findings.append(fault("copies", f"{words} in self"))
             return findings, False
         findings.append(ok("copies", "do not influence each other"))
@@ -681,7 +681,7 @@ def _about_generator(env: AnyEnv, actions: list[Any]) -> Finding:
     if not differ:
         return ok("seeds", "all seeds give the same episodes: it draws no random numbers")
     if all(first_difference(first, other) is None for other in later):
-        words = "every episode of a seed repeats its first: reset without a seed starts the "
-        words += "generator again, so a copy sees one episode for ever; make a generator only if "
-        return fault("seeds", f"{words}seed is given")
+        words = "every reset without a seed starts the generator of the last seed again, so a copy "
+        words += "plays one episode for ever: make a generator only if a seed is given"
+        return fault("seeds", words)
     return ok("seeds", "differ, and later episodes continue the generator")

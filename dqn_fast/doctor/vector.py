@@ -165,11 +165,11 @@ def _about_mode(mode: AutoresetMode | None, played: Played) -> Iterator[Finding]
         declared = f"declared as {mode.name}" if mode else f"not declared; {HELP} that it is"
         yield note(what, f"{declared}; {words}")
     elif played.finals and mode is not AutoresetMode.SAME_STEP:
-        said = "none" if mode is None else mode.name
+        said = "none, which counts as NEXT_STEP" if mode is None else mode.name
         yield fault(
             what,
-            f"it puts last observations into the infos, as in SAME_STEP, but declares {said}"
-            f"{', which counts as NEXT_STEP' if mode is None else ''}: first steps would be lost; "
+            f"it puts last observations into the infos, as in SAME_STEP, but declares {said}: the "
+            "first step of each episode would be lost; "
             f"{HELP.replace('NEXT_STEP', 'SAME_STEP')} that it is",
         )
     elif mode in (None, AutoresetMode.NEXT_STEP) and played.acted:
