@@ -180,9 +180,9 @@ def check_pickle(make: Any) -> Finding:
     except Exception as error:
         return note(
             "pickle",
-            f"the callable that makes the copies cannot be pickled ({describe_error(error)}). async "
-            "works where processes are forked (Linux below Python 3.14), not elsewhere: make locks, files and "
-            "connections in the constructor",
+            f"the callable that makes copies cannot be pickled ({describe_error(error)}). async "
+            "works only where processes are forked (Linux below Python 3.14): make locks, files "
+            "and connections in the constructor",
         )
     return ok(
         "pickle", "the callable that makes the copies can be pickled: processes can be spawned"

@@ -31,8 +31,8 @@ class DoctorArgs:
     env_id: str | None = None
     """Environment to check, as --env-id of dqn_fast.train; made as training makes it."""
     env: str | None = None
-    """Environment to check, as module:Name: imports the module; Name is a class, an id, a callable
-    that makes an environment (of Gymnasium, a VectorEnv or a TensorEnv), or one of the last two."""
+    """Environment to check, as module:Name; the module is imported. Name is the class of an
+    environment, a callable that makes one, an id, or a VectorEnv or TensorEnv itself."""
     env_params: Annotated[
         dict[str, str | int | float | bool], tyro.conf.arg(metavar="[NAME VALUE ...]")
     ] = field(default_factory=dict)

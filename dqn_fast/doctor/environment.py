@@ -103,7 +103,7 @@ def find(env_id: str | None, env: str | None, params: Mapping[str, Any]) -> Subj
         if isinstance(found, str):
             env_id = found
         else:
-            return _of_object(f"--env {env}", name, found, params)
+            return _of_object(env, found, params)
     assert env_id is not None
     module, _, name = env_id.removeprefix(GYMNASIUM_PREFIX).rpartition(":")
     if module:
@@ -137,8 +137,9 @@ def _found(flag: str, module: str, name: str, registered: bool = False) -> Any:
     raise UsageError(f"{flag}: {module} {what}")
 
 
-def _of_object(flag: str, name: str, found: Any, params: Mapping[str, Any]) -> Subject:
-    """An environment, a class or a callable that makes one."""
+def _of_object(name: str, found: Any, params: Mapping[str, Any]) -> Subject:
+    """An environment, a class or a callable that makes one; `name` is the value of --env."""
+    flag = f"--env {name}"
     if isinstance(found, gymnasium.Env):
         words = f"{flag}: is a single environment; name its class, or a callable that makes it"
         raise UsageError(words)

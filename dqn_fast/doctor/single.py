@@ -559,7 +559,8 @@ def first_difference(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> str 
     for (what, x), (other, y) in zip(a, b, strict=False):
         steps += what == "a step"
         if what != other or not equal(x, y):
-            return f"step {steps}" if what == "a step" else f"{what}, after {steps} steps"
+            after = f", after {steps} steps" if steps else ""
+            return f"step {steps}" if what == "a step" else what + after
     return None if len(a) == len(b) else "the number of steps"
 
 
