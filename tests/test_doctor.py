@@ -29,7 +29,7 @@ from dqn_fast.doctor.__main__ import main
 from dqn_fast.doctor.environment import check_environment, find
 from dqn_fast.doctor.findings import Finding
 from dqn_fast.doctor.packages import Declared, check_packages, declared
-from dqn_fast.doctor.single import BrokenError
+from dqn_fast.doctor.plays import BrokenError
 from dqn_fast.envs import TensorEnv, make_env
 from dqn_fast.settings import UsageError
 from dqn_fast.train import Args

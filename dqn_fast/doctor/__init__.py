@@ -5,6 +5,6 @@
     python -m dqn_fast.doctor --env my_package.my_module:MyEnv
 
 `packages` and `machine` look at the machine, `environment` finds the environment and decides which
-checks it needs: `single` for one of Gymnasium's, `vector` for a VectorEnv. All of them yield
-findings. Nothing here imports torch before `packages` has seen that everything is installed.
+checks it needs: `single`, `repeats` and `adapted` for one of Gymnasium's, `vector` for a VectorEnv.
+All of them yield findings. Only the standard library is imported before `packages` has looked.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 from dqn_fast.device import first_line
 from dqn_fast.doctor.findings import Finding, fault, note, ok
 from dqn_fast.doctor.machine import in_gb
-from dqn_fast.doctor.single import MakeEnv, actions_of, equal
+from dqn_fast.doctor.plays import MakeEnv, actions_of, equal
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.envs.from_gymnasium import GymnasiumEnv
 from dqn_fast.envs.spaces import ObservationEncoder, describe_error

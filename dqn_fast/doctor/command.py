@@ -14,7 +14,7 @@ from dqn_fast.device import choose_device, run_conditions
 from dqn_fast.doctor.environment import Subject, check_environment, find
 from dqn_fast.doctor.findings import Finding, ok
 from dqn_fast.doctor.machine import check_machine
-from dqn_fast.doctor.single import BrokenError
+from dqn_fast.doctor.plays import BrokenError
 from dqn_fast.envs import make_env
 from dqn_fast.settings import UsageError, at_least, check_settings, parse
 from dqn_fast.train import Args

@@ -19,14 +19,9 @@ from gymnasium.vector import VectorEnv
 
 from dqn_fast.doctor.adapted import check_pickle, check_speed, check_transitions
 from dqn_fast.doctor.findings import Finding, fault, note, ok
-from dqn_fast.doctor.single import (
-    BrokenError,
-    MakeEnv,
-    after_the_end,
-    check_repeats,
-    same_global_numbers,
-    watch,
-)
+from dqn_fast.doctor.plays import BrokenError, MakeEnv, same_global_numbers
+from dqn_fast.doctor.repeats import check_repeats
+from dqn_fast.doctor.single import after_the_end, watch
 from dqn_fast.doctor.vector import check_vector
 from dqn_fast.envs import (
     EnvCheckError,

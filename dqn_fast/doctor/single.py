@@ -1,7 +1,6 @@
-"""Checks of one environment with Gymnasium's interface, before anything adapts it.
+"""One long play of one environment with Gymnasium's interface, in which every result is looked at.
 
-`watch` plays one copy and looks at every result. `check_repeats` compares plays of several copies
-that should be equal. Both play what training plays: time limit and wrappers included.
+It plays what training plays: time limit and wrappers included, and nothing else around it.
 """
 
 from __future__ import annotations
@@ -11,106 +10,36 @@ import copy
 import itertools
 import math
 import numbers
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
-import torch
 from gymnasium import spaces
 
 from dqn_fast.doctor.findings import Finding, fault, note, ok
+from dqn_fast.doctor.plays import (
+    AnyEnv,
+    BrokenError,
+    MakeEnv,
+    actions_of,
+    equal,
+    global_states,
+    leaves,
+    same_global_numbers,
+)
 from dqn_fast.envs.from_gymnasium import ENDLESS
 from dqn_fast.envs.spaces import ARRAYS, describe_error, describe_value, first_true, shorten
 
-AnyEnv = gymnasium.Env[Any, Any]
-MakeEnv = Callable[[], AnyEnv]
-
 ENOUGH_STEPS, ENOUGH_EPISODES = 1_000, 20
-"""A play ends with so many of both, or after MOST_STEPS or MOST_S, whichever is first."""
+"""The play ends with so many of both, or after MOST_STEPS or MOST_S, whichever is first."""
 MOST_STEPS, MOST_S = 20_000, 2.0
+WATCHED_STEPS = 300
+"""Steps in which the global generators are looked at, which costs 0.1 ms each."""
 LARGE = 2_000
 """Numbers of an observation with rows and columns above which a note speaks of the network."""
-REPEATED, RESET_EVERY = 300, 60
-"""Steps of plays that are compared, and steps after which an episode in them is given up."""
-SEED = 20_011
-"""Seed of the process's generators during a play; environments get other seeds."""
-REPEAT_S = 2.0
-"""Seconds for one such play; slow environments are compared over fewer steps."""
-
-
-class BrokenError(Exception):
-    """A result with which no play can go on.
-
-    Attributes:
-        finding: the fault.
-    """
-
-    def __init__(self, what: str, words: str) -> None:
-        super().__init__(words)
-        self.finding = fault(what, words)
-
-
-# --------------------------------------------------------------------------- observations as values
-
-
-def leaves(obs: Any) -> list[Any]:
-    """The parts of an observation that are no dict, tuple or list."""
-    if isinstance(obs, Mapping):
-        return [leaf for key in sorted(obs, key=str) for leaf in leaves(obs[key])]
-    if isinstance(obs, (tuple, list)):
-        return [leaf for item in obs for leaf in leaves(item)]
-    return [obs]
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two observations, rewards or flags are the same bit for bit; NaN equals NaN."""
-    first, second = leaves(a), leaves(b)
-    return len(first) == len(second) and all(map(_equal_leaves, first, second))
-
-
-def _equal_leaves(a: Any, b: Any) -> bool:
-    try:
-        x, y = np.asarray(a), np.asarray(b)
-        if x.dtype == object:
-            return bool(a == b)
-        return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-    except Exception:
-        return bool(a == b)
-
-
-# ------------------------------------------------------------------------- global random numbers
-
-
-def _states() -> dict[str, bytes]:
-    """States of the generators that belong to the whole process."""
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - these are what is watched
-    return {
-        "random": repr(random.getstate()).encode(),
-        "numpy.random": repr(numpy_state[2:]).encode() + np.asarray(numpy_state[1]).tobytes(),
-        "torch": torch.get_rng_state().numpy().tobytes(),
-    }
-
-
-@contextlib.contextmanager
-def same_global_numbers() -> Iterator[None]:
-    """Start the process's generators from fixed seeds; afterwards they are as before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    random.seed(SEED)
-    np.random.seed(SEED)  # noqa: NPY002
-    torch.default_generator.manual_seed(SEED)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
-
-
-# ------------------------------------------------------------------------------------ one long play
 
 
 class Episode(NamedTuple):
@@ -305,12 +234,12 @@ class _Watch:
     @contextlib.contextmanager
     def _globals(self) -> Iterator[None]:
         """See whether a call uses the process's generators."""
-        if self.seen.num_steps >= REPEATED:
+        if self.seen.num_steps > WATCHED_STEPS:
             yield
             return
-        before = _states()
+        before = global_states()
         yield
-        after = _states()
+        after = global_states()
         self.seen.global_numbers |= {name for name in before if before[name] != after[name]}
 
     def play(self, actions: Iterator[Any]) -> Watched:
@@ -339,14 +268,6 @@ def _as_element(space: Any, array: Any) -> Any:
 
 def _short(space: Any) -> str:
     return shorten(str(space), 120)
-
-
-def actions_of(space: Any, seed: int = 0) -> Iterator[Any]:
-    """Random actions as training sends them."""
-    generator = np.random.default_rng(seed)
-    while True:
-        for action in generator.integers(int(space.n), size=1_000):
-            yield space.dtype.type(action + space.start)
 
 
 def watch(make: MakeEnv, max_steps: int | None) -> tuple[list[Finding], Watched | None]:
@@ -535,154 +456,3 @@ def after_the_end(make: MakeEnv) -> Iterator[Finding]:
     finally:
         with contextlib.suppress(Exception):
             env.close()
-
-
-# --------------------------------------------------------------------------- plays that are equal
-
-
-def play(env: AnyEnv, actions: Iterable[Any], seed: int) -> Iterator[tuple[str, Any]]:
-    """Results of a play, each with the call that gave it, such as "a step"."""
-    yield "the first reset", copy.deepcopy(env.reset(seed=seed)[0])
-    length = 0
-    for action in actions:
-        obs, reward, terminated, truncated, _ = env.step(action)
-        length += 1
-        yield "a step", copy.deepcopy((obs, reward, bool(terminated), bool(truncated)))
-        if terminated or truncated or length == RESET_EVERY:
-            yield "a reset without a seed", copy.deepcopy(env.reset()[0])
-            length = 0
-
-
-def first_difference(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> str | None:
-    """Where two plays differ first, in words; None: they are equal."""
-    steps = 0
-    for (what, x), (other, y) in zip(a, b, strict=False):
-        steps += what == "a step"
-        if what != other or not equal(x, y):
-            after = f", after {steps} steps" if steps else ""
-            return f"step {steps}" if what == "a step" else what + after
-    return None if len(a) == len(b) else "the number of steps"
-
-
-class Repeats(NamedTuple):
-    """Findings about plays, and whether equal seeds give equal plays of separate copies."""
-
-    findings: list[Finding]
-    comparable: bool
-
-
-def check_repeats(make: MakeEnv, seen: Watched) -> Repeats:
-    """Compare plays with one seed: of two copies, of one copy twice, and beside another copy."""
-    names = ", ".join(sorted(seen.global_numbers))
-    findings = []
-    if names:
-        findings.append(
-            fault(
-                "global numbers",
-                f"reset or step uses the process's generator of {names}. Its seed is not set by "
-                "reset, so no run can be repeated; copies disturb each other, and copies in "
-                "processes draw the same numbers: use self.np_random, which reset(seed=seed) seeds",
-            )
-        )
-    else:
-        findings.append(ok("global numbers", "random, numpy.random and torch are not touched"))
-    made: list[AnyEnv] = []
-
-    def copies(count: int) -> list[AnyEnv]:
-        made.extend(make() for _ in range(count))
-        return made[-count:]
-
-    try:
-        repeated, comparable = _compared(copies, bool(names))
-        return Repeats([*findings, *repeated], comparable)
-    finally:
-        for env in made:
-            with contextlib.suppress(Exception):
-                env.close()
-
-
-def _compared(
-    copies: Callable[[int], list[AnyEnv]], uses_globals: bool
-) -> tuple[list[Finding], bool]:
-    first, second = copies(2)
-    endless = actions_of(first.action_space, seed=1)
-    actions: list[Any] = []
-    with same_global_numbers():
-        deadline = time.perf_counter() + REPEAT_S
-        alone = list(play(first, _recorded(endless, actions, deadline), 7))
-    with same_global_numbers():
-        other = list(play(second, actions, 7))
-    findings = []
-    over = f"over {len(actions)} steps"
-    if (where := first_difference(alone, other)) is not None:
-        help = {
-            "the first reset": "reset(seed=seed) must seed everything: call "
-            "super().reset(seed=seed) and draw from self.np_random",
-            "a reset without a seed": "reset without a seed must continue the generator of the "
-            "last seed: make a new one only if seed is given",
-        }.get(where.split(",")[0], "draw from self.np_random, which reset(seed=seed) seeds")
-        words = f"two copies with one seed and the same actions differ in {where}, so no run can "
-        return [fault("repeats", f"{words}be repeated: {help}")], False
-    if not uses_globals:
-        findings.append(ok("repeats", f"two copies with one seed are equal {over}, bit for bit"))
-    with same_global_numbers():
-        again = list(play(first, actions, 7))
-    if (where := first_difference(alone, again)) is not None:
-        words = f"a copy that has played differs from a new one with the same seed, in {where}: "
-        words += "something survives reset. If that is meant, as in a running normalisation, "
-        words += "evaluations see other values than training; if not, set all of it in reset"
-        findings.append(note("reset", words))
-    else:
-        findings.append(ok("reset", "starts anew: a copy that has played equals a new one"))
-    if not uses_globals:
-        played, beside = copies(2)
-        with same_global_numbers():
-            theirs = play(beside, actions[::-1], 8)
-            together = [item for item, _ in zip(play(played, actions, 7), _endless(theirs))]  # noqa: B905
-        if (where := first_difference(alone, together)) is not None:
-            words = f"a copy plays differently while another one plays, first in {where}: they "
-            words += "share state, such as an attribute of the class or a global variable: keep it"
-            findings.append(fault("copies", f"{words} in self"))
-            return findings, False
-        findings.append(ok("copies", "do not influence each other"))
-        findings.append(_about_generator(copies(1)[0], actions[: len(actions) // 6]))
-    return findings, not uses_globals
-
-
-def _recorded(actions: Iterator[Any], into: list[Any], deadline: float) -> Iterator[Any]:
-    """REPEATED actions, or as many as are asked for until the deadline; at least 20."""
-    while len(into) < REPEATED and (len(into) < 20 or time.perf_counter() < deadline):
-        into.append(next(actions))
-        yield into[-1]
-
-
-def _endless(play: Iterator[Any]) -> Iterator[Any]:
-    yield from play
-    while True:
-        yield None
-
-
-def _about_generator(env: AnyEnv, actions: list[Any]) -> Finding:
-    """Whether later episodes of a seed differ from its first, if seeds differ."""
-
-    def episode(**arguments: Any) -> list[tuple[str, Any]]:
-        results = [("a step", copy.deepcopy(env.reset(**arguments)[0]))]
-        for action in actions:
-            obs, reward, terminated, truncated, _ = env.step(action)
-            results.append(("a step", copy.deepcopy((obs, reward, terminated, truncated))))
-            if terminated or truncated:
-                break
-        return results
-
-    with same_global_numbers():
-        by_seed = [episode(seed=seed) for seed in range(11, 16)]
-        first = episode(seed=11)
-        later = [episode() for _ in range(4)]
-    differ = any(first_difference(first, other) is not None for other in by_seed)
-    if not differ:
-        return ok("seeds", "all seeds give the same episodes: it draws no random numbers")
-    if all(first_difference(first, other) is None for other in later):
-        words = "every reset without a seed starts the generator of the last seed again, so a copy "
-        words += "plays one episode for ever: make a generator only if a seed is given"
-        return fault("seeds", words)
-    return ok("seeds", "differ, and later episodes continue the generator")

@@ -13,7 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from dqn_fast.doctor.adapted import seed_noise
 from dqn_fast.doctor.findings import Finding, fault, note, ok
-from dqn_fast.doctor.single import BrokenError, actions_of, equal, first_difference
+from dqn_fast.doctor.plays import BrokenError, actions_of, equal, first_difference
 from dqn_fast.envs import EnvError
 from dqn_fast.envs.from_gymnasium import AnyVectorEnv, EnvFactory, GymnasiumEnv
 from dqn_fast.envs.spaces import describe_error, describe_value
