@@ -18,6 +18,7 @@ LAYERS = (
     {"agent", "evaluate", "film", "memory", "record", "report"},
     {"resume", "setup"},
     {"train"},
+    {"doctor"},
 )
 
 
