@@ -76,7 +76,7 @@ def content(run_dir: Path) -> dict[str, Any]:
         "summary": {k: v for k, v in summary.items() if k not in TIMES},
         "arrays": arrays,
         "tensors": tensors,
-        "plain": repr([v for v in plain(kept)]),
+        "plain": repr(list(plain(kept))),
         "best": [t.numpy().tobytes() for t in tree.leaves(best)],
     }
 

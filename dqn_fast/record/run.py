@@ -703,12 +703,11 @@ class RunRecord:
             "start_value": unknown,
             "eval_return_best": [r if math.isfinite(r) else None for r in self._best.return_mean],
         }
-        if self._num_members > 1:
-            members["frozen"] = [self._frozen.get(i) for i in range(self._num_members)]
         for name in ("optimal_return", "optimal_start_value"):
             known = self.config["derived"][name]
             members[name] = known if isinstance(known, list) else [known] * self._num_members
-        return summarise(shared, members | self._evaluation, self._members)
+        rows = [{**row, "frozen": self._frozen.get(i)} for i, row in enumerate(self._members)]
+        return summarise(shared, members | self._evaluation, rows)
 
 
 def _write_npz(arrays: Mapping[str, Any], path: Path) -> None:
