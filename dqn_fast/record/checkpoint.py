@@ -98,13 +98,13 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep: int = 1) -> No
     Raises:
         OSError: the file could not be written; the earlier checkpoints are as before.
     """
-    content = {**content, "format": FORMAT, "program": __version__}
-    content = tree.replace(content, map(_alone, tree.leaves(content)))
-    content["digest"] = digest_of(content)
+    whole = {**content, "format": FORMAT, "program": __version__}
+    whole = tree.replace(whole, map(_alone, tree.leaves(whole)))
+    whole["digest"] = digest_of(whole)
 
     def write(file: IO[bytes]) -> None:
         try:
-            torch.save(content, file)
+            torch.save(whole, file)
         except RuntimeError as error:  # torch closes its archive again after a failed write
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -159,7 +159,7 @@ def digest_of(value: Any) -> str:
         if isinstance(value, Tensor):
             sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            sha.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+            sha.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         elif isinstance(value, Mapping):
             sha.update(f"dict {len(value)}\0".encode())
             for name, item in value.items():

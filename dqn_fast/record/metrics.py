@@ -228,7 +228,7 @@ class Interval:
             self._update_sums = np.add.reduce(rows, 0)
         self._num_updates += len(updates)
         if not np.isfinite(self._update_sums).all():
-            bad = ~np.isfinite(updates).all(1)
+            bad = np.asarray(~np.isfinite(updates).all(1))
             for member in np.flatnonzero(bad.any(0)).tolist():
                 self.bad_updates.setdefault(member, first_update + 1 + int(bad[:, member].argmax()))
 
