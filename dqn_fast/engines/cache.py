@@ -81,7 +81,8 @@ def subfolder(cache: Path, name: str) -> Path:
     folder = cache / name
     with contextlib.suppress(FileExistsError):
         folder.mkdir(0o700)
-    if _distrust(folder.lstat()) is not None or not folder.is_dir():
+    status = folder.lstat()
+    if _distrust(status) is not None or not stat.S_ISDIR(status.st_mode):
         remove(folder)
         folder.mkdir(0o700)
     return folder
@@ -116,7 +117,7 @@ def _distrust(status: os.stat_result) -> str | None:
     """Why a file or folder could hold what another user wrote; None if it cannot."""
     if status.st_uid != os.geteuid():
         return f"belongs to {_user(status.st_uid)}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "can be written by other users"
     return None
 
@@ -254,18 +255,25 @@ def read_trusted(path: Path) -> bytes:
         UnusableFileError: another user could have written it, or it is no such file.
         FileNotFoundError: there is none.
     """
-    try:  # a pipe in its place must not block
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags), "rb") as file:
-            status = os.fstat(file.fileno())
-            problem = _distrust(status)
-            if problem is None and stat.S_ISREG(status.st_mode):
-                return file.read()
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)  # a pipe must not block
     except FileNotFoundError:
         raise
     except OSError as error:
-        problem = "is a symbolic link" if path.is_symlink() else f"is not readable: {error}"
-    raise UnusableFileError(problem or "is not a file")
+        what = "is a symbolic link" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        raise UnusableFileError(what) from error
+    try:
+        status = os.fstat(descriptor)
+        problem = _distrust(status)
+        if problem is None and not stat.S_ISREG(status.st_mode):
+            problem = "is not a file"
+        if problem is not None:
+            raise UnusableFileError(problem)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def _digest(name: str, content: bytes) -> bytes:

@@ -7,7 +7,6 @@ other file depends on product.cpp: without it, compiled functions use torch's pr
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import subprocess
@@ -41,7 +40,6 @@ def own_product(x: Tensor) -> bool:
     return fast and torch.get_num_threads() == 1 and x.dtype == torch.float32
 
 
-@functools.cache
 def _build_product(folder: Path) -> dict[str, Any]:
     """Build `product.cpp` in `folder`; returns Inductor's options to call it and link it."""
     include, built = Path(torch.__file__).with_name("include"), folder / "product.o"
@@ -78,18 +76,16 @@ def compile_packages(num_threads: int, folder: Path, jobs: Sequence[Path]) -> No
     torch.set_num_threads(num_threads)
     shared = SharedParts(cache.subfolder(folder.parent, "inductor"))
     shared.lend()
+    # Functions without a product get it too: other options need other precompiled headers.
+    options = _build_product(folder) if own_product(torch.empty(0)) else {}
     for source, target in zip(jobs[::2], jobs[1::2], strict=True):
         program = torch.export.load(source)
         # Stand-ins without memory: the file holds no example, which would be as large as the state.
         placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
         program.example_inputs = (tuple(node.meta["val"] for node in placeholders), {})
-        product = torch.ops.dqn_fast.product.default
-        used = any(node.target is product for node in program.graph.nodes)
         made = source.with_suffix(".made.pt2")
         torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(made),
-            inductor_configs=_build_product(folder) if used else {},
+            program, package_path=str(made), inductor_configs=options
         )
         cache.write_whole(made.read_bytes(), target, folder)
         shared.keep()

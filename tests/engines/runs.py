@@ -5,9 +5,12 @@ Runs of `SMALL` have the same shapes whatever their length, so that they are com
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,6 +159,27 @@ class Rerun:
 def refuse(*_: Any, **__: Any) -> Any:
     """Fail with a message of two lines."""
     raise RuntimeError("this fails on purpose\nand has a second line")
+
+
+def wait_until(true: Callable[[], object], most_s: float = 60.0) -> None:
+    """Wait until something is true; fail after `most_s` seconds."""
+    end = time.monotonic() + most_s
+    while not true():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and that these started, and so on (Linux)."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(path.parent.name))
+    found = list(parents.get(pid, []))
+    for each in found:
+        found += parents.get(each, [])
+    return found
 
 
 # --------------------------------------------------------------------------- another algorithm
