@@ -25,6 +25,7 @@ from dqn_fast.engines.cache import (
     usable_cache,
     write_whole,
 )
+from tests.engines.runs import started
 
 SOMEBODY = 12_345
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -179,9 +180,7 @@ if sys.argv[1:]: time.sleep(600)
 def test_leftovers_are_swept_and_living_folders_are_not(tmp_path):
     """Those of a process that was killed go at the next start; nobody else's, and no link."""
     code = ALONE + HOLD.format("WorkFolder", f"(w := WorkFolder(Path({str(tmp_path)!r}))).path")
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "wait"], stdout=subprocess.PIPE, text=True
-    ) as other:
+    with started([sys.executable, "-c", code, "wait"]) as other:
         left = Path(other.stdout.readline().strip())
         (left / "deep").mkdir()
         (left / "deep" / "file").write_text("")
@@ -209,12 +208,9 @@ def test_the_temporary_cache_is_removed(tmp_path, home):
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     code = ALONE + HOLD.format("usable_cache", "usable_cache().folder")
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(
-        [*command, "wait"], stdout=subprocess.PIPE, text=True, env=environ
-    ) as other:
+    with started([*command, "wait"], env=environ) as other:
         left = Path(other.stdout.readline().strip())
         assert left.parent == tmp_path
-        other.kill()
     assert left.exists()
     used = subprocess.run(command, capture_output=True, text=True, env=environ, check=True).stdout
     assert not left.exists()

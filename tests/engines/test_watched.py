@@ -7,22 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from dqn_fast.engines import watched
-from tests.engines.runs import descendants, wait_until
+from tests.engines.runs import descendants, started, wait_until
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 FAMILY = ["sh", "-c", "sleep 600 & sh -c 'sleep 600; true' & touch {}/begun; wait"]
 
 
-def watch(folder: Path, command: list[str], starter: int | None = None) -> subprocess.Popen[bytes]:
+def watch(
+    folder: Path, command: list[str], starter: int | None = None
+) -> AbstractContextManager[subprocess.Popen[str]]:
     words = [watched.__file__, str(starter or os.getpid()), str(folder), *command]
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", *words], stdin=subprocess.PIPE, start_new_session=True
-    )
+    command = [sys.executable, "-I", "-S", *words]
+    return started(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def family(folder: Path) -> list[str]:
@@ -77,7 +79,7 @@ def test_it_ends_with_its_starter(how, tmp_path):
     folder.mkdir()
     code = STARTER.format(path=watched.__file__)
     command = [sys.executable, "-c", code, str(folder), *family(folder)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as starter:
+    with started(command, stderr=subprocess.DEVNULL) as starter:
         wait_until((folder / "begun").exists)
         everybody = descendants(starter.pid)
         assert len(everybody) >= 4
