@@ -30,6 +30,10 @@ class EngineUnavailableError(RuntimeError):
     """An engine cannot run on this machine; the message says why, in a few words."""
 
 
+class StopRequested(Exception):
+    """The run was asked to stop while it waited for the compiler; the state was not written."""
+
+
 @dataclass(frozen=True)
 class EngineChoice:
     """Which engine executes a run.
