@@ -72,7 +72,7 @@ def run_side(
     with tempfile.TemporaryDirectory() as empty:
         environ = {
             **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(cache or empty),
+            "XDG_CACHE_HOME": str(cache or empty),
             "JAX_PLATFORMS": "cpu",
         }
         words = [side, json.dumps(settings)]

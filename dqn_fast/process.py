@@ -41,8 +41,8 @@ class Interruption:
     """Signals that asked this process to stop; a context manager that installs the handlers.
 
     A handler is installed where the present one is the default: a signal that is ignored (nohup, a
-    job in the background) stays ignored. Outside the main thread nothing is installed. At the end
-    the earlier handlers are back.
+    job in the background) stays ignored. At the end the earlier handlers are back. Only the main
+    thread can enter it.
 
     The first signal prints one line. Before `defer` it also raises KeyboardInterrupt in the main
     thread, because there is nothing to save; after it, a caller asks between two steps. Later
@@ -50,6 +50,7 @@ class Interruption:
 
     Attributes:
         signal: number of the first signal, or None.
+        outer: the Interruption that was active before, or that of the main thread.
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -60,52 +61,47 @@ class Interruption:
                 long call of C code. Otherwise it raises KeyboardInterrupt in the main thread.
         """
         self.signal: int | None = None
+        self.outer: Interruption | None = None
         self._at_once, self._raises = at_once, False
         self._handlers: dict[int, Any] = {}
         self._watch: _Watch | None = None
         self._handled: list[float] = []
         self._watched: list[float] = []
         self._ending = threading.Lock()
-        self._outer: Interruption | None = None
 
     def __enter__(self) -> Interruption:
         global _active
-        if _in_main_thread():
-            self._outer, _active = _active, self
-            if self._at_once:
-                self._watch = _Watch(self._notice)
+        self.outer, _active = _active, self
+        if self._at_once:
+            self._watch = _Watch(self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:
         global _active
         self._raises = False
-        if _in_main_thread():
-            self.restore(*self._handlers)
-            if self._watch is not None:
-                self._watch.close()
-            _active = self._outer
+        self._restore(ends=_is_command and self.signal is not None)
+        if self._watch is not None:
+            self._watch.close()
+        _active = self.outer
 
-    def install(self, *numbers: int) -> tuple[int, ...]:
-        """Handle these signals too; returns those that were not handled here before."""
-        if not _in_main_thread():
-            return ()
-        usual = (signal.SIG_DFL, signal.default_int_handler)
-        new = {n: h for n in numbers if (h := signal.getsignal(n)) in usual}
-        self._handlers |= new
-        for number in new:
-            signal.signal(number, self._handle)
-        return tuple(new)
-
-    def restore(self, *numbers: int) -> None:
-        """Handle these signals as before `install`."""
+    def install(self, *numbers: int) -> None:
+        """Handle these signals too, until the end of this context; in the main thread only."""
         for number in numbers:
-            handler = self._handlers.pop(number)
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                self._handlers[number] = handler
+                signal.signal(number, self._handle)
+
+    def _restore(self, ends: bool = False) -> None:
+        for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:  # else a caller has installed another
-                signal.signal(number, handler)
+                # While the process ends, the same signal must not change its exit status.
+                ignored = ends and number != signal.SIGINT
+                signal.signal(number, signal.SIG_IGN if ignored else handler)
 
     def __call__(self) -> bool:
         """Whether a signal has asked to stop."""
-        return self.signal is not None
+        return self.signal is not None or (self.outer is not None and self.outer())
 
     @property
     def status(self) -> int:
@@ -181,7 +177,7 @@ class Interruption:
         """In a forked child: signals are its parent's business."""
         if self._watch is not None:
             self._watch.abandon()
-        self.restore(*self._handlers)
+        self._restore()
 
 
 class _Watch:
@@ -229,13 +225,14 @@ class _Watch:
 
 
 _active: Interruption | None = None
+_is_command = False  # whether this process is `python -m dqn_fast.train` or the like
 
 
 def _forget() -> None:
-    global _active
+    global _active, _is_command
     if _active is not None:
         _active._after_fork()
-        _active = None
+    _active, _is_command = None, False
 
 
 if hasattr(os, "register_at_fork"):
@@ -247,8 +244,8 @@ def stop_requests() -> Iterator[Interruption]:
     """Note the STOP_SIGNALS, for a run that ends, saved, at its next chunk.
 
     Within a `command`, or within another such context, that one's Interruption is shared, and its
-    owner ends the process. Else a signal has its usual effect at the end of this context. In
-    another thread than the main one no signal is noted here.
+    owner ends the process. Else a signal has its usual effect at the end of this context. Another
+    thread than the main one installs nothing and only hears of what the main one has noted.
 
     Yields:
         Interruption whose first signal raises KeyboardInterrupt; call `defer` on it when there is
@@ -257,15 +254,15 @@ def stop_requests() -> Iterator[Interruption]:
     Raises:
         KeyboardInterrupt: there was a SIGINT.
     """
-    if _active is not None:
-        shared = _active
-        numbers = shared.install(*STOP_SIGNALS)
-        try:
-            yield shared
-        finally:
-            shared.restore(*numbers)
-        return
     interruption = Interruption()
+    if not _in_main_thread():
+        interruption.outer = _active
+        yield interruption
+        return
+    if _active is not None:
+        _active.install(*STOP_SIGNALS)
+        yield _active
+        return
     try:
         with interruption:
             interruption.install(*STOP_SIGNALS)
@@ -438,6 +435,8 @@ def command(needs_output: bool = True) -> Callable[[Callable[P, int]], Callable[
 
 def _run(main: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
     """Call `main`; returns the exit status."""
+    if not _in_main_thread():
+        return main(*args, **kwargs)
     with Interruption(at_once=True) as interruption:
         try:
             interruption.install(signal.SIGINT)
@@ -464,10 +463,12 @@ def start_command() -> None:
     that is missing or broken costs one line and exit status 2. In a program that imports the
     package, this does nothing.
     """
+    global _is_command
     # sys.argv still lacks the module's path, which follows Python's own options.
     module = sys.orig_argv[-len(sys.argv)]
     if re.fullmatch(r"(-\w*m)?dqn_fast(\.\w+)*", module) is None:
         return
+    _is_command = True
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = _excepthook

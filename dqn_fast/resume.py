@@ -163,13 +163,19 @@ class Resumption:
             self.changes[name] = new
             if MAY_CHANGE[name]:
                 self.notes.append(f"{name} {old} -> {new}: {MAY_CHANGE[name]}")
+        complete = dataclasses.replace(before, **self.changes)
+        if -(-complete.total_timesteps // complete.num_envs) * complete.num_envs < self.global_step:
+            raise UsageError(
+                f"--total-timesteps {complete.total_timesteps}: must be at least "
+                f"{self.global_step}, the transitions that {self.run_dir} has taken"
+            )
         own = bool(self.config.get("own_env"))
         if own and env is None:
             raise UsageError(
                 f"--resume {self.run_dir}: its environment was made in Python; "
                 "use train(Args(resume=...), env=...)"
             )
-        return dataclasses.replace(before, **self.changes)
+        return complete
 
     def named(self, env_id: str | None) -> None:
         """Check that the environment may be made: a path to code in a file is only a name, and is
@@ -186,8 +192,7 @@ class Resumption:
             return
         if why := refusal(args["env_id"], args["env_params"]):
             raise UsageError(
-                f"--resume {self.run_dir}: {why}; if you trust it, "
-                f"add --env-id {args['env_id']}"
+                f"--resume {self.run_dir}: {why}; if you trust it, add --env-id {args['env_id']}"
             )
 
     def restore_(self, state: State, dqn: DQN, noise: Noise) -> list[dict[str, Any]]:

@@ -141,9 +141,7 @@ def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-def setup(
-    args: Args, env: TensorEnv | None = None, resumed: Resumption | None = None
-) -> Training:
+def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None = None) -> Training:
     """Make everything that a run trains with; no file is written.
 
     Args:

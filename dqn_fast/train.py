@@ -440,10 +440,15 @@ def most_episodes(args: Args) -> int:
 # ------------------------------------------------------------------------------- command line
 
 
+def asked_env_id(argv: list[str]) -> str:
+    """The value of --env-id, on which the defaults of the other flags depend."""
+    return asked(argv, "--env-id") or Args.env_id
+
+
 def asked(argv: list[str], name: str) -> str | None:
-    """The value of a flag on which the defaults of the others depend; None if it is not given."""
+    """The value of a flag; None if it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(name, name.replace("-", "_").replace("__", "--", 1), dest="value")
+    parser.add_argument(*{name, "--" + name[2:].replace("-", "_")}, dest="value")
     try:
         value: str | None = parser.parse_known_args(argv)[0].value
         return value
@@ -462,7 +467,7 @@ def main() -> int:
             resumed.named(asked(argv, "--env-id"))
             args = resumed.complete(args, exact=True)
         else:
-            args = parse(Args, default=Args.for_env(asked(argv, "--env-id") or Args.env_id))
+            args = parse(Args, default=Args.for_env(asked_env_id(argv)))
         require(*("plotly", "jinja2") * args.report, *("wandb",) * args.track)
         result = run(args, None, resumed)
     except (UsageError, TrainingError, EnvError) as error:

@@ -16,8 +16,9 @@ LAYERS = (
     {"dqn", "engines"},
     {"exact"},
     {"agent", "evaluate", "film", "memory", "record", "report"},
-    {"setup"},
+    {"resume", "setup"},
     {"train"},
+    {"doctor"},
 )
 
 

@@ -4,6 +4,7 @@ They know the protocol of `dqn_fast.algorithm` and no algorithm. All engines use
 numbers. Their results differ only by rounding, because sums are evaluated in a different order.
 """
 
+from dqn_fast.engines.cache import CacheState, cache_state
 from dqn_fast.engines.choice import (
     EngineChoice,
     EngineName,
@@ -17,10 +18,13 @@ from dqn_fast.engines.runner import Runner, chunk_
 
 __all__ = [
     "RECORDED_STEPS",
+    "CacheState",
     "EngineChoice",
     "EngineName",
     "EngineUnavailableError",
     "Runner",
+    "StopRequested",
+    "cache_state",
     "choose_engine",
     "chunk_",
     "without_compiler",

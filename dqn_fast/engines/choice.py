@@ -22,12 +22,12 @@ with one gradient step takes 990 us with plain kernels and 390 us with compiled 
 273 us with 132 members), so 100,000 of them save the minute that compiling takes."""
 
 
-class StopRequested(Exception):
-    """stub"""
-
-
 class EngineUnavailableError(RuntimeError):
     """An engine cannot run on this machine; the message says why, in a few words."""
+
+
+class StopRequested(Exception):
+    """The run was asked to stop while it waited for the compiler; the state was not written."""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +26,28 @@ from torch import Tensor
 
 from dqn_fast import tree
 from dqn_fast.device import first_line
-from dqn_fast.engines import packages
-from dqn_fast.engines.choice import EngineUnavailableError
+from dqn_fast.engines import packages, watched
+from dqn_fast.engines.cache import (
+    UnusableFileError,
+    WorkFolder,
+    read_whole,
+    remove,
+    subfolder,
+    sweep,
+    usable_cache,
+)
+from dqn_fast.engines.choice import EngineUnavailableError, StopRequested
 
 NARROW = 8
 """Products with at most this many output columns are compiled as multiply-and-sum, so that Inductor
 fuses them with their neighbours: [64, 128] x [128, 2] takes 1 to 3 us with them, and 10 to 11 us
 alone as a product of MKL. Products with so few inner terms are compiled in the same way."""
+
+POLL_S = 0.1
+"""Seconds between two questions whether to go on waiting for the compiler."""
+
+LOG = "log"
+"""File of the second process's messages, in its folder."""
 
 
 class Traced(NamedTuple):
@@ -57,14 +75,18 @@ class Compiler:
     """Compiles functions of one state.
 
     Tracing uses fake tensors, so it computes nothing and writes nothing. On a CPU a second process
-    compiles the traced function to a shared library inside torch's cache, and the next run with the
-    same shapes loads it in milliseconds. A call of it costs 10 us; one of `torch.compile` costs 35
-    us and more with as many tensors. On a GPU `torch.compile` compiles the traced function.
+    compiles the traced function to a shared library inside the cache (see cache.py), and the next
+    run with the same shapes loads it in milliseconds. A call of it costs 10 us; one of
+    `torch.compile` costs 35 us and more with as many tensors. On a GPU `torch.compile` compiles the
+    traced function.
+
+    The second process ends with this one, however this one ends (see watched.py).
 
     Attributes:
         state: tensors of the state, in the order of `tree.leaves`; compiled functions read them and
             write them in place.
         results: buffers for the results of each function, a tree by name.
+        notes: what is wrong with the cache or with a file in it, for the user.
     """
 
     def __init__(self, state: Any) -> None:
@@ -72,7 +94,8 @@ class Compiler:
         self.state = [tensor.detach() for tensor in tree.leaves(state)]
         self._learns = [tensor.requires_grad for tensor in tree.leaves(state)]
         self.results: dict[str, Any] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.notes: list[str] = []
+        self._work: WorkFolder | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._packages: list[Path] = []
 
@@ -152,39 +175,85 @@ class Compiler:
         self._graphs: list[torch.fx.GraphModule] = []
         self._constants: list[list[Tensor]] = []
         self._packages = []
+        self._loaded: dict[Path, CompiledFn] = {}
+        cache, problem = usable_cache()
+        self.notes = [problem] if problem else []
+        on_cpu = self.state[0].device.type == "cpu"
+        if on_cpu:
+            sweep(cache)
+            self._work = WorkFolder(cache)
+        else:
+            _keep_torchs_cache_in(cache)
         jobs: list[Path] = []
         for traced in self._functions:
             graph, constants = self.trace(traced)
             self._graphs.append(graph)
             self._constants.append(constants)
-            if self.state[0].device.type != "cpu":
+            if not on_cpu:
                 continue
             example = (*self._example(traced), *constants)
-            package = _cache() / f"{traced.name}-{_key(graph, example)}.pt2"
+            package = cache / f"{traced.name}-{_key(graph, example)}.package"
             self._packages.append(package)
-            if not package.exists() and package not in jobs:
-                self._folder = self._folder or tempfile.TemporaryDirectory()
-                source = Path(self._folder.name) / f"{len(jobs) // 2}.pt2"
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    torch.export.save(torch.export.export(graph, example), source)
-                jobs += [source, package]
+            if package not in jobs and not self._is_loaded(package):
+                jobs += [self._export(graph, example, f"{len(jobs)}.pt2"), package]
         if jobs:
-            command = [
-                sys.executable,
-                packages.__file__,
-                str(torch.get_num_threads()),
-                *map(str, jobs),
-            ]
+            self._compile(jobs)
+
+    def _is_loaded(self, package: Path) -> bool:
+        """Load a package if there is one; remove one that cannot be used."""
+        assert self._work is not None
+        try:
+            self._loaded[package] = _load(package, self._work.path)
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            why = str(error) if isinstance(error, UnusableFileError) else "cannot be loaded"
+            self.notes.append(f"{package} {why}, so it is made again")
+            remove(package)
+            return False
+        return True
+
+    def _export(self, graph: torch.fx.GraphModule, example: tuple[Tensor, ...], name: str) -> Path:
+        """Write a graph for the second process; the tensors of the example are not written."""
+        assert self._work is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(graph, example)
+            program._example_inputs = None  # the whole replay; the setter takes no None
+            path = self._work.path / name
+            torch.export.save(program, path)
+        return path
+
+    def _compile(self, jobs: list[Path]) -> None:
+        """Start the second process."""
+        assert self._work is not None
+        folder = self._work.path
+        inductor = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+        environ = {name: value for name, value in os.environ.items() if name not in inductor}
+        # Inductor's default folders are then inside ours. One graph is one file in C++: no pool.
+        environ |= {"TMPDIR": str(folder), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        watching = [sys.executable, "-I", "-S", watched.__file__, str(os.getpid()), str(folder)]
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1]); "
+            "from dqn_fast.engines.packages import main; main(sys.argv[2:])"
+        )
+        words = [str(Path(__file__).parents[2]), str(torch.get_num_threads()), str(folder)]
+        with open(folder / LOG, "wb") as log:
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+                [*watching, sys.executable, "-P", "-c", program, *words, *map(str, jobs)],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=log,
+                env=environ,
+                pass_fds=[self._work.lock],
+                start_new_session=True,  # Ctrl-C is for us, and we decide what it means
             )
 
-    def finish(self) -> list[CompiledFn]:
+    def finish(self, should_stop: Callable[[], bool] = lambda: False) -> list[CompiledFn]:
         """Wait for the compiler, and call every function once on copies of its tensors.
+
+        Args:
+            should_stop: asked while the compiler works, every 0.1 s.
 
         Returns:
             The compiled functions, in the order of `start`.
@@ -192,26 +261,25 @@ class Compiler:
         Raises:
             EngineUnavailableError: the compiler failed, or a function cannot be loaded or called;
                 the state was not written.
+            StopRequested: `should_stop` returned true; the state was not written.
         """
         try:
-            return self._finish()
-        except EngineUnavailableError:
+            return self._finish(should_stop)
+        except (EngineUnavailableError, StopRequested):
             raise
         except Exception as error:
             raise EngineUnavailableError(f"not usable: {first_line(error)}") from error
-
-    def _finish(self) -> list[CompiledFn]:
-        if self._process is not None:
-            _, log = self._process.communicate()
-            code, self._process = self._process.returncode, None
+        finally:
             self.close()
-            if code:
-                lines = log.decode(errors="replace").strip().splitlines() or ["no message"]
-                raise EngineUnavailableError(f"the compiler failed: {lines[-1][:200]}")
+
+    def _finish(self, should_stop: Callable[[], bool]) -> list[CompiledFn]:
+        self._wait(should_stop)
         runs = self._load()
         for traced, run, graph, more in zip(
             self._functions, runs, self._graphs, self._constants, strict=True
         ):
+            if should_stop():  # on a GPU the next line compiles
+                raise StopRequested
             try:
                 self._try(traced, run, graph, more)
             except Exception as error:
@@ -219,24 +287,40 @@ class Compiler:
                 raise EngineUnavailableError(what) from error
         return [_append(run, more) for run, more in zip(runs, self._constants, strict=True)]
 
+    def _wait(self, should_stop: Callable[[], bool]) -> None:
+        """Wait for the second process."""
+        if self._process is None:
+            return
+        assert self._work is not None
+        code = None
+        while code is None:
+            try:
+                code = self._process.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                if should_stop():
+                    raise StopRequested from None
+        if code:
+            if should_stop():  # whoever stops this process may have stopped that one
+                raise StopRequested
+            log = (self._work.path / LOG).read_text(errors="replace")
+            lines = log.strip().splitlines() or ["no message"]
+            raise EngineUnavailableError(f"the compiler failed: {lines[-1][:200]}")
+
     def _load(self) -> list[CompiledFn]:
         if not self._packages:
             options = inductor_options(torch.__version__)
             compiled = (torch.compile(g, fullgraph=True, options=options) for g in self._graphs)
             return [_take_list(function) for function in compiled]
-        runs: list[CompiledFn] = []
-        errors: list[Exception] = []
+        assert self._work is not None
         for package in self._packages:
+            if package in self._loaded:
+                continue
             try:
-                runs.append(_load(package))
+                self._loaded[package] = _load(package, self._work.path)
             except Exception as error:
-                errors.append(error)
-                with contextlib.suppress(OSError):  # or every later run would load it again
-                    package.unlink()
-        if errors:
-            what = f"not loadable: {first_line(errors[0])}"
-            raise EngineUnavailableError(what) from errors[0]
-        return runs
+                remove(package)  # or the next run would load it again
+                raise EngineUnavailableError(f"not loadable: {first_line(error)}") from error
+        return [self._loaded[package] for package in self._packages]
 
     def _try(
         self, traced: Traced, run: CompiledFn, graph: Callable[..., Any], constants: list[Tensor]
@@ -263,14 +347,15 @@ class Compiler:
                 raise RuntimeError("its numbers are not those of the plain function")
 
     def close(self) -> None:
-        """Stop the compiler if it runs, and remove its input files."""
+        """Stop the compiler if it runs, and remove its files."""
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            assert self._process.stdin is not None
+            self._process.stdin.close()  # which ends all of its processes
+            self._process.wait()
             self._process = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._work is not None:
+            self._work.close()
+            self._work = None
 
 
 def inductor_options(torch_version: str) -> dict[str, Any]:
@@ -308,15 +393,6 @@ def _decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
     return {torch.ops.aten.baddbmm.default: baddbmm, torch.ops.aten.bmm.default: bmm}
 
 
-def _cache() -> Path:
-    """Folder of compiled functions, inside torch's own cache (TORCHINDUCTOR_CACHE_DIR)."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = Path(cache_dir()) / "dqn_fast"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _key(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> str:
     """Hash of everything that the compiled function depends on."""
     digest = hashlib.sha256()
@@ -332,12 +408,34 @@ def _key(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _load(package: Path) -> CompiledFn:
-    """The function in a compiled package."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run: CompiledFn = torch._inductor.aoti_load_package(str(package)).loader.boxed_run
+def _load(package: Path, folder: Path) -> CompiledFn:
+    """The function in a compiled package.
+
+    Exactly the bytes that were checked are loaded, from a private `folder`, whose files need not
+    stay. `torch._inductor.aoti_load_package` would unpack them to /tmp.
+    """
+    content = read_whole(package)
+    unpacked = tempfile.mkdtemp(dir=folder)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(unpacked)
+    (library,) = Path(unpacked).rglob("*.so")
+    run: CompiledFn = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
     return run
+
+
+_torchs_cache: set[str] = set()
+
+
+def _keep_torchs_cache_in(cache: Path) -> None:
+    """Let `torch.compile` keep what it makes in this process in our cache, unless the user named a
+    folder; its default is in /tmp, and torch never checks whose it is."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    asked = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    if asked == default_cache_dir() or asked in _torchs_cache:
+        ours = str(subfolder(cache, "torch"))
+        _torchs_cache.add(ours)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = ours
 
 
 def _append(run: CompiledFn, constants: list[Tensor]) -> CompiledFn:

@@ -150,13 +150,19 @@ class CompiledChunk:
         first = torch.zeros(2, dtype=torch.int64, device=noise.device).unbind()
         return Traced("draw", draw, (self._keys, self._counters, *first), exact=True)
 
-    def finish(self) -> None:
+    @property
+    def notes(self) -> list[str]:
+        """What is wrong with the cache of compiled functions."""
+        return self._compiler.notes
+
+    def finish(self, should_stop: Callable[[], bool]) -> None:
         """Wait for the compiler.
 
         Raises:
             EngineUnavailableError: it failed.
+            StopRequested: `should_stop`, asked every 0.1 s, returned true.
         """
-        self._functions = dict(zip(self._names, self._compiler.finish(), strict=True))
+        self._functions = dict(zip(self._names, self._compiler.finish(should_stop), strict=True))
 
     def close(self) -> None:
         """Stop the compiler if it still runs."""
@@ -236,12 +242,19 @@ class Runner:
         compile_s: seconds that the loop waited for the compiler.
         on_change: called when compiled functions start to run and when an engine fails, with
             engine, reason, compile_s and whether the engine before it never ran.
+        should_stop: asked every 0.1 s while the loop waits for the compiler; if it returns true,
+            the call raises `StopRequested` and the chunk has not run.
         captured: the recordings; None without graphs.
     """
 
     def __init__(
-        self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, choice: EngineChoice,
-        num_updates: int = 0
+        self,
+        algorithm: Algorithm,
+        state: Any,
+        plan: Plan,
+        noise: Noise,
+        choice: EngineChoice,
+        num_updates: int = 0,
     ) -> None:
         """Start compiling if the choice asks for it.
 
@@ -251,10 +264,12 @@ class Runner:
             plan: of the run.
             noise: of the members.
             choice: which engine.
+            num_updates: gradient steps that the state has behind it, in a run that goes on.
         """
         self.engine: str = "eager" if choice.switch else choice.engine
         self.reason, self.compile_s = choice.reason, 0.0
         self.on_change: Callable[[str, str, float, bool], None] = lambda *_: None
+        self.should_stop: Callable[[], bool] = lambda: False
         self._algorithm, self._state, self._noise = algorithm, state, noise
         self._num_updates, self._switch = num_updates, choice.switch or 0
         self._chunk_: Callable[..., ChunkRecord] = chunk_
@@ -270,13 +285,18 @@ class Runner:
         if choice.compiled:
             try:
                 self._compiled = CompiledChunk(algorithm, state, plan, noise)
+                self.reason = "; ".join([self.reason, *self._compiled.notes])
             except EngineUnavailableError as error:
                 self._drop_compiler(error)
 
     def __call__(
         self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
     ) -> ChunkRecord:
-        """`chunk_`; the next call may overwrite the record."""
+        """`chunk_`; the next call may overwrite the record.
+
+        Raises:
+            StopRequested: `should_stop` returned true while this call waited for the compiler.
+        """
         num_updates = sum(update_counts)
         if self._compiled is not None and num_updates and self._num_updates >= self._switch:
             self._change_over(self._compiled)
@@ -304,7 +324,7 @@ class Runner:
         began = time.perf_counter()
         announced = self.engine
         try:
-            compiled.finish()
+            compiled.finish(self.should_stop)
             self._chunk_, self._draw = compiled, compiled.draw
             if self.engine == "eager":
                 self.engine = "compile"

@@ -116,3 +116,7 @@ def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"--env-params {error}") from None
+
+
+def refusal(env_id: str, env_params: Mapping[str, Any]) -> str | None:
+    return None

@@ -98,18 +98,28 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep: int = 1) -> No
     Raises:
         OSError: the file could not be written; the earlier checkpoints are as before.
     """
-    content = {**content, "format": FORMAT, "program": __version__}
-    content["digest"] = digest_of(content)
+    whole = {**content, "format": FORMAT, "program": __version__}
+    whole = tree.replace(whole, map(_alone, tree.leaves(whole)))
+    whole["digest"] = digest_of(whole)
 
     def write(file: IO[bytes]) -> None:
         try:
-            torch.save(content, file)
+            torch.save(whole, file)
         except RuntimeError as error:  # torch closes its archive again after a failed write
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
     write_whole(path, write, before_replace=lambda: _shift(path, keep))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own size, for torch.save writes whole storages."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    if tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
+        return torch.from_numpy(tensor.detach().numpy())  # a copy of replay may not fit
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def kept_paths(path: Path) -> Iterator[Path]:
@@ -149,7 +159,7 @@ def digest_of(value: Any) -> str:
         if isinstance(value, Tensor):
             sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            sha.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+            sha.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         elif isinstance(value, Mapping):
             sha.update(f"dict {len(value)}\0".encode())
             for name, item in value.items():

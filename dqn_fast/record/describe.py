@@ -120,7 +120,7 @@ def software() -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    versions["torch"] = torch.__version__  # has the CUDA version, which the metadata lack
+    versions["torch"] = str(torch.__version__)  # has the CUDA version, which the metadata lack
     return versions | {"platform": platform.platform(), "git_commit": _git_commit()}
 
 
@@ -153,8 +153,8 @@ def header(config: Mapping[str, Any], run_dir: Path, checkpoint_bytes: int) -> l
     threads = f", {derived['num_threads']} thread(s)" if on_cpu else ""
     precision = "" if on_cpu else f", products in {PRECISIONS[args['matmul_precision']]}"
     rounded = [f"rounded   {text}" for text in derived["rounded"]]
-    unseen = ("env_id", "env_params", "seed", "num_seeds", "num_envs", "run_dir", "name", "quiet")
-    unseen += ("resume",)
+    unseen = {"env_id", "env_params", "seed", "num_seeds", "num_envs", "run_dir", "name", "quiet"}
+    unseen |= {"resume"}
     every, kept = args["checkpoint_interval"], args["keep_checkpoints"]
     when = f"every {every:,} transitions and at the end" if every else "at the end"
     without = "" if args["checkpoint_replay"] else " without replay"

@@ -110,10 +110,10 @@ class Diagnostics:
     def state(self) -> dict[str, Any]:
         """Plain values and tensors, for `load_`; the tensors on the device are not copied."""
         return {
-            "snapshots": [
-                {name: torch.from_numpy(array) for name, array in snapshot.items()}
-                for snapshot in self.snapshots
-            ],
+            "snapshots": {
+                name: torch.from_numpy(np.stack([s[name] for s in self.snapshots]))
+                for name in (self.snapshots or [{}])[0]
+            },
             "count": self._count,
             "stride": self._stride,
             "previous": self._previous,
@@ -125,10 +125,9 @@ class Diagnostics:
         Raises:
             ValueError: the parameters of the last snapshot do not fit.
         """
-        self.snapshots = [
-            {name: tensor.numpy() for name, tensor in snapshot.items()}
-            for snapshot in saved["snapshots"]
-        ]
+        stacked = {name: tensor.numpy() for name, tensor in saved["snapshots"].items()}
+        count = max(map(len, stacked.values()), default=0)
+        self.snapshots = [{name: a[i] for name, a in stacked.items()} for i in range(count)]
         self._count, self._stride = saved["count"], saved["stride"]
         if saved["previous"] is not None:
             self._keep(params)

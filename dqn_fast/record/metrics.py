@@ -132,9 +132,7 @@ class Metrics:
         """Continue an interval from its `Interval.state`."""
         self._interval.load_(saved)
 
-    def cut_(
-        self, global_step: int, num_envs: int, episodes: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def cut_(self, global_step: int, num_envs: int, episodes: Sequence[Mapping[str, Any]]) -> None:
         """Count episodes that do not go on: copy, episode_length and episode_return of each."""
         copy = np.array([episode["copy"] for episode in episodes])
         columns: dict[str, NDArray[Any]] = {
@@ -230,7 +228,7 @@ class Interval:
             self._update_sums = np.add.reduce(rows, 0)
         self._num_updates += len(updates)
         if not np.isfinite(self._update_sums).all():
-            bad = ~np.isfinite(updates).all(1)
+            bad = np.asarray(~np.isfinite(updates).all(1))
             for member in np.flatnonzero(bad.any(0)).tolist():
                 self.bad_updates.setdefault(member, first_update + 1 + int(bad[:, member].argmax()))
 

@@ -70,9 +70,7 @@ def refuse_used_dir(path: Path | None) -> None:
         raise UsageError(f"--run-dir {path}: is a file; it must be a directory")
 
 
-def create_run_dir(
-    path: Path | None, env_id: str, name: str, seed: int
-) -> tuple[Path, RunLock]:
+def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> tuple[Path, RunLock]:
     """Make and lock the directory of a new run.
 
     Args:
@@ -568,10 +566,12 @@ class RunRecord:
         self._num_saving += 1
 
     def _checkpoint_bytes(self) -> int:
-        """Bytes of the tensors of a checkpoint at the end of the run; episodes come on top."""
+        """Bytes of the tensors of a checkpoint at the end of the run; episodes and diagnostics come
+        on top."""
         rows = self._dqn.replay.capacity if self._args["checkpoint_replay"] else 0
         rows = min(rows, self._plan.end)
-        return tree.num_bytes(saved_part(self._state, self._dqn, rows))
+        networks = 3 * tree.num_bytes(self._state.params)  # agent, best agent, last log point
+        return tree.num_bytes(saved_part(self._state, self._dqn, rows)) + networks
 
     def _save_broken(self) -> None:
         """Write the agent of a run that broke off as `broken.pt`; the checkpoints stay."""
@@ -703,12 +703,11 @@ class RunRecord:
             "start_value": unknown,
             "eval_return_best": [r if math.isfinite(r) else None for r in self._best.return_mean],
         }
-        if self._num_members > 1:
-            members["frozen"] = [self._frozen.get(i) for i in range(self._num_members)]
         for name in ("optimal_return", "optimal_start_value"):
             known = self.config["derived"][name]
             members[name] = known if isinstance(known, list) else [known] * self._num_members
-        return summarise(shared, members | self._evaluation, self._members)
+        rows = [{**row, "frozen": self._frozen.get(i)} for i, row in enumerate(self._members)]
+        return summarise(shared, members | self._evaluation, rows)
 
 
 def _write_npz(arrays: Mapping[str, Any], path: Path) -> None:

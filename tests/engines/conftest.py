@@ -19,7 +19,7 @@ from tests.engines.runs import SHORT, SMALL, Ran, Rerun, begin, finish, plan_of_
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of compiled functions that begins empty and is shared by the tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("compiled")))
         yield
 
 

@@ -5,9 +5,13 @@ Runs of `SMALL` have the same shapes whatever their length, so that they are com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +162,37 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise RuntimeError("this fails on purpose\nand has a second line")
 
 
+def wait_until(true: Callable[[], object], most_s: float = 60.0) -> None:
+    """Wait until something is true; fail after `most_s` seconds."""
+    end = time.monotonic() + most_s
+    while not true():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0.02)
+
+
+@contextmanager
+def started(command: list[str], **kwargs: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process whose output can be read, killed in the end."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and that these started, and so on (Linux)."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(path.parent.name))
+    found = list(parents.get(pid, []))
+    for each in found:
+        found += parents.get(each, [])
+    return found
+
+
 # --------------------------------------------------------------------------- another algorithm
 
 
@@ -246,15 +281,9 @@ class Counting:
         return step, UpdateInputs(rows, zeros, zeros[0].clone(), zeros)
 
 
-def count(
-    algorithm: Counting, kind: type, choice: EngineChoice | None, gradient_steps: int = 2
-) -> tuple[ChunkRecord, Any, Runner | None]:
-    """Run `Counting` for 40 vector steps; without a choice plainly, and without a `Runner`.
-
-    Returns:
-        Records of all chunks, one after the other; the state; what ran it.
-    """
-    plan = Plan(
+def plan_of(algorithm: Counting, gradient_steps: int = 2) -> Plan:
+    """40 vector steps, of which the last 34 learn."""
+    return Plan(
         num_envs=algorithm.num_envs,
         total_timesteps=40 * algorithm.num_envs,
         learning_starts=7 * algorithm.num_envs,
@@ -265,6 +294,17 @@ def count(
         max_window_steps=4,
         few_shapes=True,
     )
+
+
+def count(
+    algorithm: Counting, kind: type, choice: EngineChoice | None, gradient_steps: int = 2
+) -> tuple[ChunkRecord, Any, Runner | None]:
+    """Run `Counting` for 40 vector steps; without a choice plainly, and without a `Runner`.
+
+    Returns:
+        Records of all chunks, one after the other; the state; what ran it.
+    """
+    plan = plan_of(algorithm, gradient_steps)
     state, noise = algorithm.init(kind), Noise(5, algorithm.num_members)
     runner = choice and Runner(algorithm, state, plan, noise, choice)
     records = []

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +21,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dqn_fast import tree
 from dqn_fast.algorithm import StepInputs, UpdateInputs
-from dqn_fast.engines import EngineUnavailableError, compiler
+from dqn_fast.engines import StopRequested, cache, compiler
+from dqn_fast.engines.cache import WorkFolder, write_whole
 from dqn_fast.engines.compiler import Compiler, Traced, inductor_options
 from dqn_fast.setup import setup
 from dqn_fast.train import Args
-from tests.engines.runs import CASES, assert_equal, copy_of
+from tests.engines.runs import CASES, assert_equal, copy_of, descendants, started, wait_until
 
 # Its process compiles what the tests of runs need while these trace.
 pytestmark = pytest.mark.usefixtures("compiling")
@@ -184,33 +194,240 @@ def test_every_function_is_compiled_once():
     several = Compiler(x)
     several.start(functions)
     assert several._process is not None
-    jobs = several._process.args[3:]
+    jobs = [word for word in several._process.args if word.endswith((".pt2", ".package"))]
     several.close()
     assert len(jobs) == len(set(jobs)) == 4
 
 
-def test_damaged_packages_are_made_again(tmp_path):
-    """They cost one run its compiled functions, not all the runs to come."""
-    torch.save(torch.zeros(1_000), tmp_path / "whole.pt2")  # packages are archives of this kind
-    damaged = (tmp_path / "whole.pt2").read_bytes()[:1_000]
+def start(*names: str, state: Tensor | None = None) -> Compiler:
+    """A compiler that is at work on a function of each name, all the same."""
+    state = torch.ones(3) if state is None else state
+    compiler = Compiler(state)
+    compiler.start([Traced(name, double_and_add_, (torch.ones_like(state),)) for name in names])
+    return compiler
 
-    def start() -> Compiler:
-        both = Compiler(torch.ones(3))
-        both.start([Traced(name, double_and_add_, (torch.ones(3),)) for name in ("one", "other")])
-        return both
 
-    first = start()
-    first.close()
-    for package in first._packages:
-        package.write_bytes(damaged)
-    second = start()
-    assert second._process is None  # as if they were compiled
-    with pytest.raises(EngineUnavailableError, match="not loadable"):
-        second.finish()
-    assert not any(package.exists() for package in first._packages)
-    third = start()
-    assert third._process is not None  # they are compiled again
-    third.close()
+def packages_of(*names: str) -> list[Path]:
+    """Where the packages of these functions belong."""
+    compiler = start(*names)
+    compiler.close()
+    return compiler._packages
+
+
+def store(content: bytes, package: Path) -> None:
+    write_whole(content, package, package.parent)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dqn_fast"
+
+
+def test_damaged_packages_are_made_again(own_cache):
+    """In the same run, whatever is wrong with them, and the notes say so; the others stay."""
+    names = ("flipped", "cut", "empty", "no package", "linked", "folder")
+    packages = dict(zip(names, packages_of(*names), strict=True))
+    store(b"not a package", packages["no package"])
+    whole = packages["no package"].read_bytes()
+    packages["flipped"].write_bytes(bytes([whole[0] ^ 4]) + whole[1:])
+    packages["cut"].write_bytes(whole[:-1])
+    packages["empty"].write_bytes(b"")
+    packages["linked"].symlink_to(own_cache / "elsewhere")
+    packages["folder"].mkdir()
+    again = start(*names)
+    assert again._process is not None
+    jobs = again._process.args
+    assert not again._loaded
+    for name, package in packages.items():
+        assert str(package) in jobs
+        assert not os.path.lexists(package)
+        (note,) = [note for note in again.notes if str(package) in note]
+        wrong = {"linked": "is a symbolic link", "folder": "is not a file"}
+        wrong["no package"] = "cannot be loaded"
+        assert note == f"{package} {wrong.get(name, 'is damaged')}, so it is made again"
+    again.close()
+
+
+PLANT = """
+#include <fstream>
+__attribute__((constructor)) static void run() {{ std::ofstream("{}") << "it ran"; }}
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("whose", ["ours", "the file is another's", "the folder is another's"])
+def test_libraries_of_other_users_are_never_loaded(whose, own_cache, tmp_path, monkeypatch):
+    """A real one, with the right digest, that another user put where a run would look for it; the
+    first case shows that it does run when it is ours."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache._temporary_cache.cache_clear()
+    (package,) = packages_of("one")
+    (tmp_path / "plant.cpp").write_text(PLANT.format(tmp_path / "ran"))
+    library = tmp_path / "plant.so"
+    command = ["g++", "-shared", "-fPIC", str(tmp_path / "plant.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(tmp_path / "plant.zip", "w") as archive:
+        archive.write(library, "model/plant.so")
+    store((tmp_path / "plant.zip").read_bytes(), package)
+    if whose != "ours":
+        os.chown(package, 12_345, 12_345)
+    if "folder" in whose:
+        os.chown(own_cache, 12_345, 12_345)
+    try:
+        compiler = start("one")
+        assert compiler._process is not None
+        compiler.close()
+        assert (tmp_path / "ran").exists() == (whose == "ours")
+        assert len(compiler.notes) == 1
+        assert package.exists() == ("folder" in whose)
+    finally:
+        cache._temporary_cache.cache_clear()
+
+
+def test_the_state_is_not_written_to_the_disk(own_cache):
+    """A replay may have gigabytes; the second process gets shapes."""
+    compiler = start("one", state=torch.ones(3_000_000))
+    size = sum(path.stat().st_size for path in compiler._work.path.glob("*.pt2"))
+    compiler.close()
+    assert 0 < size < 100_000
+
+
+# ------------------------------------------------------------------------ the compiler's process
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+
+
+@on_linux
+def test_waiting_ends_when_it_is_asked_to(own_cache):
+    """At once, with all processes and files of the compiler, which had worked on although the
+    thread that started it had ended."""
+    with ThreadPoolExecutor(1) as pool:
+        compiler = pool.submit(start, "one").result()
+    process = compiler._process
+    wait_until(lambda: descendants(process.pid))
+    time.sleep(0.5)
+    assert process.poll() is None
+    family = [process.pid, *descendants(process.pid)]
+    assert len(family) >= 2
+    began = time.monotonic()
+    asked: list[float] = []
+
+    def should_stop() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) > 3
+
+    with pytest.raises(StopRequested):
+        compiler.finish(should_stop)
+    assert time.monotonic() - began < 2
+    assert max(b - a for a, b in zip([began, *asked], asked, strict=False)) < 0.5
+    assert not any(map(name_of, family))
+    assert list(own_cache.glob("work-*")) == []
+
+
+KILLED = """
+import time, torch
+from tests.engines.test_compiler import start
+compiler = start("one")
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "moment", ["at once", pytest.param("in the C++ compiler", marks=pytest.mark.slow)]
+)
+def test_a_killed_run_leaves_no_compiler(moment, own_cache):
+    """Within 2 s after SIGKILL all processes that it started are gone; its files too, and those
+    that are not go when the next compiler starts."""
+    with started([sys.executable, "-c", KILLED]) as run:
+        run.stdout.readline()
+        if moment == "at once":
+            wait_until(lambda: len(descendants(run.pid)) >= 2)
+        else:
+            wait_until(lambda: "cc1plus" in map(name_of, descendants(run.pid)))
+        family = descendants(run.pid)
+        assert len(list(own_cache.glob("work-*"))) == 1
+        run.kill()
+        run.wait()
+        wait_until(lambda: not any(map(name_of, family)), 2)
+    wait_until(lambda: not list(own_cache.glob("work-*")), 2)
+    left = WorkFolder(own_cache)
+    os.close(left.lock)  # as if its process had been killed with the one that watches
+    start("one").close()
+    assert list(own_cache.glob("work-*")) == []
+
+
+def name_of(pid: int) -> str:
+    """Of a process that runs; empty for one that does not."""
+    try:
+        name, _, status = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if status.split()[0] == "Z" else name
+
+
+def run_all(compiler: Compiler) -> list[list[float]]:
+    """Values of the state after each call of the compiled functions, and of the last result."""
+    rows = []
+    for name, call in zip(compiler.results, compiler.finish(), strict=True):
+        call([*compiler.state, torch.ones(3), compiler.results[name]])
+        rows.append(compiler.state[0].tolist())
+    return [*rows, compiler.results[name].tolist()]
+
+
+EXPECTED = [[3.0] * 3, [7.0] * 3, [7.0] * 3]
+
+
+@pytest.mark.slow
+def test_what_was_damaged_is_compiled_and_kept_again(own_cache):
+    """After any flip of a byte the same run calls a compiled function, and the next run needs no
+    compiler; precompiled headers are checked too."""
+    assert run_all(start("one", "other")) == EXPECTED
+    kept = start("one", "other")
+    assert kept._process is None
+    assert kept.notes == []
+    assert run_all(kept) == EXPECTED
+    package = kept._packages[0]
+    whole = package.read_bytes()
+    generator = torch.Generator().manual_seed(1)
+    for place in torch.randint(len(whole), (20,), generator=generator).tolist():
+        package.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        damaged = start("one", "other")
+        damaged.close()
+        assert damaged._process is None
+        assert set(damaged._loaded) == {kept._packages[1]}
+    headers = sorted((own_cache / "inductor").glob("*.gch"))
+    assert headers
+    for header in headers:
+        content = header.read_bytes()
+        header.write_bytes(content[:1_000] + bytes([content[1_000] ^ 1]) + content[1_001:])
+    assert run_all(start("one", "other")) == EXPECTED
+    for header in (own_cache / "inductor").iterdir():
+        assert header.name.startswith(hashlib.sha256(header.read_bytes()).hexdigest())
+    last = start("one", "other")
+    last.close()
+    assert len(last._loaded) == 2
+
+
+TOGETHER = """
+import torch
+from tests.engines.test_compiler import EXPECTED, run_all, start
+for _ in range(2):
+    compiler = start("one", "other")
+    assert run_all(compiler) == EXPECTED and compiler.notes == [], compiler.notes
+"""
+
+
+@pytest.mark.slow
+def test_runs_that_compile_the_same_at_once(own_cache):
+    """Four on one cache: all have compiled functions, and none meets a half-written file."""
+    runs = [subprocess.Popen([sys.executable, "-c", TOGETHER]) for _ in range(4)]
+    assert [run.wait() for run in runs] == [0] * 4
+    assert len(list(own_cache.glob("*.package"))) == 2
+    assert list(own_cache.glob("work-*")) == []
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dqn_fast.engines import EngineChoice, compiler
+from dqn_fast.engines import EngineChoice, Runner, StopRequested, cache_state, compiler
 from dqn_fast.engines.graph import CudaGraphs
 from dqn_fast.envs import make_env
+from dqn_fast.noise import Noise
 from dqn_fast.record.checkpoint import load_checkpoint
 from dqn_fast.setup import setup
 from dqn_fast.train import train
@@ -31,7 +32,10 @@ from tests.engines.runs import (
     Rerun,
     assert_equal,
     assert_same_learning,
+    copy_of,
     count,
+    inputs_of,
+    plan_of,
     refuse,
     run,
 )
@@ -57,10 +61,11 @@ def test_compiled_and_eager_runs_agree_over_1000_updates(eager, compiled):
 def test_a_second_run_finds_what_the_first_compiled(compiled):
     """In the cache; it is the same bit for bit, whatever the chunk's length, and nothing is left to
     compile in mid-run."""
-    packages = {path: path.stat().st_mtime_ns for path in compiler._cache().iterdir()}
+    folder = cache_state().folder
+    packages = {path: path.stat().st_mtime_ns for path in folder.glob("*.package")}
     before = dict(torch._dynamo.utils.counters["stats"])
     again = run(replace(SMALL, engine="compile", chunk_steps=5))
-    assert {path: path.stat().st_mtime_ns for path in compiler._cache().iterdir()} == packages
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.package")} == packages
     assert dict(torch._dynamo.utils.counters["stats"]) == before
     assert_equal((again.metrics, again.state), (compiled.metrics, compiled.state))
 
@@ -261,6 +266,47 @@ def test_a_run_without_gradient_steps_is_not_in_the_compilers_way(changes, tmp_p
     assert summary["status"] == "done"
 
 
+# ---------------------------------------------------------------------- while the loop waits
+
+
+@pytest.mark.parametrize("behind", [0, 20, 50])
+def test_a_run_that_waits_for_the_compiler_can_be_stopped(behind, tmp_path, monkeypatch):
+    """Before the chunk that waits has run, at the gradient step at which compiled functions take
+    over, whether the run began at the first one or goes on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    algorithm, switch = Counting(), 50
+    plan = plan_of(algorithm)
+    state, noise = algorithm.init(Counts), Noise(5, algorithm.num_members)
+    choice = EngineChoice("compile", True, "test", switch)
+    runner = Runner(algorithm, state, plan, noise, choice, num_updates=behind)
+    runner.should_stop = lambda: True
+    for _, chunk in plan.chunks():
+        before = copy_of(state)
+        inputs = inputs_of(chunk, algorithm, noise, runner)
+        try:
+            runner(*inputs, chunk.update_counts)
+        except StopRequested:
+            break
+    assert_equal(before, state)
+    assert switch <= behind + int(state.num_updates[0]) < switch + 2 * 4
+    assert list((tmp_path / "dqn_fast").glob("work-*")) == []
+    runner.close()
+
+
+def test_a_cache_that_is_not_used_is_named(tmp_path, monkeypatch):
+    """In the reason of the engine, with what is wrong with it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "dqn_fast").symlink_to("elsewhere")
+    algorithm = Counting()
+    state, noise = algorithm.init(Counts), Noise(5, algorithm.num_members)
+    runner = Runner(algorithm, state, plan_of(algorithm), noise, COMPILED)
+    runner.close()
+    wrong = f"{tmp_path / 'dqn_fast'} is a symbolic link, so nothing compiled is kept"
+    assert runner.reason == f"test; {wrong}"
+    assert runner.engine == "compile"
+    assert not (tmp_path / "elsewhere").exists()
+
+
 # ------------------------------------------------------------------------------ what goes wrong
 
 
@@ -282,17 +328,17 @@ COMPILER = "dqn_fast.engines.compiler"
 FAILURES: dict[str, tuple[str, Any, str]] = {
     "tracing": (f"{COMPILER}.Compiler.trace", refuse, "not compilable: this fails on purpose"),
     "exporting": ("torch.export.export", refuse, "not compilable: this fails on purpose"),
-    "the cache": (f"{COMPILER}._cache", refuse, "not compilable: this fails on purpose"),
+    "the cache": (f"{COMPILER}.usable_cache", refuse, "not compilable: this fails on purpose"),
     "starting": (
         f"{COMPILER}.subprocess.Popen", refuse, "not compilable: this fails on purpose",
     ),
     "compiling": (f"{COMPILER}.sys.executable", "false", "the compiler failed: no message"),
     "loading": (f"{COMPILER}._load", refuse, "not loadable: this fails on purpose"),
     "the first call": (
-        f"{COMPILER}._load", lambda _: refuse, "does not run: this fails on purpose",
+        f"{COMPILER}._load", lambda *_: refuse, "does not run: this fails on purpose",
     ),
     "its numbers": (
-        f"{COMPILER}._load", lambda _: lambda tensors: None,
+        f"{COMPILER}._load", lambda *_: lambda tensors: None,
         "draw does not run: its numbers are not those of the plain function",
     ),
     "graphs": (
@@ -305,8 +351,9 @@ FAILURES: dict[str, tuple[str, Any, str]] = {
 
 
 def keep_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages that a test says are damaged stay for the other tests."""
+    """Packages that a test says are damaged stay for the other tests, and nobody makes new ones."""
     monkeypatch.setattr(Path, "unlink", lambda self, *_, **__: None)
+    monkeypatch.setattr(compiler.Compiler, "_compile", lambda self, jobs: None)
 
 
 @pytest.mark.parametrize("point", FAILURES)
@@ -316,7 +363,7 @@ def test_whatever_fails_costs_a_line(
     """Wherever the making of an engine fails, the run is the one without it: one line says why;
     files, metrics and weights are the same."""
     if point in ("exporting", "starting", "compiling"):  # where nothing is in the cache
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     target, value, reason = FAILURES[point]
     if point == "starting":  # the module is not the compiler's alone
         own = types.SimpleNamespace(**vars(subprocess))

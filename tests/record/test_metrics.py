@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dqn_fast.algorithm import UPDATE_METRICS, ChunkRecord
-from dqn_fast.record.metrics import EpisodeLog, Metrics
+from dqn_fast.record.metrics import EpisodeLog, Metrics, Reading
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,67 @@
+"""Runs a command that ends with the process that started it.
+
+    python -I -S watched.py STARTER FOLDER COMMAND [ARGUMENT ...]
+
+STARTER, a process id, keeps the other end of standard input open. When that is closed, by the
+starter or by its death, however it died, the command and all processes that it started are killed
+and FOLDER is removed. A process of its own does this, because one that compiles may be busy for
+seconds. It imports nothing but the standard library, so that it costs a few megabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+INTERVAL_S = 0.05
+"""Seconds between two looks at the command and at the starter."""
+
+
+def watch(starter: int, folder: str, command: list[str]) -> int:
+    """Run the command; returns its exit status, or 1 if the starter is gone."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=_end_with_parent,
+    ) as process:
+        gone = False
+        while process.poll() is None and not gone:
+            closed, _, _ = select.select([sys.stdin], [], [], INTERVAL_S)
+            # A forked copy of the starter may keep the pipe open.
+            gone = bool(closed) or os.getppid() != starter
+        if gone and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if gone:
+        _remove(folder)
+        return 1
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _end_with_parent() -> None:
+    """Let Linux kill this process if this program is killed."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder into which killed processes may still write for a moment."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+        time.sleep(INTERVAL_S)
+
+
+if __name__ == "__main__":
+    sys.exit(watch(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
