@@ -24,17 +24,18 @@ from typing import Annotated
 import torch
 import tyro
 
-from scripts.torture import damage, disks, stops, together
+from scripts.torture import damage, disks, inputs, stops, together
 from scripts.torture.trial import Trial
 
 TABLE: dict[str, tuple[Callable[[Trial], None], float]] = {
-    "resume": (stops.resume, 60),
-    "kills": (stops.kills, 60),
-    "flips": (damage.flips, 30),
-    "odd": (damage.odd_files, 20),
-    "disks": (disks.disks, 30),
-    "together": (together.together, 20),
-    "long": (together.long, 40),
+    "resume": (stops.resume, 40),
+    "kills": (stops.kills, 35),
+    "flips": (damage.flips, 20),
+    "odd": (damage.odd_files, 15),
+    "inputs": (inputs.inputs, 30),
+    "disks": (disks.disks, 20),
+    "together": (together.together, 15),
+    "long": (together.long, 30),
 }
 """Experiments, and the seconds that the short form gives to each."""
 

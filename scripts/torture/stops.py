@@ -124,14 +124,18 @@ def kills(trial: Trial) -> None:
         if not trial.ended(undisturbed, 0):
             continue
         for _ in trial.rounds(200 // len(kinds) // 5 + 1, 1):
-            _killed(trial, kind, flags, whole, undisturbed.seconds, most=5 if trial.full else 3)
+            _killed(trial, kind, flags, whole, undisturbed.seconds, most=5 if trial.full else 2)
         trial.drop(whole)
 
 
 def _killed(
     trial: Trial, kind: str, flags: tuple[str, ...], whole: Path, seconds: float, most: int
 ) -> None:
-    """One run that is killed up to `most` times, and its comparison with the undisturbed one."""
+    """One run that is killed up to `most` times, and its comparison with the undisturbed one.
+
+    Four of five kills come while the undisturbed run would be in its loop.
+    """
+    loop_s = json.loads((whole / "summary.json").read_text())["loop_s"]
     path, temporary = trial.new("killed"), trial.new("tmp")
     cache = trial.new("cache")
     temporary.mkdir()
@@ -142,7 +146,9 @@ def _killed(
         # A new interpreter as long as it may be killed at its start; without a kill it may compile.
         command = Command.start(*argv, folder=trial.new("streams"), env=env, fresh=True)
         last = i == most
-        delay = 2.5 + trial.random.random() * seconds
+        delay = seconds - trial.random.random() * (
+            loop_s if trial.random.random() < 0.8 else seconds
+        )
         while not last and not command.poll() and time.monotonic() < command.began + delay:
             time.sleep(0.002)
         children = command.session()
