@@ -77,8 +77,6 @@ def main() -> int:
         began = time.monotonic()
         experiment(trial)
         print(f"{trial.line()}, {time.monotonic() - began:.0f} s", flush=True)
-        for failure in trial.failures[:20]:
-            print(f"  {name}: {failure}", file=sys.stderr, flush=True)
         failed |= bool(trial.failures) or not trial.tried
         if not trial.failures and args.keep is None:
             shutil.rmtree(below, ignore_errors=True)

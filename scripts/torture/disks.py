@@ -88,8 +88,7 @@ def _faulty(trial: Trial, path: Path, at: int, last: int, number: int) -> tuple[
 def _judge(trial: Trial, whole: Path, path: Path, outcome: Outcome, what: str) -> None:
     before = len(trial.failures)
     said = outcome.out + outcome.err
-    if not trial.ended(outcome, 0, 1, 2):
-        trial.failures[-1] = f"{what}: {trial.failures[-1]}"
+    trial.check(outcome.code in (0, 1, 2) and not outcome.traceback, f"{what}: {outcome}")
     # An older checkpoint is missing if the newest was not written once more.
     expected = {p.name for p in whole.iterdir() if not p.match("checkpoint.*.pt")}
     there = {p.name for p in path.iterdir()} if path.is_dir() else set()

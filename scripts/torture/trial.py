@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,10 +49,11 @@ class Trial:
     _folders: int = 0
 
     def check(self, holds: bool, what: object) -> bool:
-        """Count a check; `what` is kept if it does not hold."""
+        """Count a check; `what` is kept, and printed at once, if it does not hold."""
         self.tried += 1
         if not holds:
-            self.failures.append(" ".join(str(what).split())[:400])
+            self.failures.append(" ".join(str(what).split())[:500])
+            print(f"  {self.name}: {self.failures[-1]}", file=sys.stderr, flush=True)
         return holds
 
     def ended(self, outcome: Outcome, *codes: int) -> bool:
