@@ -19,6 +19,7 @@ from dqn_fast.envs.core import (
     VectorState,
     check_env,
 )
+from dqn_fast.envs.foreign import doubtful_param
 from dqn_fast.envs.from_gymnasium import VectorizationMode, from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
@@ -46,6 +47,7 @@ __all__ = [
     "experiment",
     "from_gymnasium",
     "make_env",
+    "refusal",
 ]
 
 TENSOR_ENVS: dict[str, type[TensorEnv]] = {
@@ -97,6 +99,26 @@ def make_env(
             "(module:ID imports the module that registers it)"
         )
     return from_gymnasium(name, values, vectorization_mode)
+
+
+def refusal(env_id: str, params: Mapping[str, Any], named: bool = False) -> str | None:
+    """Why `make_env` may not be called with values that stand in a file; None: it may be.
+
+    A file is data, and whoever wrote it is not asked. So it may choose an environment that is
+    registered here, and give it numbers and plain words. It may not name a module to import, or
+    parameters that could name a module, an environment, a file or a window. Those come from the
+    person, by --env-id and --env-params.
+
+    Args:
+        env_id: as for `make_env`.
+        params: as for `make_env`.
+        named: the person has named the environment itself; only the parameters are the file's.
+    """
+    name = env_id.removeprefix(GYMNASIUM_PREFIX)
+    if not named and ":" in name:
+        return f"importing {name.rpartition(':')[0]}"
+    key = doubtful_param(params)
+    return None if key is None else f"parameter {key}"
 
 
 def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
