@@ -19,7 +19,7 @@ from dqn_fast.envs.core import (
     VectorState,
     check_env,
 )
-from dqn_fast.envs.foreign import doubtful_param
+from dqn_fast.envs.foreign import doubtful_param, flags_for
 from dqn_fast.envs.from_gymnasium import VectorizationMode, from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
@@ -45,6 +45,7 @@ __all__ = [
     "VectorizationMode",
     "check_env",
     "experiment",
+    "flags_for",
     "from_gymnasium",
     "make_env",
     "refusal",

@@ -8,31 +8,33 @@ its id, MuJoCo's `xml_file` is a file, and `render_mode="human"` opens a window.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from dqn_fast.envs.from_gymnasium import parse_text
 
 _NAMES = re.compile(
-    r"(^|_)(env|envs|id|ids|spec|entry|point|module|import|package|plugin|class|cls|type|object|"
+    r"(^|_)(env|envs|id|ids|spec|entry|point|module|import|package|plugin|class|cls|"
     r"callable|callback|function|func|fn|factory|maker|wrapper|wrappers|kwargs|args|hook|code|eval|"
     r"exec|command|cmd|script|shell|program|binary|exe|path|paths|file|files|filename|filepath|dir|"
     r"directory|folder|root|url|uri|host|port|address|socket|server|rom|roms|xml|mjcf|urdf|asset|"
-    r"assets|load|checkpoint|model|render|display|window|screen|record|video|save|log|logger)(_|$)",
+    r"assets|checkpoint|model|render|display|window|screen|record|video|save|log|logger)(_|$)",
     re.IGNORECASE,
 )
 """Names of parameters, or words in them, that may tell a constructor what to import or to open."""
 _WORD = re.compile(r"[A-Za-z0-9_+\-, ]{0,100}")
-_MOST_VALUES, _MOST_DEPTH = 100_000, 8
+_MOST_VALUES, _MOST_DEPTH, _MOST_LINE = 100_000, 8, 500
 
 
 def doubtful_param(params: Mapping[str, Any]) -> str | None:
     """The first parameter that is not plain; None: all are.
 
-    Plain are numbers, truth values, None, and words without a dot, colon or slash, also in lists and
-    dicts; whatever the value, a parameter is not plain if its name is one for files, modules,
-    environments or windows, unless it is a number, a truth value or None.
+    Plain are numbers, truth values and None, and words without a dot, colon or slash, also in lists
+    and dicts. A word is not plain if the parameter's name is one for files, modules, environments
+    or windows.
     """
     budget = [_MOST_VALUES]
     for key, value in params.items():
@@ -51,7 +53,7 @@ def _is_plain(key: str, value: Any, budget: list[int], depth: int) -> bool:
         return True
     if isinstance(value, list | tuple):
         return all(_is_plain(key, item, budget, depth + 1) for item in value)
-    if _NAMES.search(key):
+    if _NAMES.search(re.sub("([a-z0-9])([A-Z])", r"\1_\2", key)):
         return False
     if isinstance(value, Mapping):
         return all(
@@ -59,3 +61,15 @@ def _is_plain(key: str, value: Any, budget: list[int], depth: int) -> bool:
             for name, item in value.items()
         )
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
+
+
+def flags_for(env_id: str, params: Mapping[str, Any]) -> str | None:
+    """The flags that name an environment and its parameters, to be typed in a shell; None: the
+    names hold what nobody can type."""
+    words = ["--env-id", env_id]
+    if params:
+        words.append("--env-params")
+    for key, value in params.items():
+        words += [key, value if isinstance(value, str) else json.dumps(value)]
+    line = " ".join(map(shlex.quote, words))
+    return line if line.isprintable() and len(line) <= _MOST_LINE else None

@@ -1,7 +1,7 @@
 """What a file must be before torch may read it as a checkpoint.
 
-torch.load runs no code from a file when told so. But it waits for a pipe, unpacks an archive that is
-a thousand times larger than its file, and gives a pickle the memory that it asks for.
+With `weights_only`, torch.load runs no code from a file. But it waits for a pipe, unpacks archives
+that are a thousand times larger than their file, and gives a pickle the memory that it asks for.
 """
 
 from __future__ import annotations
