@@ -131,12 +131,12 @@ def load_agent(
     try:
         q_net = read_q_function(content)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        reason = describe_error(error)
+        reason = shown(error) if isinstance(error, ValueError) else shown(describe_error(error))
         raise ValueError(f"{path}: its network cannot be read ({reason})") from error
     try:
         check_agent(content, q_net.num_members)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {shown(error)}") from None
     returns = content["eval_return_mean"]
     if member is None:
         member = int(np.argmax(np.nan_to_num(returns, nan=-np.inf)))
@@ -170,13 +170,14 @@ def _make_env(
     if reason is not None:
         params = {**own, **named} if doubtful_param(own) is not None or named else {}
         flags = flags_for(asked, params)
-        call = f"env_id={asked!r}" + (f", env_params={params}" if params else "")
-        how = (
-            f"python -m dqn_fast.evaluate {shlex.quote(str(path.parent))} {flags}, or "
-            f"load_agent({str(path.parent)!r}, {call})"
-            if flags is not None
-            else "load_agent(run_dir, env=...)"
-        )
+        how = "load_agent(run_dir, env=...)"
+        if flags is not None:  # else the parameters may be too many to print
+            call = f"env_id={asked!r}" + (f", env_params={params}" if params else "")
+            folder = str(path.parent)
+            how = (
+                f"python -m dqn_fast.evaluate {shlex.quote(folder)} {flags}, or "
+                f"load_agent({folder!r}, {call})"
+            )
         raise ValueError(
             f"{path}: its environment is {shown(asked)}; {shown(reason)} is done only if you name "
             f"it: {how}"
@@ -234,13 +235,17 @@ def read_q_function(content: Mapping[str, Any]) -> QFunction:
     described = dict(content.get("network") or {"sizes": content["sizes"]})
     sizes, params = described["sizes"], content["q_net"]
     if not (isinstance(sizes, list | tuple) and all(type(size) is int for size in sizes)):
-        raise ValueError(f"sizes {shown(sizes)}: must be whole numbers")
+        raise ValueError(f"sizes {describe_value(sizes)}: must be a list of whole numbers")
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes {shown(sizes)}: must be two numbers or more, each at least 1")
     network = QNetwork(**{**described, "sizes": tuple(sizes)})
-    head = make_head(content.get("head") or {"name": "scalar"})
+    about_head = dict(content.get("head") or {"name": "scalar"})
+    if not all(isinstance(value, str | int | float) for value in about_head.values()):
+        raise ValueError(f"head {describe_value(about_head)}: must be a dict of text and numbers")
+    head = make_head(about_head)
     if type(network.num_outputs) is not int or network.num_outputs != head.num_outputs:
-        raise ValueError(f"num_outputs {shown(network.num_outputs)}: must be {head.num_outputs}")
+        given = describe_value(network.num_outputs)
+        raise ValueError(f"num_outputs {given}: must be {head.num_outputs}")
     if not isinstance(params, Mapping):
         raise ValueError(f"q_net is {describe_value(params)}, not a dict")
     num_members = None

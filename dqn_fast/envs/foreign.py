@@ -66,6 +66,8 @@ def _is_plain(key: str, value: Any, budget: list[int], depth: int) -> bool:
 def flags_for(env_id: str, params: Mapping[str, Any]) -> str | None:
     """The flags that name an environment and its parameters, to be typed in a shell; None: the
     names hold what nobody can type."""
+    if not _is_small(params, [_MOST_LINE], 0):
+        return None
     words = ["--env-id", env_id]
     if params:
         words.append("--env-params")
@@ -73,3 +75,15 @@ def flags_for(env_id: str, params: Mapping[str, Any]) -> str | None:
         words += [key, value if isinstance(value, str) else json.dumps(value)]
     line = " ".join(map(shlex.quote, words))
     return line if line.isprintable() and len(line) <= _MOST_LINE else None
+
+
+def _is_small(value: Any, budget: list[int], depth: int) -> bool:
+    """Whether a value has few parts: a list that holds another one twice, and so on, has 2^n."""
+    budget[0] -= 1
+    if budget[0] < 0 or depth > _MOST_DEPTH:
+        return False
+    if isinstance(value, Mapping):
+        return all(_is_small(item, budget, depth + 1) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_small(item, budget, depth + 1) for item in value)
+    return isinstance(value, str | bool | int | float | None)
