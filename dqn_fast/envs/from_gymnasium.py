@@ -1146,11 +1146,11 @@ def _parse_params(name: str, spec: Any, params: Mapping[str, Any]) -> dict[str, 
             )
         default = known[key].default if key in known else None
         is_text = isinstance(value, str) and not isinstance(default, str)
-        values[key] = _parse(value) if is_text else value
+        values[key] = parse_text(value) if is_text else value
     return values
 
 
-def _parse(text: str) -> Any:
+def parse_text(text: str) -> Any:
     """Text of the command line as the number, truth value, None or list that it reads as."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
