@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -19,8 +20,7 @@ from dqn_fast.envs.foreign import doubtful_param
 from dqn_fast.envs.spaces import describe_error, describe_value
 from dqn_fast.heads import make_head
 from dqn_fast.networks import QNetwork
-from dqn_fast.record.archive import check_archive
-from dqn_fast.record.checkpoint import load_checkpoint
+from dqn_fast.record.checkpoint import load_newest
 
 AgentFile = Literal["best", "last"]
 _MOST_STEPS = 2**31 - 1
@@ -124,10 +124,11 @@ def load_agent(
     try:
         if not path.exists() and last.exists():
             raise ValueError(f"{path}: does not exist, no evaluation was made; use --agent last")
-        check_archive(path)
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    content = load_checkpoint(path, choose_device(device))
+    content, notes = load_newest(path, choose_device(device))
+    for note in notes:
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
     try:
         q_net = read_q_function(content)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
