@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -20,12 +20,13 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.agent import AgentFile, load_agent
+from dqn_fast.agent import AgentFile, load_agent, shown
 from dqn_fast.device import upload
 from dqn_fast.dqn import QFunction
 from dqn_fast.engines import StopRequested
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
+from dqn_fast.memory import check_evaluation
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.process import command
 from dqn_fast.settings import at_least, check_settings, parse
@@ -139,6 +140,14 @@ class EvaluateArgs:
     """Seed of the episodes; they always differ from those of the training run."""
     agent: AgentFile = "best"
     """Weights to play: best (of the best evaluation during training) or last."""
+    env_id: str | None = None
+    """Name of the environment. Only needed where the run's own is of another module, MODULE:ID,
+    which is imported only if you name it."""
+    env_params: Annotated[
+        dict[str, str | int | float | bool], tyro.conf.arg(metavar="[NAME VALUE ...]")
+    ] = field(default_factory=dict)
+    """Parameters of the environment in place of the run's own, as pairs. Those that may name a file
+    or a module are used only if you name them."""
     device: str = "auto"
     """Device: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or part of a card's name."""
     video: Path | None = None
@@ -155,7 +164,19 @@ def main() -> int:
     """Print one line per member, then one JSON line; returns the exit status."""
     try:
         args = check_settings(parse(EvaluateArgs))
-        agent = load_agent(args.run_dir, args.agent, device=args.device)
+        agent = load_agent(
+            args.run_dir,
+            args.agent,
+            device=args.device,
+            env_id=args.env_id,
+            env_params=args.env_params,
+        )
+        q_net = agent.q_net
+        hidden = tuple(q_net.network.sizes[1:-1])
+        check_evaluation(agent.env, q_net.num_members, args.episodes, hidden, q_net.device)
+        if args.env_id is not None and args.env_id != agent.env_id:
+            named = f"note: the run is of {shown(agent.env_id)}, and plays {args.env_id} here"
+            print(named, file=sys.stderr)
         draws = ready(agent, args.video) if args.video else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -532,6 +532,37 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
     raise ValueError(f"--device {device}: must have more memory; no run fits into {place}")
 
 
+def check_evaluation(
+    env: TensorEnv,
+    num_members: int,
+    episodes: int,
+    hidden_sizes: tuple[int, ...],
+    device: torch.device,
+    name: str = "--episodes",
+) -> None:
+    """Refuse an evaluation that does not fit into the free memory of its device.
+
+    Raises:
+        ValueError: it does not fit; the message has the largest number of episodes that does.
+    """
+    free = free_memory(device)
+    if free is None:
+        return
+    layout = Layout.of(env)
+
+    def needs(episodes: int) -> int:
+        counts: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(Sizes)), 1)
+        counts |= {"num_seeds": num_members, "eval_episodes": episodes}
+        sizes = Sizes(**{**counts, "hidden_sizes": hidden_sizes, "holds_actions": False})
+        return _Run(sizes, layout, device.type == "cuda")._passing()["evaluation"]
+
+    if needs(episodes) > free:
+        raise ValueError(
+            f"{name} {episodes}: must be at most {free // needs(1):,} to fit into the free memory "
+            f"of {device}"
+        )
+
+
 def _largest(sizes: Sizes, flag: str, fits: Callable[[Sizes], bool]) -> int | None:
     """The largest value of a setting that fits, rounded to three digits; None: no value fits."""
     low, high = _least(sizes, flag), _value(sizes, flag)

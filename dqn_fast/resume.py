@@ -21,7 +21,7 @@ import torch
 
 from dqn_fast import tree
 from dqn_fast.dqn import DQN, State
-from dqn_fast.envs import TensorEnv, refusal
+from dqn_fast.envs import TensorEnv, flags_for, refusal
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.record.checkpoint import (
     kept_paths,
@@ -177,22 +177,26 @@ class Resumption:
             )
         return complete
 
-    def named(self, env_id: str | None) -> None:
+    def named(self, env_id: str | None, env_params: Mapping[str, Any]) -> None:
         """Check that the environment may be made: a path to code in a file is only a name, and is
         imported where the person names it too.
 
         Args:
             env_id: id that the person has named; None: none.
+            env_params: parameters that the person has named.
 
         Raises:
             UsageError: it has to be named.
         """
         args = self.config["args"]
-        if env_id == args["env_id"] or self.config.get("own_env"):
+        if self.config.get("own_env"):
             return
-        if why := refusal(args["env_id"], args["env_params"]):
+        unnamed = {k: v for k, v in args["env_params"].items() if k not in env_params}
+        if why := refusal(args["env_id"], unnamed, named=env_id == args["env_id"]):
+            flags = flags_for(args["env_id"], args["env_params"]) or "--env-id and --env-params"
             raise UsageError(
-                f"--resume {self.run_dir}: {why}; if you trust it, add --env-id {args['env_id']}"
+                f"--resume {self.run_dir}: its environment is {args['env_id']!r}; {why} is done "
+                f"only if you name it: add {flags}"
             )
 
     def restore_(self, state: State, dqn: DQN, noise: Noise) -> list[dict[str, Any]]:
@@ -219,7 +223,8 @@ class Resumption:
             return []
         try:
             if self.saved["host"] is None:
-                raise ValueError("its state cannot be saved")
+                why = self.saved["host_refusal"]
+                raise ValueError(f"the environment's state cannot be saved ({why})")
             dqn.env.load_host_state_(self.saved["host"])
         except ValueError as error:
             self.notes.append(f"all copies begin new episodes: {error}")
@@ -259,7 +264,7 @@ def open_run(run_dir: Path) -> Resumption:
                 )
                 notes += _software_changes(run.config["software"])
                 return run
-            except (ValueError, KeyError, TypeError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 text = str(error) if isinstance(error, ValueError) else f"{path}: cannot be read"
                 notes.append(f"{text}; used the one before")
         why = notes[0].removesuffix("; used the one before") if notes else "has no checkpoint"

@@ -186,9 +186,7 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
             choice = engine_of(args, env, plan)
             if resumed is not None and resumed.num_updates >= (choice.switch or 0):
                 choice = dataclasses.replace(choice, switch=None)
-            # On a CPU the compiler process gets a copy and loads it, which makes two more.
-            state_copies = 3 if device.type == "cpu" else 1
-            if choice.compiled and not fits(args, env, device, state_copies):
+            if choice.compiled and not fits(args, env, device, state_copies=1):
                 why = "too little memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
             noise = Noise(args.seed, args.num_members, device, args.num_seeds)

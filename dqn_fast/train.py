@@ -40,7 +40,7 @@ from dqn_fast.record.run import (
     refuse_used_dir,
 )
 from dqn_fast.resume import Resumption, open_run
-from dqn_fast.settings import UsageError, above, at_least, between, finite, parse
+from dqn_fast.settings import UsageError, above, at_least, between, expand_flags, finite, parse
 from dqn_fast.setup import Training, device_of, intervals, member_values, settle, setup
 from dqn_fast.sweep import members_of, num_points, read_sweep
 
@@ -290,7 +290,7 @@ def train(
         if args.resume is not None:
             resumed = open_run(args.resume)
             stack.callback(resumed.lock.release)
-            resumed.named(args.env_id)
+            resumed.named(args.env_id, args.env_params)
             args = resumed.complete(args, env)
         return run(args, env, resumed, on_log, should_stop)
 
@@ -464,7 +464,8 @@ def main() -> int:
         if (run_dir := asked(argv, "--resume")) is not None:
             resumed = open_run(Path(run_dir))
             args = parse(Args, default=resumed.args_of(Args))
-            resumed.named(asked(argv, "--env-id"))
+            named = "--env-params" in expand_flags(Args, argv)
+            resumed.named(asked(argv, "--env-id"), args.env_params if named else {})
             args = resumed.complete(args, exact=True)
         else:
             args = parse(Args, default=Args.for_env(asked_env_id(argv)))

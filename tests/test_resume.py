@@ -301,3 +301,26 @@ def test_an_environment_of_ones_own_has_to_be_given_again(tmp_path):
         train(Args(resume=run_dir), env=LineWorld(10, 20))
     train(Args(resume=run_dir), env=LineWorld(9, 20))
     assert content(run_dir) == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["compile", "auto"])
+def test_a_compiled_run_is_resumed_bit_for_bit(engine, tmp_path, monkeypatch):
+    """Also across the gradient step at which `auto` changes over, wherever a chunk ends."""
+    monkeypatch.setattr("dqn_fast.engines.choice.AUTO_SWITCH", 50)
+    more: dict[str, Any] = {"engine": engine, "num_seeds": 2, "train_freq": 8}
+    train(settings(tmp_path / "whole", **more))
+    expected = content(tmp_path / "whole")
+    assert "compile" in expected["summary"]["engine"]
+    generator = random.Random(engine)
+    for i in range(4):
+        run_dir = tmp_path / str(i)
+        result = train(
+            settings(run_dir, **more, chunk_steps=5 + i), should_stop=after(generator.randrange(40))
+        )
+        while result.summary["status"] == "stopped":
+            result = train(Args(resume=run_dir), should_stop=after(generator.randrange(3, 40)))
+        found = content(run_dir)
+        for name, value in expected.items():
+            if name not in ("plain",):
+                assert found[name] == value, name

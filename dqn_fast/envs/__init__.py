@@ -19,6 +19,7 @@ from dqn_fast.envs.core import (
     VectorState,
     check_env,
 )
+from dqn_fast.envs.foreign import doubtful_param, flags_for
 from dqn_fast.envs.from_gymnasium import VectorizationMode, from_gymnasium
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
@@ -44,8 +45,10 @@ __all__ = [
     "VectorizationMode",
     "check_env",
     "experiment",
+    "flags_for",
     "from_gymnasium",
     "make_env",
+    "refusal",
 ]
 
 TENSOR_ENVS: dict[str, type[TensorEnv]] = {
@@ -99,6 +102,26 @@ def make_env(
     return from_gymnasium(name, values, vectorization_mode)
 
 
+def refusal(env_id: str, params: Mapping[str, Any], named: bool = False) -> str | None:
+    """Why `make_env` may not be called with values that stand in a file; None: it may be.
+
+    A file is data, and whoever wrote it is not asked. So it may choose an environment that is
+    registered here, and give it numbers and plain words. It may not name a module to import, or
+    parameters that could name a module, an environment, a file or a window. Those come from the
+    person, by --env-id and --env-params.
+
+    Args:
+        env_id: as for `make_env`.
+        params: as for `make_env`.
+        named: the person has named the environment itself; only the parameters are the file's.
+    """
+    name = env_id.removeprefix(GYMNASIUM_PREFIX)
+    if not named and ":" in name:
+        return f"importing {name.rpartition(':')[0]}"
+    key = doubtful_param(params)
+    return None if key is None else f"parameter {key}"
+
+
 def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
     """Make an environment of TENSOR_ENVS; see `make_env`."""
     cls = TENSOR_ENVS[env_id]
@@ -116,7 +139,3 @@ def _make_tensor_env(env_id: str, params: Mapping[str, Any]) -> TensorEnv:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"--env-params {error}") from None
-
-
-def refusal(env_id: str, env_params: Mapping[str, Any]) -> str | None:
-    return None

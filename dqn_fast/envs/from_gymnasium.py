@@ -15,6 +15,7 @@ tensors, and `load_state_dict(state)`; see `host_state.py`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -23,11 +24,14 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.util  # registers its exit handler
 import numbers
 import os
 import pickle
 import re
 import signal
+import threading
 import traceback
 import warnings
 import weakref
@@ -60,6 +64,7 @@ from dqn_fast.envs.spaces import (
     first_true,
     shorten,
 )
+from dqn_fast.process import STOP_SIGNALS
 
 VectorizationMode = Literal["sync", "async", "vector_entry_point"]
 """How env copies step: one after the other; each in its own process, while the learner learns; in
@@ -522,6 +527,7 @@ class CheckedVectorEnv:
         self.mode = AutoresetMode.NEXT_STEP if mode is None else AutoresetMode(mode)
         self._result: Any = None
         self._broken, self._owner = False, os.getpid()
+        _open_envs.add(self)
 
     def reset(self, **arguments: Any) -> Any:
         """Reset all copies with a list `seed`, or those of options["reset_mask"]; observations of
@@ -746,6 +752,15 @@ def _silence_gymnasium() -> Iterator[None]:
         yield
     finally:
         gymnasium.logger.min_level = level
+
+
+_open_envs: weakref.WeakSet[CheckedVectorEnv] = weakref.WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, so it runs before: that one would wait for workers
+def _close_open_envs() -> None:
+    for env in list(_open_envs):
+        env.close()
 
 
 def _close_all(envs: list[CheckedVectorEnv]) -> None:
@@ -1104,10 +1119,11 @@ def _make_checked(
     """Make copy `index`, in the process `owner` or in a worker."""
     in_worker = os.getpid() != owner
     if in_worker:
-        # Ctrl-C reaches the whole process group, and the trainer decides when its workers end. The
-        # fork copied the trainer's handler of SIGTERM, but not torch's pool of threads.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Ctrl-C and job schedulers reach the whole process group, and the trainer decides when its
+        # workers end. The fork did not copy torch's pool of threads.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=_end_with_trainer, daemon=True).start()
         torch.set_num_threads(1)
     try:
         env = make()
@@ -1115,6 +1131,14 @@ def _make_checked(
         text = f"it cannot be made: {describe_error(error)}"
         raise EnvError(f"{name}, copy {index}, step 0: {text}") from error
     return CheckedEnv(env, in_worker, keeper)
+
+
+def _end_with_trainer() -> None:
+    """End this worker when its trainer is gone, however that ended."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def _name(env: Any) -> str:
@@ -1146,11 +1170,11 @@ def _parse_params(name: str, spec: Any, params: Mapping[str, Any]) -> dict[str, 
             )
         default = known[key].default if key in known else None
         is_text = isinstance(value, str) and not isinstance(default, str)
-        values[key] = _parse(value) if is_text else value
+        values[key] = parse_text(value) if is_text else value
     return values
 
 
-def _parse(text: str) -> Any:
+def parse_text(text: str) -> Any:
     """Text of the command line as the number, truth value, None or list that it reads as."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:

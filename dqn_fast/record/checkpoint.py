@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dqn_fast import __version__, tree
 from dqn_fast.dqn import DQN, QFunction, State
+from dqn_fast.record.archive import check_archive
 
 
 def temporary_name(name: str) -> str:
@@ -183,9 +184,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         ValueError: the file cannot be opened, it is not a checkpoint, or it is damaged.
     """
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError:
+        raise
     except Exception as error:  # torch raises several types for a file that is not a checkpoint
         raise ValueError(f"{path}: not a checkpoint of this program") from error
     if not isinstance(content, dict) or "q_net" not in content:
@@ -198,6 +202,31 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         if digest != digest_of(content):
             raise ValueError(f"{path}: is damaged, its digest differs")
     return tree.replace(content, [tensor.to(device) for tensor in tree.leaves(content)])
+
+
+def load_newest(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        path: of the newest one.
+        device: of its tensors.
+
+    Returns:
+        Its content, and a line for each newer one that is damaged.
+
+    Raises:
+        ValueError: none is whole; the message is about the newest.
+    """
+    notes: list[str] = []
+    first: ValueError | None = None
+    for kept in kept_paths(path):
+        try:
+            return load_checkpoint(kept, device), notes
+        except ValueError as error:
+            first = first or error
+            notes.append(f"{error}; used the one before")
+    assert first is not None
+    raise first
 
 
 def write_weights(path: Path, content: Mapping[str, Any]) -> None:

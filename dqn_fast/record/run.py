@@ -516,6 +516,7 @@ class RunRecord:
             "replay_rows": rows,
             "state": tree.plain(saved_part(self._state, self._dqn, rows)),
             "host": self._dqn.env.host_state(),
+            "host_refusal": getattr(self._dqn.env, "host_state_refusal", ""),
             "best": self._best.state(),
             "previous": self._diagnostics.state()["previous"],
         }

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dqn_fast import tree
@@ -284,6 +285,22 @@ def test_libraries_of_other_users_are_never_loaded(whose, own_cache, tmp_path, m
         assert package.exists() == ("folder" in whose)
     finally:
         cache._temporary_cache.cache_clear()
+
+
+def test_torch_keeps_what_it_compiles_here_in_our_cache(own_cache, monkeypatch):
+    """On a GPU, and unless the user named a folder: its default is one in /tmp that it never
+    checks. Its first use writes the default into the environment."""
+    folder, _ = cache.usable_cache()
+    for value in (None, default_cache_dir(), str(folder / "torch")):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if value:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", value)
+        compiler._keep_torchs_cache_in(folder)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "torch")
+    assert (folder / "torch").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/asked/for")
+    compiler._keep_torchs_cache_in(folder)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/asked/for"
 
 
 def test_the_state_is_not_written_to_the_disk(own_cache):

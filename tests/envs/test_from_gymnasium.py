@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import signal
+import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -26,6 +27,7 @@ from dqn_fast.evaluate import evaluate
 from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
+from dqn_fast.process import STOP_SIGNALS
 from dqn_fast.replay import Replay, Transition
 from dqn_fast.train import Args, train
 
@@ -627,28 +629,53 @@ def test_a_step_in_the_background_takes_no_time_of_the_learner():
     sync.close()
 
 
-def test_interrupting_the_trainer_leaves_its_workers_to_it():
-    """Ctrl-C reaches the whole process group; the workers step on until they are closed, and a
-    handler that the trainer has for SIGTERM does not keep them alive."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+def test_signals_to_the_trainers_group_leave_its_workers_to_it():
+    """Ctrl-C and schedulers reach the whole process group; the workers step on until the trainer
+    closes them."""
+    env = from_gymnasium(limited, vectorization_mode="async")
+    vector = env.vector_reset(uniform())
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        assert worker.pid is not None
+        for number in STOP_SIGNALS:
+            os.kill(worker.pid, number)
+    for _ in range(3):
+        action, nothing = torch.zeros(E).long(), torch.zeros(E, 0)
+        vector, _ = env.vector_step(vector, action, nothing, nothing)
+    workers[0].kill()
+    workers[0].join(5)
+    with pytest.raises(EnvError, match="step 4: its process died of signal 9"):
+        env.vector_step(vector, action, nothing, nothing)
+    env.close()
+
+
+@pytest.mark.parametrize("ending", ["pass", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_workers_end_with_their_trainer(ending):
+    """Nobody closes them: the trainer returns, or is killed."""
+    code = f"""
+import multiprocessing, os, signal, torch
+from dqn_fast.envs import from_gymnasium
+env = from_gymnasium("CartPole-v1", vectorization_mode="async")
+env.vector_reset(torch.rand(3, 2))
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 3
+    deadline = time.monotonic() + 2
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
     try:
-        env = from_gymnasium(limited, vectorization_mode="async")
-        vector = env.vector_reset(uniform())
-        workers = multiprocessing.active_children()
-        for worker in workers:
-            assert worker.pid is not None
-            os.kill(worker.pid, signal.SIGINT)
-        for _ in range(3):
-            action, nothing = torch.zeros(E).long(), torch.zeros(E, 0)
-            vector, _ = env.vector_step(vector, action, nothing, nothing)
-        workers[0].terminate()
-        workers[0].join(5)
-        assert workers[0].exitcode == -signal.SIGTERM
-        with pytest.raises(EnvError, match="step 4: its process died of signal 15"):
-            env.vector_step(vector, action, nothing, nothing)
-        env.close()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_one_transfer_to_the_device_carries_all_dtypes():

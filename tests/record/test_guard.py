@@ -83,8 +83,8 @@ def test_a_run_ends_when_no_member_learns_any_more(tmp_path):
     """The checkpoint before stands, with finite networks of all members; broken.pt has the last
     good ones."""
     args = Args(
-        **{**SHORT, "eval_interval": 0, "checkpoint_interval": 100}, learning_rate=1e30, max_grad_norm=math.inf,
-        loss="squared", run_dir=tmp_path / "run",
+        **{**SHORT, "eval_interval": 0, "checkpoint_interval": 100}, learning_rate=1e30,
+        max_grad_norm=math.inf, loss="squared", run_dir=tmp_path / "run",
     )  # fmt: skip
     with pytest.raises(
         TrainingError, match=r"not finite of member \d in gradient step \d+, at glob"
