@@ -140,6 +140,15 @@ class Command:
         if not self.ended:
             os.kill(self.pid, number)
 
+    def catches(self, number: int) -> bool:
+        """Whether the process has a handler for a signal (Linux)."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return False
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
     def session(self) -> list[int]:
         """Processes of the command's session that are alive, itself included (Linux)."""
         return [pid for pid in _processes() if _session_of(pid) == self.pid]

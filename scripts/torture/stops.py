@@ -45,48 +45,36 @@ STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIG
 
 def resume(trial: Trial) -> None:
     """Train, stop by a signal at random moments, resume: equal to the undisturbed run."""
-    kinds = KINDS if trial.full else {name: KINDS[name] for name in SHORT}
-    before = {name: len(trial.failures) for name in kinds}
-    for kind, flags in kinds.items():
-        if trial.out_of_time:
-            trial.count("kinds left out")
-            continue
-        before[kind] = len(trial.failures)
+    names = list(KINDS) if trial.full else list(SHORT)
+    failed = 0
+    for i, kind in enumerate(names):
+        now = time.monotonic()
+        end = now + max(trial.deadline - now, 0) / (len(names) - i)  # a fair share of the time
+        flags, before, stops = KINDS[kind], len(trial.failures), 0
         whole = trial.new("undisturbed")
-        began = time.monotonic()
-        if not trial.ended(_train(trial, whole, flags), 0):
-            continue
-        loop_s = json.loads((whole / "summary.json").read_text())["loop_s"]
-        start_s = max(time.monotonic() - began - loop_s, 0.1)
-        stops = 0
-        while stops < (20 if trial.full else 3) and not trial.out_of_time:
-            stops += _chain(trial, kind, flags, whole, start_s, loop_s, most=4)
+        if trial.ended(_train(trial, whole, flags), 0):
+            loop_s = json.loads((whole / "summary.json").read_text())["loop_s"]
+            while stops < (20 if trial.full else 3) and (not stops or time.monotonic() < end):
+                stops += _chain(trial, kind, flags, whole, loop_s, most=4)
         trial.count("stops", stops)
         trial.drop(whole)
-    trial.counts["kinds"] = len(kinds)
-    trial.counts["kinds that failed"] = sum(
-        1 for i, name in enumerate(kinds)
-        if [*before.values(), len(trial.failures)][i + 1] > before[name]
-    )  # fmt: skip
+        failed += len(trial.failures) > before
+    trial.counts |= {"kinds": len(names), "kinds that failed": failed}
 
 
 def _chain(
-    trial: Trial,
-    kind: str,
-    flags: tuple[str, ...],
-    whole: Path,
-    start_s: float,
-    loop_s: float,
-    most: int,
+    trial: Trial, kind: str, flags: tuple[str, ...], whole: Path, loop_s: float, most: int
 ) -> int:
-    """One run that is stopped up to `most` times; returns how often it was."""
+    """One run that is stopped up to `most` times; returns how often it was, at least 1."""
     path, stops = trial.new("stopped"), 0
     argv: tuple[object, ...] = (TRAIN, "--run-dir", path, *SMALL, *flags)
     while True:
         command = Command.start(*argv, folder=trial.new("streams"))
         if stops < most:
-            delay = start_s + loop_s * trial.random.random() * 0.7
-            while not command.poll() and time.monotonic() < command.began + delay:
+            while not command.poll() and not command.catches(signal.SIGTERM):
+                time.sleep(0.002)
+            end = time.monotonic() + loop_s * trial.random.random()
+            while not command.poll() and time.monotonic() < end:
                 time.sleep(0.002)
             command.signal(trial.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
         outcome = command.wait(1800)
@@ -106,7 +94,7 @@ def _chain(
         found = [what for what in found if re.search(r"global_step|num_updates|missing", what)]
     trial.check(not found, f"{kind}, stopped {stops} times, {path}: {'; '.join(found[:4])}")
     trial.drop(path)
-    return stops
+    return max(stops, 1)
 
 
 def kills(trial: Trial) -> None:
