@@ -56,7 +56,6 @@ def resume(trial: Trial) -> None:
             loop_s = json.loads((whole / "summary.json").read_text())["loop_s"]
             while stops < (20 if trial.full else 3) and (not stops or time.monotonic() < end):
                 stops += _chain(trial, kind, flags, whole, loop_s, most=4)
-        trial.count("stops", stops)
         trial.drop(whole)
         failed += len(trial.failures) > before
     trial.counts |= {"kinds": len(names), "kinds that failed": failed}
@@ -65,7 +64,8 @@ def resume(trial: Trial) -> None:
 def _chain(
     trial: Trial, kind: str, flags: tuple[str, ...], whole: Path, loop_s: float, most: int
 ) -> int:
-    """One run that is stopped up to `most` times; returns how often it was, at least 1."""
+    """One run that is stopped up to `most` times; returns how often it was, at least 1: an attempt
+    whose signal came after the end counts too."""
     path, stops = trial.new("stopped"), 0
     argv: tuple[object, ...] = (TRAIN, "--run-dir", path, *SMALL, *flags)
     while True:
@@ -83,6 +83,7 @@ def _chain(
         if outcome.code == 0:
             break
         stops += 1
+        trial.count("stops")
         if (path / "checkpoint.pt").exists():
             argv = (TRAIN, "--resume", path, "--quiet", "True")
         elif path.exists():  # stopped before its first step: nothing to go on with
