@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -686,13 +688,16 @@ class WandbTracker(Tracker):
     def _send_missing(self, mode: str) -> None:
         """Find out which rows the runs have, and send the kept ones that they do not have.
 
-        A server says which step comes next. Folders recorded offline cannot be asked: they have
-        every row that the earlier process logged.
+        A server says which step comes next. Offline, the files of the earlier process tell: if it
+        was killed, its last second is missing in them.
         """
         if self._kept is None:
             return
         if mode == "offline" and self._goes_on:
-            self._sent = [self._kept.last_logged] * len(self._runs)
+            for i, run in enumerate(self._runs):
+                others = set(self._dir.glob(f"*run-*-{run.id}")) - {Path(run.dir).parent}
+                files = [file for folder in others for file in folder.glob("run-*.wandb")]
+                self._sent[i] = max(map(_last_step, files), default=self._kept.last_logged)
         else:
             self._sent = [run.starting_step - 1 for run in self._runs]
         for global_step, metrics in self._kept.rows(min(self._sent), self._config.num_members):
@@ -990,6 +995,34 @@ def _has_netrc_key(url: str) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return entries.authenticators(urlsplit(url).hostname or "") is not None
+
+
+def _last_step(path: Path) -> int:
+    """global_step of the last row in a file of wandb that may end anywhere; -1 if none is found.
+
+    After a header of 7 bytes, the file has blocks of 32 KiB, in which chunks lie: CRC-32, length,
+    kind (1: a whole record; 2, 3, 4: its first, middle, last part), data.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    parse = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]
+    data = path.read_bytes()
+    block, at, last, record = 2**15, 7, -1, b""
+    while at + 7 <= len(data):
+        if block - at % block < 7:  # too short for the head of a chunk
+            at += block - at % block
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, at)
+        chunk = data[at + 7 : at + 7 + length]
+        if zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
+            break
+        at += 7 + length
+        record = chunk if kind in (1, 2) else record + chunk
+        if kind in (1, 4):
+            for item in parse(record).history.item:
+                if "global_step" in (item.key, *item.nested_key):
+                    last = int(item.value_json)
+    return last
 
 
 def _sync(runs: Sequence[Run], run_dir: Path) -> bool:

@@ -13,6 +13,7 @@ import math
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -1010,6 +1011,34 @@ subprocess.run(command, cwd=run_dir, check=True, capture_output=True)
     ((_, offsets, steps),) = histories(done.stdout)
     assert steps == ALL_STEPS
     assert offsets == list(range(len(ALL_STEPS)))
+
+
+def test_offline_run_that_was_killed_has_every_row(tmp_path: Path) -> None:
+    """What a kill took from the file of wandb is written by the process that resumes the run."""
+    middle = """
+time.sleep(1.5)  # wandb writes its file every second
+for step in range(1001, 1400):
+    tracker.log(step, {"charts/epsilon": 0.0})
+state = tracker.state()
+(run_dir / "state.json").write_text(json.dumps(state))
+import signal
+os.killpg(0, signal.SIGKILL)
+"""
+    command = script(tmp_path, middle=middle, track=True, wandb_mode="offline")
+    assert subprocess.run(command, start_new_session=True).returncode == -signal.SIGKILL
+    (killed,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert WandbFile(killed).history[-1]["global_step"] < 1399
+    state = json.loads((tmp_path / "state.json").read_text())
+    again = TrackerConfig(
+        run_dir=tmp_path, run_name="r", config={"args": {"seed": 0}}, total_timesteps=2000,
+        num_members=1, track=True, wandb_mode="offline",
+    )  # fmt: skip
+    tracker = make_tracker(again, state)
+    tracker.log(1400, {"charts/epsilon": 0.0})
+    tracker.finish({})
+    (resumed,) = set(tmp_path.glob("wandb/offline-run-*/*.wandb")) - {killed}
+    steps = [row["global_step"] for path in (killed, resumed) for row in WandbFile(path).history]
+    assert steps == [*range(100, 1001, 100), *range(1001, 1401)]
 
 
 def test_rows_that_the_server_lacks_are_sent_again(tmp_path: Path) -> None:

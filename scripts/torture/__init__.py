@@ -1,0 +1,1 @@
+"""Trials that a run must survive: see `scripts.torture.__main__`."""
