@@ -212,6 +212,9 @@ class Plan:
         """The different numbers of gradient steps per vector step, once learning has begun."""
         first = self.first_learning_step
         num_steps = min(self.num_vector_steps - first, self.period)
+        if num_steps > 2**20:  # too many to list: what a whole period has
+            fewest = self.num_envs // self.train_freq
+            return {self.gradient_steps * fewest, self.gradient_steps * (fewest + 1)}
         return {int(count) for count in np.unique(self.update_counts(first, max(num_steps, 0)))}
 
     def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[tuple[Chunk, Chunk]]:

@@ -114,9 +114,9 @@ def above(low: float, *, finite: bool = False, note: str = "") -> Any:
     return _declared(Range(low, ends="()" if finite else "(]", note=note))
 
 
-def between(low: float, high: float, ends: str = "[]") -> Any:
+def between(low: float, high: float, ends: str = "[]", *, note: str = "") -> Any:
     """Metadata of a field: the interval from low to high; `ends` "[)" leaves out high."""
-    return _declared(Range(low, high, ends))
+    return _declared(Range(low, high, ends, note))
 
 
 def finite() -> Any:
@@ -207,7 +207,9 @@ def _plain(value: Any) -> Any:
 def _form(item: Any) -> str | None:
     """What a value of the right type must also be, if it is not; or None."""
     if isinstance(item, int) and abs(item) > MOST_COUNT:
-        return f"at most 2**53 ({MOST_COUNT:,})" if item > 0 else f"at least -2**53 (-{MOST_COUNT:,})"
+        return (
+            f"at most 2**53 ({MOST_COUNT:,})" if item > 0 else f"at least -2**53 (-{MOST_COUNT:,})"
+        )
     if isinstance(item, str) and not (len(item) <= MOST_CHARACTERS and item.isprintable()):
         return f"at most {MOST_CHARACTERS} characters, all printable"
     if isinstance(item, Path):

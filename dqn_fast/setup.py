@@ -257,7 +257,9 @@ def make_plan(args: Args, env: TensorEnv) -> Plan:
         learning_starts=max(args.learning_starts, args.batch_size) + lag,
         train_freq=args.train_freq,
         gradient_steps=args.gradient_steps,
-        target_update_interval=args.target_update_interval,
+        target_update_interval=min(
+            args.target_update_interval, args.total_timesteps + args.num_envs
+        ),
         max_chunk_steps=1 if env.on_host else args.chunk_steps,
         # An interval longer than the run fires once, at the end of the run.
         intervals=tuple(min(i, args.total_timesteps) for i in intervals(args).values()),
@@ -348,4 +350,7 @@ def check(args: Args) -> Args:
         raise UsageError(f"--sweep {wrong}")
     args = dataclasses.replace(args, sweep=sweep)
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
+    # The run directory's name has environment, name, seed and time, in at most 255 bytes.
+    own = len((args.env_id + args.name).encode()) if args.run_dir is None else len(args.name)
+    need(own <= 200, "name", "shorter: at most 200 bytes together with --env-id")
     return args

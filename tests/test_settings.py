@@ -42,7 +42,7 @@ INTS = {
     **dict.fromkeys(
         ("seed", "learning_starts", "gradient_steps", "sweep_random"), ([0], [-1], "at least 0")
     ),
-    "num_threads": ([0], [-1], "at least 0 (0: torch's own choice)"),
+    "num_threads": ([0, 1_024], [-1, 1_025], "in [0, 1024] (0: torch's own choice)"),
     **dict.fromkeys(
         ("target_update_interval", "log_interval", "eval_interval", "checkpoint_interval"),
         ([0], [-1], "at least 0 (0: off)"),
