@@ -214,7 +214,11 @@ def _form(item: Any) -> str | None:
         return f"at most {MOST_CHARACTERS} characters, all printable"
     if isinstance(item, Path):
         names = [len(os.fsencode(name)) for name in item.parts]
-        if not str(item).isprintable() or max(names, default=0) > 255 or sum(names) > 3_500:
+        if (
+            not str(item).isprintable()
+            or max(names, default=0) > 255
+            or sum(names) + len(names) > 3_500
+        ):
             return "a path of printable characters, at most 255 bytes in a name and 3,500 in all"
     return None
 

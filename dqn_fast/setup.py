@@ -351,6 +351,7 @@ def check(args: Args) -> Args:
     args = dataclasses.replace(args, sweep=sweep)
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
     # The run directory's name has environment, name, seed and time, in at most 255 bytes.
-    own = len((args.env_id + args.name).encode()) if args.run_dir is None else len(args.name)
-    need(own <= 200, "name", "shorter: at most 200 bytes together with --env-id")
+    if args.run_dir is None:
+        need(len(args.name.encode()) <= 100, "name", "at most 100 bytes, or name a --run-dir")
+        need(len(args.env_id.encode()) <= 100, "env_id", "at most 100 bytes, or name a --run-dir")
     return args

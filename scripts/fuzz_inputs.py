@@ -41,7 +41,7 @@ from dqn_fast import train as train_module
 from dqn_fast.settings import UsageError
 from dqn_fast.train import Args
 
-PATIENCE, MOST_SECONDS = 4.0, 10.0
+PATIENCE, MOST_SECONDS = 2.0, 10.0
 """Seconds after which a run is asked to stop, and by which it must have ended."""
 MOST_BYTES = 1.5e9
 """Address space that one command may take in addition."""
@@ -56,10 +56,10 @@ INTEGERS = ("0", "-1", "1e3", "1e308", "1e400", "nan", "-inf", "", " ", "abc", "
             "1.5", "0x10", "True", "None", "[1]", "{}", "+3", "--5", "9" * 400, "9" * 5_000,
             *map(str, HUGE), *(str(-n) for n in HUGE))  # fmt: skip
 NUMBERS = ("0", "1", "-1", "0.5", "1e-320", "1e-30", "1e30", "1e308", "1e400", "-1e400", "nan",
-           "inf", "-inf", "", "abc", "None", "1,5", "0x1p-3", "True", "9" * 400, "[0.5]")  # fmt: skip
+           "inf", "-inf", "", "abc", "None", "1,5", "0x1p-3", "True", "9" * 400)  # fmt: skip
 TEXTS = ("", " ", "a" * 255, "a" * 256, "b" * 5_000, "a/b", "..", ".", "a\nb", "a\tb", "naïve",
-         "日本語", "😀", "\udc80", "-", "--", "-x", "None", "a:b", "{}", "<b>", "%s", "\\", "é" * 120,
-         "a\u2028b", "\x1b[31m")  # fmt: skip
+         "日本語", "😀", "\udc80", "-", "--", "-x", "None", "a:b", "{}", "<b>", "%s", "\\",
+         "é" * 120, "a\u2028b", "\x1b[31m")  # fmt: skip
 ENV_IDS = ("LineWorld-v0", "CartPole-v1", "FrozenLake-v1", "MountainCar-v0", "Acrobot-v1",
            "gym:CartPole-v1", "CliffWalking-v1", "Nope-v0", "gym:", ":", "gym:Nope-v0", "a.b:C-v0",
            ".a:B-v0", "json:X-v0", "LineWorld", "gym:LineWorld-v0", "Pendulum-v1")  # fmt: skip
@@ -75,6 +75,10 @@ def _one_of(*values: str) -> Draw:
 
 def _several(*values: str) -> Draw:
     return lambda rng: [rng.choice(values) for _ in range(rng.choice((0, 1, 2, 3, 3, 40)))]
+
+
+def _words(*lines: str) -> Draw:
+    return lambda rng: rng.choice(lines).split()
 
 
 GOOD: dict[str, Draw] = {
@@ -102,12 +106,55 @@ GOOD: dict[str, Draw] = {
     "checkpoint-interval": _one_of("0", "16", "None", str(2**53)),
     "eval-episodes": _one_of("1", "3"),
     "name": _one_of("dqn", "naïve", "日本語", "a b", "..", "<b>"),
-    "env-params": lambda rng: rng.choice(((), ("n_states", "5"), ("max_steps", "9"))),
-    "sweep": lambda rng: rng.choice(((), ("gamma", "0.5", "0.9"), ("tau", "0.1", "1", "gamma", "1"))),
+    "env-params": _words("", "n_states 5", "max_steps 9", "n_states 1e1 slip_prob 0.1"),
+    "sweep": _words("", "gamma 0.5 0.9", "tau 0.1 1 gamma 1"),
     "stop-at-return": _one_of("-5", "0.5", "None"),
     "loss": _one_of("huber", "squared"),
     "wandb-tags": _several("a", "b"),
 }  # fmt: skip
+
+LARGE = ("50", "1000", str(10**9), str(2**31 - 1), str(2**31), str(10**12), str(2**53))
+"""Whole numbers that are allowed by themselves; those above 1,000 do not fit into memory."""
+SMALLEST = ("5e-324", "1e-320", "1e-45", "1e-39", "1e-30")
+LARGEST = ("1e30", "3.5e38", "1e39", "1.7e308")
+
+EXTREME: dict[str, Draw] = {
+    **dict.fromkeys(
+        ("num-envs", "num-seeds", "buffer-size", "batch-size", "gradient-steps", "eval-episodes",
+         "hidden-sizes", "sweep-random"),
+        _one_of(*LARGE),
+    ),
+    **dict.fromkeys(
+        ("total-timesteps", "seed", "learning-starts", "train-freq", "target-update-interval",
+         "chunk-steps", "log-interval", "eval-interval", "checkpoint-interval"),
+        _one_of("1", "2", "3", "63", "129", *LARGE),
+    ),
+    "num-threads": _one_of("0", "2"),
+    "learning-rate": _one_of(*SMALLEST, *LARGEST),
+    "learning-rate-end": _one_of(*SMALLEST, *LARGEST),
+    "max-grad-norm": _one_of(*SMALLEST, *LARGEST),
+    **dict.fromkeys(("tau", "eps-end", "eps-fraction", "gamma"), _one_of(*SMALLEST, "1")),
+    "eps-repeat": _one_of(*SMALLEST, "0.9999999999999999"),
+    "stop-at-return": _one_of(*LARGEST, "-1.7e308"),
+    "name": _one_of("a" * 200, "é" * 100, "a" * 100, "-", "%s", "{}", "a\\b", "😀" * 60, "~"),
+    "run-dir": _one_of("new", "new/er/run", "a" * 255, "é" * 120, "b" * 254, "../up", "~", " "),
+    "wandb-project": _one_of("a" * 255, "%", "é"),
+    "env-id": _one_of("LineWorld-v0", "CartPole-v1", "FrozenLake-v1", "gym:CartPole-v1",
+                      "CliffWalking-v1", "MountainCar-v0", "Acrobot-v1", "a" * 250),
+    "env-params": lambda rng: (
+        rng.choice(("n_states", "n_states", "max_steps", "max_steps", "max_episode_steps",
+                    "goal_reward", "step_penalty", "slip_prob", "gravity")),
+        rng.choice((*LARGE, *SMALLEST, *LARGEST, "2", "1e5", "1e6", "1048576", "-1e308")),
+    ),
+    "sweep": lambda rng: (
+        rng.choice(("gamma", "tau", "learning_rate", "max_grad_norm", "eps_repeat")),
+        *(f"{rng.random():.6f}" for _ in range(rng.choice((1, 2, 2, 2, 50, 20_000)))),
+        *rng.choice(((), (), ("eps_end", "0", "1"), ("gamma", "1e-300"))),
+    ),
+    "engine": _one_of("eager", "graph"),
+    "double-q": _one_of("True", "False"),
+}  # fmt: skip
+"""Values that pass the checks of one flag alone, or nearly."""
 
 BAD: dict[str, Draw] = {
     **dict.fromkeys(
@@ -171,8 +218,11 @@ def _command_line(rng: random.Random) -> list[str]:
     }  # fmt: skip
     for name in rng.sample(sorted(GOOD), rng.randrange(5)):
         flags[name] = GOOD[name](rng)
-    for name in rng.sample(sorted(BAD), rng.choice((0, 1, 1, 1, 2, 3))):
-        flags[name] = BAD[name](rng)
+    odd = EXTREME if rng.random() < 0.7 else BAD
+    for name in rng.sample(sorted(odd), rng.choice((0, 1, 1, 2, 2, 3))):
+        flags[name] = odd[name](rng)
+    if rng.random() < 0.1:  # otherwise few large values come past these two
+        flags["buffer-size"] = flags["total-timesteps"] = [str(10**12)]
     words = ["--quiet", "--no-report"]
     for name, values in flags.items():
         words += _written(rng, name, values)
@@ -191,9 +241,9 @@ def _written(rng: random.Random, name: str, values: Sequence[str]) -> list[str]:
     form = rng.random()
     if form < 0.15 and len(values) == 1:
         return [f"{word}={values[0]}"]
-    if form < (0.3 if len(values) > 1 else 0.16):
+    if form < 0.4 and name in ("hidden-sizes", "wandb-tags"):
         return [f"{word}=[{', '.join(values)}]"]
-    return [word, *values] if form < 0.98 else [word]
+    return [word, *values] if form < 0.995 else [word]
 
 
 def random_settings(seed: int, count: int) -> list[dict[str, Any]]:
@@ -209,12 +259,31 @@ def _settings(rng: random.Random) -> dict[str, Any]:
         "quiet": True, "report": False,
     }  # fmt: skip
     names = sorted(vars(Args()).keys() - {"quiet", "report", "track", "tensorboard"})
-    for name in rng.sample(names, rng.choice((1, 1, 2, 3))):
-        settings[name] = _odd_value(rng, name)
+    if rng.random() < 0.5:
+        for name in rng.sample(names, rng.choice((1, 1, 2, 3))):
+            settings[name] = _odd_value(rng)
+        return settings
+    for flag in rng.sample(sorted(EXTREME), rng.choice((1, 2, 3))):
+        words, name = EXTREME[flag](rng), flag.replace("-", "_")
+        values = [_python_value(word) for word in words]
+        if name == "sweep":
+            numbers = [value for value in values if not isinstance(value, str)]
+            settings[name] = {str(values[0]): rng.choice((tuple, list))(numbers)}
+        elif name == "env_params":
+            settings[name] = dict([values])
+        else:
+            settings[name] = tuple(values) if name == "hidden_sizes" else values[0]
     return settings
 
 
-def _odd_value(rng: random.Random, name: str) -> Any:
+def _python_value(word: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(word)
+    return {"True": True, "False": False, "None": None}.get(word, word)
+
+
+def _odd_value(rng: random.Random) -> Any:
     endless: list[Any] = []
     endless.append(endless)
     deep: Any = 0
@@ -242,7 +311,9 @@ def _odd_value(rng: random.Random, name: str) -> Any:
 
 
 def _odd_number(rng: random.Random) -> Any:
-    return rng.choice((*HUGE, 0, 1, -1, 3, 0.5, math.nan, math.inf, 1e308, 10**400, "5", None, True))
+    return rng.choice(
+        (*HUGE, 0, 1, -1, 3, 0.5, math.nan, math.inf, 1e308, 10**400, "5", None, True)
+    )
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -407,7 +478,9 @@ def check_settings_from_python(settings: dict[str, Any]) -> str | None:
 
         def call() -> int:
             try:
-                train_module.train(Args(**settings), should_stop=lambda: time.monotonic() > deadline)
+                train_module.train(
+                    Args(**settings), should_stop=lambda: time.monotonic() > deadline
+                )
             except UsageError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
@@ -464,7 +537,7 @@ def _work(kind: str, seed: int, count: int) -> int:
         print(f"\f{i} {shown[:3_000]}", flush=True)
         if (wrong := check(given)) is not None:
             failed += 1
-            print(f"\fFAILED {i} {shown[:3_000]}\n{ascii(wrong[-3_000:])}", flush=True)
+            print(f"\fFAILED {i} {shown[:3_000]}\n{wrong[-3_000:]!a}", flush=True)
         if i % 50 == 0:
             gc.collect()
     print("\fEND", flush=True)
