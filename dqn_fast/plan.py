@@ -342,7 +342,8 @@ class Schedules:
             chunk.update_steps, self.learning_rate, self.learning_rate_end, self.total_timesteps
         )
         t = chunk.first_update + np.arange(1, chunk.num_updates + 1)
-        step_size = rate / (1.0 - ADAM_BETAS[0] ** t)[:, None]
+        with np.errstate(over="ignore"):  # a rate near the largest float becomes infinite
+            step_size = rate / (1.0 - ADAM_BETAS[0] ** t)[:, None]
         inverse_correction = 1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)
         sync = np.where(chunk.syncs[:, None], self.tau, 0.0)
         scheduled = (self.epsilon(chunk.steps), step_size, inverse_correction, sync)

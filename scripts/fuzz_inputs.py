@@ -38,6 +38,7 @@ import torch
 import tyro
 
 from dqn_fast import train as train_module
+from dqn_fast.record.run import TrainingError
 from dqn_fast.settings import UsageError
 from dqn_fast.train import Args
 
@@ -137,7 +138,7 @@ EXTREME: dict[str, Draw] = {
     "eps-repeat": _one_of(*SMALLEST, "0.9999999999999999"),
     "stop-at-return": _one_of(*LARGEST, "-1.7e308"),
     "name": _one_of("a" * 200, "é" * 100, "a" * 100, "-", "%s", "{}", "a\\b", "😀" * 60, "~"),
-    "run-dir": _one_of("new", "new/er/run", "a" * 255, "é" * 120, "b" * 254, "../up", "~", " "),
+    "run-dir": _one_of("new", "new/er/run", "a" * 255, "é" * 120, "b" * 254, "full/../up", "~", " "),
     "wandb-project": _one_of("a" * 255, "%", "é"),
     "env-id": _one_of("LineWorld-v0", "CartPole-v1", "FrozenLake-v1", "gym:CartPole-v1",
                       "CliffWalking-v1", "MountainCar-v0", "Acrobot-v1", "a" * 250),
@@ -484,7 +485,7 @@ def check_settings_from_python(settings: dict[str, Any]) -> str | None:
             except UsageError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
-            except train_module.TrainingError as error:
+            except TrainingError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             return 0
