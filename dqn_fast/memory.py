@@ -43,8 +43,9 @@ RECORD, GRADIENT_STEP = 4 * 2**10, 3 * 2**10
 summary; and for each gradient step of a chunk: views of its random numbers and of its schedules.
 Measured: 3.3 KB in a chunk of 30,000 gradient steps."""
 
-MOST_STEPS = 2**31 - 1
-"""Largest time limit: the steps of an episode are counted in int32."""
+MOST_STEPS = 10_000_000
+"""Largest time limit. An evaluation plays whole episodes: so many steps take ten minutes, and
+above 2**31 they could not be counted."""
 MOST_COUNTED = 2**62
 """Largest product of counts, which are int64."""
 
@@ -593,9 +594,11 @@ def check_time_limit(env: TensorEnv, params: Mapping[str, Any]) -> None:
         ValueError: `max_steps` is above MOST_STEPS.
     """
     if env.max_steps > MOST_STEPS:
-        name = next((n for n in ("max_steps", "max_episode_steps") if n in params), "max_steps")
+        name = next((n for n in ("max_steps", "max_episode_steps") if n in params), None)
+        name = f"--env-params {name}" if name else f"{type(env).__name__}.max_steps"
         raise ValueError(
-            f"--env-params {name} {one_line(env.max_steps)}: must be at most {MOST_STEPS:,}"
+            f"{name} {one_line(env.max_steps)}: must be at most {MOST_STEPS:,}, the steps of the "
+            "longest episode that an evaluation plays"
         )
 
 

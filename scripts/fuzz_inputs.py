@@ -138,21 +138,20 @@ EXTREME: dict[str, Draw] = {
     "eps-repeat": _one_of(*SMALLEST, "0.9999999999999999"),
     "stop-at-return": _one_of(*LARGEST, "-1.7e308"),
     "name": _one_of("a" * 200, "é" * 100, "a" * 100, "-", "%s", "{}", "a\\b", "😀" * 60, "~"),
-    "run-dir": _one_of("new", "new/er/run", "a" * 255, "é" * 120, "b" * 254, "full/../up", "~", " "),
+    "run-dir": _one_of("new", "new/er/run", "a" * 255, "é" * 120, "full/../up", "~", " "),
     "wandb-project": _one_of("a" * 255, "%", "é"),
     "env-id": _one_of("LineWorld-v0", "CartPole-v1", "FrozenLake-v1", "gym:CartPole-v1",
                       "CliffWalking-v1", "MountainCar-v0", "Acrobot-v1", "a" * 250),
     "env-params": lambda rng: (
         rng.choice(("n_states", "n_states", "max_steps", "max_steps", "max_episode_steps",
                     "goal_reward", "step_penalty", "slip_prob", "gravity")),
-        rng.choice((*LARGE, *SMALLEST, *LARGEST, "2", "1e5", "1e6", "1048576", "-1e308")),
+        rng.choice((*LARGE, *SMALLEST, *LARGEST, "2", "3e4", "-1e308")),
     ),
     "sweep": lambda rng: (
         rng.choice(("gamma", "tau", "learning_rate", "max_grad_norm", "eps_repeat")),
         *(f"{rng.random():.6f}" for _ in range(rng.choice((1, 2, 2, 2, 50, 20_000)))),
         *rng.choice(((), (), ("eps_end", "0", "1"), ("gamma", "1e-300"))),
     ),
-    "engine": _one_of("eager", "graph"),
     "double-q": _one_of("True", "False"),
 }  # fmt: skip
 """Values that pass the checks of one flag alone, or nearly."""
@@ -216,6 +215,7 @@ def _command_line(rng: random.Random) -> list[str]:
     flags: dict[str, Sequence[str]] = {
         "num-envs": ["4"], "buffer-size": ["128"], "batch-size": ["8"], "hidden-sizes": ["8"],
         "total-timesteps": ["128"], "eval-episodes": ["2"], "learning-starts": ["16"],
+        "engine": ["eager"],
     }  # fmt: skip
     for name in rng.sample(sorted(GOOD), rng.randrange(5)):
         flags[name] = GOOD[name](rng)
@@ -256,7 +256,7 @@ def random_settings(seed: int, count: int) -> list[dict[str, Any]]:
 def _settings(rng: random.Random) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "num_envs": 4, "buffer_size": 128, "batch_size": 8, "hidden_sizes": (8,),
-        "total_timesteps": 128, "eval_episodes": 2, "learning_starts": 16,
+        "total_timesteps": 128, "eval_episodes": 2, "learning_starts": 16, "engine": "eager",
         "quiet": True, "report": False,
     }  # fmt: skip
     names = sorted(vars(Args()).keys() - {"quiet", "report", "track", "tensorboard"})
@@ -542,6 +542,7 @@ def _work(kind: str, seed: int, count: int) -> int:
         if i % 50 == 0:
             gc.collect()
     print("\fEND", flush=True)
+    gc.freeze()  # as `main` of training does at its end
     return int(failed > 0)
 
 

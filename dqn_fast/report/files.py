@@ -105,7 +105,8 @@ def read_json(path: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """
     with open_regular(path) as file:
         try:
-            content = file.read(most_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, most_bytes) + 1)
         except OSError as error:
             raise UnreadableError(str(error.strerror)) from error
     if len(content) > most_bytes:

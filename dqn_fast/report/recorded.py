@@ -440,6 +440,7 @@ def _read_arrays(
 def _is_possible(name: str, array: NDArray[Any], num_members: int | None) -> bool:
     """Whether a run may have recorded such values."""
     if name in COUNTS:
+        array = array.astype(np.float64)
         most = num_members - 1 if name == "member" and num_members else 2**53
         if not np.all((array >= 0) & (array <= most) & (array == np.floor(array))):
             return False

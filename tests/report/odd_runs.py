@@ -147,7 +147,8 @@ def bomb(path: Path) -> None:
 
 FILES = ("config.json", "summary.json", "metrics.jsonl", "episodes.npz", "diagnostics.npz")
 ODD: dict[str, Change] = {
-    **{f"{name} is {what}": write(name, text) for name in FILES[:3] for what, text in JSON_VALUES.items()},
+    **{f"{name} is {what}": write(name, text)
+       for name in FILES[:3] for what, text in JSON_VALUES.items()},
     **{f"{name} is a directory": in_place_of(name, Path.mkdir) for name in FILES},
     **{f"{name} is a pipe": in_place_of(name, os.mkfifo) for name in FILES},
     **{f"{name} is a loop": in_place_of(name, lambda p: p.symlink_to(p)) for name in FILES},
@@ -236,7 +237,8 @@ ODD: dict[str, Change] = {
     "agent.gif is large": write("agent.gif", b"GIF8" + b"\0" * 3_000_000),
     "agent.gif is cut": write("agent.gif", b"GIF89a\x01"),
     "agent.gif is HTML": write("agent.gif", b"GIF8</script>"),
-    **{f"digests.json is {what}": write("digests.json", text) for what, text in JSON_VALUES.items()},
+    **{f"digests.json is {what}": write("digests.json", text)
+       for what, text in JSON_VALUES.items()},
     "digests.json is a pipe": lambda path: os.mkfifo(path / "digests.json"),
     **{f"digests.json has {value!r:.40}": write("digests.json", json.dumps({"files": value}))
        for value in (*ODD_PARTS, {"metrics.jsonl": {"bytes": -1, "sha256": "0" * 64}},
