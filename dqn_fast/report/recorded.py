@@ -205,6 +205,7 @@ def read_run(path: Path) -> RecordedRun:
     loss_rows = [row for row in rows if "losses/td_loss" in row]
     bad = [row["global_step"] for row in loss_rows if row["losses/td_loss"] is None]
     wall = np.array([_float(row.get("wall_s")) for row in rows])
+    wall[~((wall >= 0) & (wall < 1e12))] = np.nan  # no time of a run
     return RecordedRun(
         path=path,
         config=config,

@@ -21,7 +21,11 @@ from tests.report.odd_runs import FILES, NO_RUNS, ODD
 from tests.report.recorded_runs import write_run
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one member", "three members"])
+@pytest.fixture(
+    scope="module",
+    params=[1, pytest.param(3, marks=pytest.mark.slow)],
+    ids=["one member", "three members"],
+)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run directory."""
     folder = tmp_path_factory.mktemp("whole")
