@@ -188,13 +188,9 @@ def _plain(value: Any) -> Any:
     value = _python(value)
     if isinstance(value, os.PathLike):
         value = str(value)
-    if isinstance(value, str) and ("\0" in value or not value.isascii()):
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
-            raise _WrongTypeError from None
-        if "\0" in value:
-            raise _WrongTypeError
+    # No file can have these: NUL, and bytes of the command line that are no UTF-8.
+    if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise _WrongTypeError
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

@@ -194,14 +194,13 @@ def read_run(path: Path) -> RecordedRun:
         gaps.append("summary.json: members is not a list of the run's members, left out here.")
         del summary["members"]
     rows = _read_rows(path / "metrics.jsonl", gaps)
-    arrays = [
+    episodes, diagnostics = (
         {} if name in changed else _read_arrays(path / name, axes, num_members, gaps)
         for name, axes in (
             ("episodes.npz", EPISODE_AXES | {"num_dropped": ""}),
             ("diagnostics.npz", DIAGNOSTICS_AXES),
         )
-    ]
-    episodes, diagnostics = arrays
+    )
     loss_rows = [row for row in rows if "losses/td_loss" in row]
     bad = [row["global_step"] for row in loss_rows if row["losses/td_loss"] is None]
     wall = np.array([_float(row.get("wall_s")) for row in rows])
