@@ -43,6 +43,9 @@ RECORD, GRADIENT_STEP = 4 * 2**10, 3 * 2**10
 summary; and for each gradient step of a chunk: views of its random numbers and of its schedules.
 Measured: 3.3 KB in a chunk of 30,000 gradient steps."""
 
+WORKER_FILES, OTHER_FILES = 3, 128
+"""Open files of an environment in a process of its own, and of all else; measured: 3 and 20."""
+
 MOST_STEPS = 10_000_000
 """Largest time limit. An evaluation plays whole episodes: so many steps take ten minutes, and
 above 2**31 they could not be counted."""
@@ -547,6 +550,7 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
     params: Mapping[str, Any] = getattr(args, "env_params", {})
     sizes = Sizes.of(args)
     check_time_limit(env, params)
+    check_workers(env, sizes)
     free = free_memory(device)
     if free is None:
         return check_counts(sizes)
@@ -599,6 +603,25 @@ def check_time_limit(env: TensorEnv, params: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{name} {one_line(env.max_steps)}: must be at most {MOST_STEPS:,}, the steps of the "
             "longest episode that an evaluation plays"
+        )
+
+
+def check_workers(env: TensorEnv, sizes: Sizes) -> None:
+    """Refuse more copies in processes of their own than this process may have pipes to.
+
+    Raises:
+        ValueError: they need more open files than `ulimit -n` allows.
+    """
+    if not env.background or sys.platform == "win32":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = (limit - OTHER_FILES) // (WORKER_FILES * sizes.num_members)
+    if limit != resource.RLIM_INFINITY and sizes.num_envs > most:
+        raise ValueError(
+            f"--num-envs {sizes.num_envs}: must be at most {most:,} with --vectorization-mode "
+            f"async, where this process may open {limit:,} files (ulimit -n)"
         )
 
 

@@ -456,6 +456,17 @@ def test_a_time_limit_that_no_evaluation_reaches_is_refused(max_steps, env_id):
     assert str(error.value).startswith(f"--env-params {name} {max_steps}: must be at most ")
 
 
+def test_more_processes_than_pipes_are_refused(monkeypatch):
+    """As many copies as the limit of open files has room for."""
+    set_free(monkeypatch, None)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1_024, 4_096))
+    env = make_env("gym:CartPole-v1", {}, "async")
+    text = refusal(replace(SMALL, num_seeds=2, num_envs=150, buffer_size=150), env)
+    assert text.startswith("--num-envs 150: must be at most 149 with --vectorization-mode async")
+    check_memory(replace(SMALL, num_seeds=2, num_envs=149, buffer_size=150), env, CPU)
+    check_memory(replace(SMALL, num_envs=150, buffer_size=150), make_env("gym:CartPole-v1"), CPU)
+
+
 def test_an_environment_that_is_too_large_is_named(monkeypatch):
     """Where no setting is, its parameters are."""
     set_free(monkeypatch, 2 * 10**8)
