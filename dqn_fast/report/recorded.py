@@ -423,6 +423,7 @@ def _read_arrays(
                 continue
             sizes = dict(zip(axes[name], array.shape, strict=False))
             fits = array.ndim == len(axes[name])
+            fits &= all(n > 0 for axis, n in sizes.items() if axis != "E")
             if not fits or any(lengths.get(axis, n) != n for axis, n in sizes.items()):
                 gaps.append(f"{path.name}: {name} has shape {array.shape}, left out here.")
             elif not _is_possible(name, array, num_members):

@@ -10,7 +10,7 @@ from scripts import fuzz_inputs
 from scripts.fuzz_inputs import Outcome, check_many, random_command_lines, random_settings
 
 
-@pytest.mark.parametrize(("kind", "count"), [("command-lines", 60), ("settings", 20)])
+@pytest.mark.parametrize(("kind", "count"), [("command-lines", 45), ("settings", 15)])
 def test_random_input_ends_in_one_line(kind, count):
     """Some, in a process of their own, with limited memory and time."""
     assert check_many(kind, seed=12, count=count, timeout_s=120) == []
