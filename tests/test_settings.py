@@ -38,7 +38,7 @@ from dqn_fast.train import Args, train
 INTS = {
     **dict.fromkeys(
         ("num_envs", "num_seeds", "total_timesteps", "buffer_size", "batch_size", "train_freq",
-         "chunk_steps", "eval_episodes"),
+         "chunk_steps", "eval_episodes", "keep_checkpoints"),
         ([1], [0, -1], "at least 1"),
     ),
     **dict.fromkeys(
@@ -72,11 +72,13 @@ CHOICES = {
     "matmul_precision": "highest or high",
     "wandb_mode": "online or offline, or None",
 }
-BOOLS = ("double_q", "stop_when_optimal", "report", "quiet", "track", "tensorboard")
+BOOLS = (
+    "double_q", "stop_when_optimal", "checkpoint_replay", "report", "quiet", "track", "tensorboard",
+)  # fmt: skip
 TEXTS = ("env_id", "device", "name", "wandb_project", "wandb_entity", "wandb_group")
-OTHERS = ("env_params", "hidden_sizes", "run_dir", "wandb_tags", "sweep")
+OTHERS = ("env_params", "hidden_sizes", "resume", "run_dir", "wandb_tags", "sweep")
 OPTIONAL = {
-    "learning_rate_end", "run_dir", "log_interval", "eval_interval", "stop_at_return",
+    "learning_rate_end", "resume", "run_dir", "log_interval", "eval_interval", "stop_at_return",
     "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode",
 }  # fmt: skip
 RANGES = {**INTS, **FLOATS, "hidden_sizes": ([(1,), ()], [(64, 0), (-1,)], "at least 1 each")}
@@ -103,7 +105,8 @@ def wrong_types() -> list[tuple[str, Any, str]]:
         cases += [(name, v, f"text{or_none(name)}") for v in (3, True, b"x", ["x"], Path("x"))]
     sizes = "a tuple of whole numbers, at least 1 each"
     cases += [("hidden_sizes", v, sizes) for v in (64, "64", (1.5,), (True,), ((64,),), {64})]
-    cases += [("run_dir", v, "a path, or None") for v in (3, True, ["x"])]
+    for name in ("resume", "run_dir"):
+        cases += [(name, v, "a path, or None") for v in (3, True, ["x"])]
     cases += [("wandb_tags", v, "a tuple of texts") for v in ("tag", (1,), None)]
     parameters = "a dict from names to numbers, texts or truth values"
     cases += [("env_params", v, parameters) for v in (3, "n 5", [("n", 5)], {1: 2}, {"f": abs})]
