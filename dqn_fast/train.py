@@ -308,6 +308,8 @@ def run(
     if resumed is None:
         refuse_used_dir(args.run_dir)
     with stop_requests() as stop, ExitStack() as stack:
+        if resumed is not None:
+            stack.callback(resumed.lock.release)
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
         training = stack.enter_context(closing(setup(args, env, resumed)))
