@@ -26,6 +26,10 @@ TransitionTable = Mapping[int, Mapping[int, Sequence[tuple[float, int, float, bo
 """Gymnasium's toy-text `P[s][a] = [(probability, next state, reward, terminated), ...]`."""
 
 
+class ToleranceError(ValueError):
+    """float64 is not exact enough for values of this size."""
+
+
 @dataclass(frozen=True, eq=False)
 class TabularMDP:
     """A finite Markov decision process.
@@ -427,10 +431,11 @@ def _fixed_point(
         error_bound = (gamma * residual + rounding) / (1 - gamma)
         if error_bound <= tolerance:
             break
-        if iterations == 1:
-            limit = 1 + 2 * math.log(tolerance / error_bound) / math.log(max(gamma, 0.5))
-        if iterations >= limit:
-            raise ValueError(
+        if iterations == 1 and math.isfinite(error_bound):
+            orders = math.log(tolerance) - math.log(error_bound)
+            limit = 1 + 2 * orders / math.log(max(gamma, 0.5))
+        if iterations >= limit or not math.isfinite(error_bound):
+            raise ToleranceError(
                 f"tolerance {tolerance:g} is too small for float64: the error bound is still "
                 f"{error_bound:g} after {iterations} iterations"
             )

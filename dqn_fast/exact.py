@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dqn_fast.bellman import (
+    ToleranceError,
     expected_return,
     greedy_policy,
     is_optimal_policy,
@@ -93,12 +94,16 @@ def solve(
 ) -> ExactValues | None:
     """The solution of a tabular environment at each member's discount; None for other environments.
 
-    Also None if it would take too long: more than 1,024 states, or more than 16,384 states over all
-    different discounts, take seconds; a discount above 0.9999 takes minutes.
+    Also None if it would take too long: more than 1,024 states, more than 16,384 states over all
+    different discounts, or a time limit above 10,000 steps, take seconds; a discount above 0.9999
+    takes minutes. And None for rewards so large that float64 is not exact enough.
     """
-    if not isinstance(env, TabularEnv) or max(gammas) > 0.9999:
+    if not isinstance(env, TabularEnv) or max(gammas) > 0.9999 or env.max_steps > 10_000:
         return None
     num_states = len(env.states()[0])
     if num_states > 1_024 or num_states * len(set(gammas)) > 16_384:
         return None
-    return ExactValues(env, gammas, device)
+    try:
+        return ExactValues(env, gammas, device)
+    except ToleranceError:
+        return None

@@ -1,6 +1,7 @@
 """Memory of a run, computed from its settings before the first tensor is made.
 
     check_memory(args, env, device)  # ValueError: one line with the flag and the value that fits
+    check_evaluation(env, 1, 10**6, (128, 128), device)  # the same for an evaluation alone
 
 The shape of every tensor follows from the settings, so its size is integer arithmetic, without
 overflow. Nothing is allocated in proportion to a setting: one copy of the environment shows shapes
@@ -10,10 +11,12 @@ workspaces of matrix products, gaps between allocations.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,7 @@ from dqn_fast.algorithm import UPDATE_METRICS
 from dqn_fast.envs import TabularEnv, TensorEnv
 from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
 from dqn_fast.record.metrics import Metrics
+from dqn_fast.settings import one_line
 
 PROGRAM = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Bytes of a run that are not tensors, by type of device. CPU: measured 28 MB, and 66 MB with the
@@ -33,6 +37,20 @@ report. CUDA: an estimate for cuBLAS and for kernels, which are loaded at their 
 HOST_COPY, WORKER = 4 * 2**10, 4 * 2**20
 """Lower bounds of the bytes of one Gymnasium environment, in this process and in a process of its
 own. Measured: 4 to 27 KB for five environments of Gymnasium, and 4.8 MB."""
+
+RECORD, GRADIENT_STEP = 4 * 2**10, 3 * 2**10
+"""Bytes of Python's objects, for each member: its settings, its rows of a log point and of the
+summary; and for each gradient step of a chunk: views of its random numbers and of its schedules.
+Measured: 3.3 KB in a chunk of 30,000 gradient steps."""
+
+WORKER_FILES, OTHER_FILES = 3, 128
+"""Open files of an environment in a process of its own, and of all else; measured: 3 and 20."""
+
+MOST_STEPS = 10_000_000
+"""Largest time limit. An evaluation plays whole episodes: so many steps take ten minutes, and
+above 2**31 they could not be counted."""
+MOST_COUNTED = 2**62
+"""Largest product of counts, which are int64."""
 
 ROOT = Path("/")
 
@@ -163,14 +181,16 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "replay": ("buffer_size", "num_seeds", "num_points"),
     "members": ("num_seeds", "num_points", "hidden_sizes"),
     "environments": ("num_envs", "num_seeds", "num_points"),
-    "noise": ("num_envs", "batch_size", "num_seeds", "num_points"),
-    "metrics": ("num_seeds", "num_points", "num_envs"),
+    "noise": ("num_envs", "batch_size", "gradient_steps", "num_seeds", "num_points"),
+    "metrics": ("num_seeds", "num_points", "num_envs", "gradient_steps"),
     "files": ("num_seeds", "num_points", "hidden_sizes"),
     "diagnostics": ("num_seeds", "num_points"),
     "program": (),
     "gaps": (),
-    "drawing noise": ("num_envs", "batch_size", "num_seeds", "num_points"),
-    "vector step": ("num_envs", "num_seeds", "num_points", "hidden_sizes"),
+    "records": ("num_seeds", "num_points"),
+    "drawing noise": ("num_envs", "batch_size", "gradient_steps", "num_seeds", "num_points"),
+    "schedules": ("gradient_steps", "num_seeds", "num_points"),
+    "vector step": ("num_envs", "gradient_steps", "num_seeds", "num_points", "hidden_sizes"),
     "gradient step": ("batch_size", "num_seeds", "num_points", "hidden_sizes"),
     "evaluation": ("eval_episodes", "num_seeds", "num_points", "hidden_sizes"),
     "exact values": ("num_seeds", "num_points", "hidden_sizes"),
@@ -309,6 +329,7 @@ class _Run:
             kept |= {
                 "files": self.files,
                 "diagnostics": self.diagnostics,
+                "records": RECORD * self.sizes.num_members,
                 "gaps": min(max(passing.values()), GAPS),
             }
         return Needs(kept, passing)
@@ -329,6 +350,19 @@ class _Run:
             "metrics": 8 * max(self.chunk * self.copies, self.episodes) + update_metrics,
             "program": PROGRAM["cuda" if self.on_cuda else "cpu"],
         }
+
+    @property
+    def evaluation(self) -> int:
+        """Bytes of an evaluation, which plays all episodes at once, and draws noise before it frees
+        the last."""
+        layout, f = self.layout, self.layout.num_features
+        check = min(STEPS_PER_CHECK, layout.max_steps)
+        drawn = 4 * check * (layout.step_noise + layout.reset_noise)
+        drawing = 2 * drawn + 20 * check * max(layout.step_noise, layout.reset_noise)
+        playing = drawn + max(f + self.forward, self.dynamics)
+        episode = 2 * layout.state_bytes + 4 * layout.num_actions + 16 + max(drawing, playing)
+        episodes = self.sizes.num_members * self.sizes.eval_episodes
+        return episodes * (episode + (HOST_COPY if layout.on_host else 0))
 
     def _passing(self) -> dict[str, int]:
         sizes, layout = self.sizes, self.layout
@@ -351,13 +385,10 @@ class _Run:
         batch = self.transition + 32 + 2 * 4 * f + f
         backward = 4 * (self.outputs + 2 * self.widest + 5 * a) + 32
 
-        # An evaluation plays all episodes at once, and draws noise before it frees the last.
-        episodes = m * sizes.eval_episodes
-        check = min(STEPS_PER_CHECK, layout.max_steps)
-        drawn = 4 * check * (layout.step_noise + layout.reset_noise)
-        drawing = 2 * drawn + 20 * check * max(layout.step_noise, layout.reset_noise)
-        playing = drawn + max(f + self.forward, self.dynamics)
-        episode = 2 * layout.state_bytes + 4 * a + 16 + max(drawing, playing)
+        # On the host, for each gradient step: 8 numbers of the plan, and 5 float64 and 4 float32
+        # of each member.
+        scheduled = self.window * self.updates * (8 * 8 + m * (5 * 8 + 4 * 4))
+        views = 0 if self.on_cuda else GRADIENT_STEP * self.chunk * self.updates
 
         diagnosed = m * SAMPLE_SIZE * (2 * self.forward + 4 * f + 2 * layout.obs_bytes + 64)
         newest = min(sizes.buffer_size, self.interval) if layout.num_states else 0
@@ -365,9 +396,10 @@ class _Run:
         return {
             # The next window is drawn before the last is freed.
             "drawing noise": self.window * (4 * self.numbers + 20 * most_drawn),
-            "vector step": self.record + max(acting, self.copies * self.dynamics),
+            "schedules": scheduled,
+            "vector step": self.record + views + max(acting, self.copies * self.dynamics),
             "gradient step": m * b * (batch + backward) + 3 * 4 * self.num_parameters,
-            "evaluation": episodes * (episode + (HOST_COPY if layout.on_host else 0)),
+            "evaluation": self.evaluation,
             "exact values": m * layout.num_states * (4 * f + self.forward + 12 * a),
             "log point": max(diagnosed, visited, 64 * self.episodes),
         }
@@ -404,14 +436,28 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_on_host(root: Path = ROOT) -> int | None:
-    """Free bytes of the host, within the limits of this process's control groups; None: not known.
+    """Free bytes of the host, within the limits of this process and of its control groups; None:
+    not known.
 
     Args:
         root: folder of `proc` and `sys`.
     """
     available = _available(root / "proc" / "meminfo")
     limits = [available] if available is not None else []
-    return min([*limits, *_free_in_groups(root)], default=None)
+    return min([*limits, *_free_in_process(root), *_free_in_groups(root)], default=None)
+
+
+def _free_in_process(root: Path) -> Iterator[int]:
+    """What `ulimit -v` leaves of this process's address space; nothing without a limit."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages = int((root / "proc" / "self" / "statm").read_text().split()[0])
+            yield max(limit - pages * os.sysconf("SC_PAGE_SIZE"), 0)
 
 
 def _available(meminfo: Path) -> int | None:
@@ -493,7 +539,7 @@ def fits(args: object, env: TensorEnv, device: torch.device, state_copies: int =
 
 
 def check_memory(args: object, env: TensorEnv, device: torch.device, state_copies: int = 0) -> None:
-    """Refuse a run that does not fit into the free memory of its device.
+    """Refuse a run that does not fit into the free memory of its device, or into its counters.
 
     Arguments as `memory_needs`; cost: below 1 ms.
 
@@ -501,10 +547,14 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
         ValueError: it does not fit. The message names the flag of the largest part that can be made
             small enough, and the largest value that fits if all other settings stay.
     """
+    params: Mapping[str, Any] = getattr(args, "env_params", {})
+    sizes = Sizes.of(args)
+    check_time_limit(env, params)
+    check_workers(env, sizes)
     free = free_memory(device)
     if free is None:
-        return
-    sizes, layout = Sizes.of(args), Layout.of(env)
+        return check_counts(sizes)
+    layout = Layout.of(env)
 
     def needs(sizes: Sizes) -> Needs:
         return _Run(sizes, layout, device.type == "cuda").needs(state_copies)
@@ -514,8 +564,8 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
 
     asked = needs(sizes)
     if asked.total <= free:
-        return
-    place = f"the {_in_words(free)} free on {device}; this run needs {_in_words(asked.total)}"
+        return check_counts(sizes)
+    place = _place(free, device, "run", asked.total)
     flags = list(dict.fromkeys(flag for part in asked.parts for flag in FLAGS[part]))
     for flag in flags:
         if (most := _largest(sizes, flag, fits)) is not None:
@@ -529,7 +579,65 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
             flags = others if fits(_with_least(sizes, others)) else flags
         shown = " ".join(_shown(sizes, flag) for flag in flags)
         raise ValueError(f"{shown}: must all be smaller to fit into {place}")
+    if params:
+        pairs = " ".join(f"{name} {one_line(value)}" for name, value in params.items())
+        raise ValueError(
+            f"--env-params {pairs}: must make a smaller environment to fit into {place}"
+        )
     raise ValueError(f"--device {device}: must have more memory; no run fits into {place}")
+
+
+def check_time_limit(env: TensorEnv, params: Mapping[str, Any]) -> None:
+    """Refuse a time limit that the steps of an episode cannot be counted up to.
+
+    Args:
+        env: the environment.
+        params: the parameters that the user gave.
+
+    Raises:
+        ValueError: `max_steps` is above MOST_STEPS.
+    """
+    if env.max_steps > MOST_STEPS:
+        name = next((n for n in ("max_steps", "max_episode_steps") if n in params), None)
+        name = f"--env-params {name}" if name else f"{type(env).__name__}.max_steps"
+        raise ValueError(
+            f"{name} {one_line(env.max_steps)}: must be at most {MOST_STEPS:,}, the steps of the "
+            "longest episode that an evaluation plays"
+        )
+
+
+def check_workers(env: TensorEnv, sizes: Sizes) -> None:
+    """Refuse more copies in processes of their own than this process may have pipes to.
+
+    Raises:
+        ValueError: they need more open files than `ulimit -n` allows.
+    """
+    if not env.background or sys.platform == "win32":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = (limit - OTHER_FILES) // (WORKER_FILES * sizes.num_members)
+    if limit != resource.RLIM_INFINITY and sizes.num_envs > most:
+        raise ValueError(
+            f"--num-envs {sizes.num_envs}: must be at most {most:,} with --vectorization-mode "
+            f"async, where this process may open {limit:,} files (ulimit -n)"
+        )
+
+
+def check_counts(sizes: Sizes) -> None:
+    """Refuse settings whose products do not fit into 64 bits.
+
+    Raises:
+        ValueError: a run would take more than MOST_COUNTED gradient steps.
+    """
+    groups = -(-sizes.num_envs // sizes.train_freq)
+    most = MOST_COUNTED // ((sizes.total_timesteps + sizes.num_envs) * groups)
+    if sizes.gradient_steps > most:
+        raise ValueError(
+            f"--gradient-steps {sizes.gradient_steps}: must be at most {most:,} with "
+            f"--total-timesteps {sizes.total_timesteps}, or there are too many to count"
+        )
 
 
 def check_evaluation(
@@ -542,6 +650,14 @@ def check_evaluation(
 ) -> None:
     """Refuse an evaluation that does not fit into the free memory of its device.
 
+    Args:
+        env: the environment.
+        num_members: M, agents that play.
+        episodes: of each agent, all played at once.
+        hidden_sizes: widths of the network's hidden layers.
+        device: where it runs.
+        name: the flag of `episodes`.
+
     Raises:
         ValueError: it does not fit; the message has the largest number of episodes that does.
     """
@@ -551,16 +667,23 @@ def check_evaluation(
     layout = Layout.of(env)
 
     def needs(episodes: int) -> int:
-        counts: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(Sizes)), 1)
-        counts |= {"num_seeds": num_members, "eval_episodes": episodes}
-        sizes = Sizes(**{**counts, "hidden_sizes": hidden_sizes, "holds_actions": False})
-        return _Run(sizes, layout, device.type == "cuda")._passing()["evaluation"]
-
-    if needs(episodes) > free:
-        raise ValueError(
-            f"{name} {episodes}: must be at most {free // needs(1):,} to fit into the free memory "
-            f"of {device}"
+        counts = dict.fromkeys((f.name for f in dataclasses.fields(Sizes)), 1)
+        sizes = Sizes(
+            **(counts | {"num_seeds": num_members, "eval_episodes": episodes}),  # type: ignore[arg-type]
         )
+        sizes = dataclasses.replace(sizes, hidden_sizes=hidden_sizes, holds_actions=False)
+        return _Run(sizes, layout, device.type == "cuda").evaluation
+
+    if (asked := needs(episodes)) > free:
+        most = free // needs(1)
+        raise ValueError(
+            f"{name} {one_line(episodes)}: must be at most {most:,} to fit into "
+            f"{_place(free, device, 'evaluation', asked)}"
+        )
+
+
+def _place(free: int, device: torch.device, what: str, needs: int) -> str:
+    return f"the {_in_words(free)} free on {device}; this {what} needs {_in_words(needs)}"
 
 
 def _largest(sizes: Sizes, flag: str, fits: Callable[[Sizes], bool]) -> int | None:
@@ -616,7 +739,7 @@ def _shown(sizes: Sizes, name: str) -> str:
     """A setting and its value, as on the command line."""
     if name == "num_points":
         return f"--sweep with {sizes.num_points} settings"
-    return f"--{name.replace('_', '-')} {getattr(sizes, name)}"
+    return f"--{name.replace('_', '-')} {one_line(getattr(sizes, name))}"
 
 
 def _in_words(size: int) -> str:

@@ -221,6 +221,9 @@ class Plan:
         """The different numbers of gradient steps per vector step, once learning has begun."""
         first = self.first_learning_step
         num_steps = min(self.num_vector_steps - first, self.period)
+        if num_steps > 2**20:  # too many to list: what a whole period has
+            fewest = self.num_envs // self.train_freq
+            return {self.gradient_steps * fewest, self.gradient_steps * (fewest + 1)}
         return {int(count) for count in np.unique(self.update_counts(first, max(num_steps, 0)))}
 
     def chunks(self, first: int = 0, num_updates: int = 0) -> Iterator[tuple[Chunk, Chunk]]:
@@ -351,7 +354,8 @@ class Schedules:
             chunk.update_steps, self.learning_rate, self.learning_rate_end, self.total_timesteps
         )
         t = chunk.first_update + np.arange(1, chunk.num_updates + 1)
-        step_size = rate / (1.0 - ADAM_BETAS[0] ** t)[:, None]
+        with np.errstate(over="ignore"):  # a rate near the largest float becomes infinite
+            step_size = rate / (1.0 - ADAM_BETAS[0] ** t)[:, None]
         inverse_correction = 1.0 / np.sqrt(1.0 - ADAM_BETAS[1] ** t)
         sync = np.where(chunk.syncs[:, None], self.tau, 0.0)
         scheduled = (self.epsilon(chunk.steps), step_size, inverse_correction, sync)

@@ -250,6 +250,8 @@ def open_run(run_dir: Path) -> Resumption:
     name = f"--resume {run_dir}"
     if not run_dir.is_dir():
         raise UsageError(f"{name}: must be the directory of a run")
+    if not any(path.exists() for path in kept_paths(run_dir / "checkpoint.pt")):
+        raise UsageError(f"{name}: has no checkpoint.pt, so there is nothing to go on with")
     lock = RunLock(run_dir, name)
     try:
         remove_leftovers(run_dir)
@@ -267,7 +269,7 @@ def open_run(run_dir: Path) -> Resumption:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 text = str(error) if isinstance(error, ValueError) else f"{path}: cannot be read"
                 notes.append(f"{text}; used the one before")
-        why = notes[0].removesuffix("; used the one before") if notes else "has no checkpoint"
+        why = notes[0].removesuffix("; used the one before")
         raise UsageError(f"{name}: {why}; there is nothing to go on with")
     except BaseException:
         lock.release()

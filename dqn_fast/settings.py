@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,8 +41,21 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 
+MOST_COUNT = 2**53
+"""Largest whole number of a setting. Up to here float64 is exact, in which schedules are computed
+and other programs read JSON. Products of two counts are still checked where they are made."""
+MOST_CHARACTERS = 255
+"""Maximum length of a text; file systems allow as many bytes in a name."""
+
+
 class UsageError(ValueError):
-    """Input that makes no sense; the message names the flag, the value and what is allowed."""
+    """Input that makes no sense; the message names the flag, the value and what is allowed.
+
+    The message is one line of printable text, whatever it quotes.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message, 1_000))
 
 
 # -------------------------------------------------------------------------------------- ranges
@@ -100,9 +114,9 @@ def above(low: float, *, finite: bool = False, note: str = "") -> Any:
     return _declared(Range(low, ends="()" if finite else "(]", note=note))
 
 
-def between(low: float, high: float, ends: str = "[]") -> Any:
+def between(low: float, high: float, ends: str = "[]", *, note: str = "") -> Any:
     """Metadata of a field: the interval from low to high; `ends` "[)" leaves out high."""
-    return _declared(Range(low, high, ends))
+    return _declared(Range(low, high, ends, note))
 
 
 def finite() -> Any:
@@ -172,15 +186,37 @@ def _python(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """A parameter's value: a number, text, truth value, None, or nested lists of them."""
     value = _python(value)
+    if isinstance(value, os.PathLike):
+        value = str(value)
+    # No file can have these: NUL, and bytes of the command line that are no UTF-8.
+    if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise _WrongTypeError
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, os.PathLike):
-        return str(value)
     if isinstance(value, list | tuple):
         return [*map(_plain, value)] if isinstance(value, list) else tuple(map(_plain, value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
     raise _WrongTypeError
+
+
+def _form(item: Any) -> str | None:
+    """What a value of the right type must also be, if it is not; or None."""
+    if isinstance(item, int) and abs(item) > MOST_COUNT:
+        return (
+            f"at most 2**53 ({MOST_COUNT:,})" if item > 0 else f"at least -2**53 (-{MOST_COUNT:,})"
+        )
+    if isinstance(item, str) and not (len(item) <= MOST_CHARACTERS and item.isprintable()):
+        return f"at most {MOST_CHARACTERS} characters, all printable"
+    if isinstance(item, Path):
+        names = [len(os.fsencode(name)) for name in item.parts]
+        if (
+            not str(item).isprintable()
+            or max(names, default=0) > 255
+            or sum(names) + len(names) > 3_500
+        ):
+            return "a path of printable characters, at most 255 bytes in a name and 3,500 in all"
+    return None
 
 
 # -------------------------------------------------------------------------------------- checks
@@ -220,12 +256,14 @@ class Setting:
             return None
         try:
             taken = self._taken(_python(value))
-        except _WrongTypeError:
-            shown = value if self.choices and isinstance(value, str) else repr(value)
-            raise UsageError(f"{self.flag} {_one_line(shown)}: must be {self._allowed()}") from None
+        except (_WrongTypeError, RecursionError):  # the latter: a list that contains itself
+            shown = value if self.choices and isinstance(value, str) else _Repr(value)
+            raise UsageError(f"{self.flag} {one_line(shown)}: must be {self._allowed()}") from None
         items = taken if self.kind is tuple else (taken,)
         if self.range is not None and not all(item in self.range for item in items):
-            raise UsageError(f"{self.flag} {_one_line(taken)}: must be {self.range}")
+            raise UsageError(f"{self.flag} {one_line(taken)}: must be {self.range}")
+        for form in filter(None, map(_form, items)):
+            raise UsageError(f"{self.flag} {one_line(taken)}: must be {form}")
         return taken
 
     def _taken(self, value: Any) -> Any:
@@ -259,9 +297,25 @@ class Setting:
         return f"{words}, or None" if self.optional else words
 
 
-def _one_line(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
+class _Repr:
+    """Stands for an object's `repr` in `one_line`."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return repr(self._value)
+
+
+def one_line(value: object, most: int = 80) -> str:
+    """A value as one line of at most `most` printable characters."""
+    try:
+        text = " ".join(str(value).split())
+    except Exception:  # a whole number of thousands of digits, a deep list, a foreign object
+        text = f"({type(value).__name__} that has no text)"
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def flag(name: str) -> str:
@@ -361,9 +415,9 @@ def expand_flags(cls: type[DataclassInstance], argv: Sequence[str]) -> list[str]
     """
     settings = {setting.flag: setting for setting in declarations(cls).values()}
     expanded: list[str] = []
-    words = list(argv)
+    words = deque(argv)
     while words:
-        word = words.pop(0)
+        word = words.popleft()
         name, equals, value = word.partition("=")
         setting = settings.get(name.replace("_", "-")) if name.startswith("--") else None
         if setting is None:
@@ -376,12 +430,12 @@ def expand_flags(cls: type[DataclassInstance], argv: Sequence[str]) -> list[str]
         replaced = _expanded(setting, value)
         if replaced is None:
             if equals and setting.kind is bool:
-                raise UsageError(f"{setting.flag} {_one_line(value)}: must be true or false")
+                raise UsageError(f"{setting.flag} {one_line(value)}: must be true or false")
             expanded.append(word)
             continue
         expanded += replaced
         if not equals:
-            words.pop(0)
+            words.popleft()
     return expanded
 
 
@@ -415,5 +469,5 @@ def _literal(text: str) -> Any:
     """The value that Python writes like this; None where there is none."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None

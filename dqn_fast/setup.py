@@ -285,7 +285,9 @@ def make_plan(args: Args, env: TensorEnv, resumed: Resumption | None = None) -> 
         learning_starts=max(args.learning_starts, args.batch_size) + lag,
         train_freq=args.train_freq,
         gradient_steps=args.gradient_steps,
-        target_update_interval=args.target_update_interval,
+        target_update_interval=min(
+            args.target_update_interval, args.total_timesteps + args.num_envs
+        ),
         max_chunk_steps=1 if env.on_host else args.chunk_steps,
         # An interval longer than the run fires once, at the end of the run.
         intervals=tuple(min(i, args.total_timesteps) for i in intervals(args).values()),
@@ -386,4 +388,8 @@ def check(args: Args) -> Args:
         raise UsageError(f"--sweep {wrong}")
     args = dataclasses.replace(args, sweep=sweep)
     need(args.name != "" and "/" not in args.name, "name", "a name without /")
+    # The run directory's name has environment, name, seed and time, in at most 255 bytes.
+    if args.run_dir is None:
+        need(len(args.name.encode()) <= 100, "name", "at most 100 bytes, or name a --run-dir")
+        need(len(args.env_id.encode()) <= 100, "env_id", "at most 100 bytes, or name a --run-dir")
     return args

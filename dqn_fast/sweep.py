@@ -43,7 +43,7 @@ def read_sweep(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
     Raises:
         ValueError: a number comes before the first name, or a name comes twice.
     """
-    sweep: dict[str, tuple[float, ...]] = {}
+    sweep: dict[str, list[float]] = {}
     name = ""
     for word in " ".join(words).split():
         try:
@@ -52,12 +52,12 @@ def read_sweep(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
             name = word.replace("-", "_")
             if name in sweep:
                 raise ValueError(f"{name}: must be named once, with all its values") from None
-            sweep[name] = ()
+            sweep[name] = []
             continue
         if not name:
             raise ValueError(f"{word}: must come after the name of a setting")
-        sweep[name] = (*sweep[name], value)
-    return sweep
+        sweep[name].append(value)
+    return {name: tuple(values) for name, values in sweep.items()}
 
 
 def form_error(sweep: Mapping[str, Any]) -> str | None:

@@ -153,7 +153,7 @@ class Args:
     to come with the time to compile, and prints its choice. Results differ only by rounding."""
     chunk_steps: Count = 256
     """Maximum number of vector steps per chunk; never changes the result."""
-    num_threads: Annotated[int, at_least(0, note="0: torch's own choice")] = 1
+    num_threads: Annotated[int, between(0, 1_024, note="0: torch's own choice")] = 1
     """CPU threads. Small networks are fastest on one."""
     matmul_precision: MatmulPrecision = "highest"
     """Float32 matrix products on a GPU: highest, in float32; high, in TF32, with 10 bits of
@@ -308,6 +308,8 @@ def run(
     if resumed is None:
         refuse_used_dir(args.run_dir)
     with stop_requests() as stop, ExitStack() as stack:
+        if resumed is not None:
+            stack.callback(resumed.lock.release)
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
         training = stack.enter_context(closing(setup(args, env, resumed)))

@@ -119,3 +119,12 @@ def test_values_in_all_states_are_the_networks():
     exact = ExactValues(env, [0.9, 0.9])
     q = torch.arange(20.0).view(2, 5, 2)
     assert torch.equal(exact.q_values(table_network(env, q)), q)
+
+
+@pytest.mark.parametrize(
+    "params", [{"max_steps": 10_001}, {"step_penalty": -1e9}, {"step_penalty": -1e308}]
+)
+def test_what_takes_too_long_or_is_not_exact_has_no_solution(params):
+    """A time limit of more than 10,000 steps, and rewards beyond float64's digits."""
+    assert solve(make_env("LineWorld-v0", params), [0.5]) is None
+    assert solve(make_env("LineWorld-v0", {"max_steps": 10_000}), [0.5]) is not None

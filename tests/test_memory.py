@@ -427,6 +427,86 @@ def test_several_that_are_too_large_are_named_together(monkeypatch):
     assert re.match(r"--buffer-size \d+ --num-envs \d+: must all be smaller", refusal(args))
 
 
+@pytest.mark.parametrize("size", [10**9, 2**53])
+@pytest.mark.parametrize("name", ["gradient_steps", "sweep_random"])
+def test_counts_of_any_size_are_refused_at_once(name, size, monkeypatch):
+    """Gradient steps and drawn settings too."""
+    set_free(monkeypatch, 10**10)
+    args = replace(SMALL, sweep={"gamma": (0.5, 0.9)}, **{name: size})
+    assert ("--gradient-steps " if name == "gradient_steps" else "--sweep ") in refusal(args)
+
+
+def test_counts_that_no_counter_holds_are_refused(monkeypatch):
+    """Gradient steps of the whole run above 2**62."""
+    set_free(monkeypatch, 10**10)
+    args = replace(SMALL, total_timesteps=2**53, gradient_steps=1_000)
+    assert refusal(args).startswith("--gradient-steps 1000: must be at most 255 with")
+    check_memory(replace(args, gradient_steps=255), make_env(args.env_id), CPU)
+
+
+@pytest.mark.parametrize("max_steps", [10_000_001, 2**31, 2**63, 10**30])
+@pytest.mark.parametrize("env_id", ["LineWorld-v0", "CartPole-v1", "FrozenLake-v1", "gym:Taxi-v4"])
+def test_a_time_limit_that_no_evaluation_reaches_is_refused(max_steps, env_id):
+    """For every environment, by the name of its parameter, before anything is made."""
+    name = "max_episode_steps" if env_id.startswith("gym") else "max_steps"
+    params = {name: max_steps}
+    args = replace(SMALL, env_id=env_id, env_params=params)
+    with pytest.raises(ValueError) as error:
+        setup.setup(args)
+    assert str(error.value).startswith(f"--env-params {name} {max_steps}: must be at most ")
+
+
+def test_more_processes_than_pipes_are_refused(monkeypatch):
+    """As many copies as the limit of open files has room for."""
+    set_free(monkeypatch, None)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1_024, 4_096))
+    env = make_env("gym:CartPole-v1", {}, "async")
+    text = refusal(replace(SMALL, num_seeds=2, num_envs=150, buffer_size=150), env)
+    assert text.startswith("--num-envs 150: must be at most 149 with --vectorization-mode async")
+    check_memory(replace(SMALL, num_seeds=2, num_envs=149, buffer_size=150), env, CPU)
+    check_memory(replace(SMALL, num_envs=150, buffer_size=150), make_env("gym:CartPole-v1"), CPU)
+
+
+def test_an_environment_that_is_too_large_is_named(monkeypatch):
+    """Where no setting is, its parameters are."""
+    set_free(monkeypatch, 2 * 10**8)
+    env = make_env("LineWorld-v0", {"n_states": 2**20})
+    args = replace(SMALL, hidden_sizes=(8,), env_params={"n_states": 2**20})
+    assert refusal(args, env).startswith(
+        "--env-params n_states 1048576: must make a smaller environment to fit into the 200.0 MB"
+    )
+
+
+def test_an_evaluation_that_is_too_large_is_refused(monkeypatch):
+    """As many episodes as proposed fit; copies on the host count."""
+    set_free(monkeypatch, 10**9)
+    for env_id in ("LineWorld-v0", "gym:CartPole-v1"):
+        env = make_env(env_id)
+        with pytest.raises(ValueError) as error:
+            memory.check_evaluation(env, 2, 2**53, (32,), CPU)
+        found = re.match(
+            r"--episodes 9007199254740992: must be at most ([\d,]+) to", str(error.value)
+        )
+        assert found
+        most = int(found[1].replace(",", ""))
+        assert most < 10**9 / 2 / (2**12 if env.on_host else 1)
+        memory.check_evaluation(env, 2, most, (32,), CPU)
+
+
+def test_a_limited_address_space_limits_what_is_free():
+    """`ulimit -v`, less what the process holds."""
+    script = (
+        "import resource; from dqn_fast.memory import free_on_host;"
+        "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
+        "resource.setrlimit(resource.RLIMIT_AS, (held + 10**8, resource.RLIM_INFINITY));"
+        "print(free_on_host())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert 0 < int(done.stdout) <= 10**8
+
+
 def test_without_room_for_a_copy_nothing_is_compiled(tmp_path, monkeypatch):
     """Compiled functions are tried on a copy of what is carried: a run that fits only without it
     runs plainly, and says so."""

@@ -271,3 +271,10 @@ def test_members_schedules_are_those_of_single_runs():
             for ours, theirs in zip(both.of(chunk), alone.of(chunk), strict=True):
                 own = ours[:, i : i + 1] if ours.ndim == 2 else ours
                 np.testing.assert_array_equal(own, theirs)
+
+
+def test_counts_of_an_endless_run_are_known_at_once():
+    """No list as long as the run; the counts of a whole period."""
+    plan = Plan(3, 2**53, 0, 2**40 + 1, 2, 2**53)
+    assert plan.learning_counts() == {0, 2}
+    assert Plan(2**21 + 1, 2**53, 0, 2**21, 1, 0).learning_counts() == {1, 2}

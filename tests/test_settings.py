@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from dqn_fast.settings import (
     parse,
 )
 from dqn_fast.setup import check
+from dqn_fast.sweep import read_sweep
 from dqn_fast.train import Args, train
 
 # What each field of Args allows, written a second time by hand: values at its bounds, values just
@@ -36,13 +38,13 @@ from dqn_fast.train import Args, train
 INTS = {
     **dict.fromkeys(
         ("num_envs", "num_seeds", "total_timesteps", "buffer_size", "batch_size", "train_freq",
-         "chunk_steps", "eval_episodes"),
+         "chunk_steps", "eval_episodes", "keep_checkpoints"),
         ([1], [0, -1], "at least 1"),
     ),
     **dict.fromkeys(
         ("seed", "learning_starts", "gradient_steps", "sweep_random"), ([0], [-1], "at least 0")
     ),
-    "num_threads": ([0], [-1], "at least 0 (0: torch's own choice)"),
+    "num_threads": ([0, 1_024], [-1, 1_025], "in [0, 1024] (0: torch's own choice)"),
     **dict.fromkeys(
         ("target_update_interval", "log_interval", "eval_interval", "checkpoint_interval"),
         ([0], [-1], "at least 0 (0: off)"),
@@ -70,11 +72,13 @@ CHOICES = {
     "matmul_precision": "highest or high",
     "wandb_mode": "online or offline, or None",
 }
-BOOLS = ("double_q", "stop_when_optimal", "report", "quiet", "track", "tensorboard")
+BOOLS = (
+    "double_q", "stop_when_optimal", "checkpoint_replay", "report", "quiet", "track", "tensorboard",
+)  # fmt: skip
 TEXTS = ("env_id", "device", "name", "wandb_project", "wandb_entity", "wandb_group")
-OTHERS = ("env_params", "hidden_sizes", "run_dir", "wandb_tags", "sweep")
+OTHERS = ("env_params", "hidden_sizes", "resume", "run_dir", "wandb_tags", "sweep")
 OPTIONAL = {
-    "learning_rate_end", "run_dir", "log_interval", "eval_interval", "stop_at_return",
+    "learning_rate_end", "resume", "run_dir", "log_interval", "eval_interval", "stop_at_return",
     "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode",
 }  # fmt: skip
 RANGES = {**INTS, **FLOATS, "hidden_sizes": ([(1,), ()], [(64, 0), (-1,)], "at least 1 each")}
@@ -101,7 +105,8 @@ def wrong_types() -> list[tuple[str, Any, str]]:
         cases += [(name, v, f"text{or_none(name)}") for v in (3, True, b"x", ["x"], Path("x"))]
     sizes = "a tuple of whole numbers, at least 1 each"
     cases += [("hidden_sizes", v, sizes) for v in (64, "64", (1.5,), (True,), ((64,),), {64})]
-    cases += [("run_dir", v, "a path, or None") for v in (3, True, ["x"])]
+    for name in ("resume", "run_dir"):
+        cases += [(name, v, "a path, or None") for v in (3, True, ["x"])]
     cases += [("wandb_tags", v, "a tuple of texts") for v in ("tag", (1,), None)]
     parameters = "a dict from names to numbers, texts or truth values"
     cases += [("env_params", v, parameters) for v in (3, "n 5", [("n", 5)], {1: 2}, {"f": abs})]
@@ -435,3 +440,83 @@ def test_help_shows_range_and_default_of_every_number(capsys, monkeypatch):
         default = getattr(Args(), name)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         assert f"{allowed[0].upper()}{allowed[1:]}. (default: {shown})" in about[flag(name)]
+
+
+# --------------------------------------------------------------------- of any size, in any letters
+
+
+@pytest.mark.parametrize("name", INTS)
+@pytest.mark.parametrize(
+    "value", [2**53 + 1, 2**63, 2**70, 10**400, pytest.param(10**5_000, id="5,000 digits")]
+)
+def test_whole_numbers_have_a_largest_one(name, value):
+    """Above 2**53, and where it has thousands of digits, the line is still one."""
+    with pytest.raises(UsageError) as caught:
+        check(Args(**{name: value}))
+    assert re.match(f"{flag(name)} .*: must be (at most 2\\*\\*53|in )", str(caught.value))
+    assert len(str(caught.value)) < 300
+    if name != "num_threads":
+        assert check_value(Args, name, 2**53) == 2**53
+
+
+@pytest.mark.parametrize("name", ["name", "wandb_project", "wandb_tags", "run_dir", "env_id"])
+@pytest.mark.parametrize("text", ["a" * 300, "a\nb", "a\0b", "\udc80", "\x1b[31m", "a\u2028b"])
+def test_texts_that_no_file_can_be_called_are_refused(name, text):
+    """Too long, or not printable: one printable line."""
+    with pytest.raises(UsageError) as caught:
+        check(Args(**{name: (text,) if name == "wandb_tags" else text}))
+    message = str(caught.value)
+    assert message.startswith(f"{flag(name)} ")
+    assert message.isprintable()
+    message.encode()
+
+
+@pytest.mark.parametrize("name", ["name", "env_id"])
+def test_a_run_directory_can_be_called_so(name, tmp_path):
+    """Names that are too long for it are named, unless the directory has a name of its own."""
+    with pytest.raises(UsageError, match=f"{flag(name)} .*: must be at most 100 bytes, or name a"):
+        check(Args(**{name: "é" * 60}))
+    check(Args(**{name: "é" * 60, "run_dir": tmp_path}))
+
+
+def test_odd_objects_are_one_line():
+    """Lists that hold themselves, deep ones, objects without text."""
+
+    class Mute:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    endless: list[Any] = []
+    endless.append(endless)
+    deep: Any = 0
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (endless, {"a": endless}, {"a": deep}, Mute(), {"a": "\0"}, {"\udc80": 1}):
+        with pytest.raises(
+            UsageError, match=r"^--env-params .*: must be a dict from names"
+        ) as caught:
+            check(Args(env_params=value))
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_usage_error_is_one_printable_line():
+    """Whatever it quotes."""
+    text = str(UsageError("--name a\nb\0\udc80: " + "x" * 5_000))
+    assert text.startswith("--name a b\\x00\\udc80: xxx")
+    assert len(text) == 1_000
+
+
+def test_long_command_lines_are_read_fast():
+    """A hundred thousand words take less than a second each way."""
+    words = ["--sweep", "gamma", *(f"0.{i:06d}" for i in range(100_000))]
+    began = time.perf_counter()
+    assert len(expand_flags(Args, words)) == len(words)
+    assert len(read_sweep(words[1:])["gamma"]) == 100_000
+    assert time.perf_counter() - began < 5.0
+
+
+@pytest.mark.parametrize("text", ["[" * 5_000, "[" + "9" * 5_000 + "]", "{[]: 1}", "[1, [}"])
+def test_brackets_without_a_value_are_left_to_tyro(text):
+    """No traceback from Python's reader."""
+    for name in ("--hidden-sizes", "--env-params"):
+        assert expand_flags(Args, [name, text])

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from dqn_fast.doctor.findings import Finding
 from dqn_fast.doctor.packages import check_packages, declared
+from dqn_fast.process import command
 
 
+@command()
 def main() -> int:
     """Print one line per check; returns 0, or 1 if something is a fault, or 2 for bad input."""
     wanted = declared()

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import getpass
 import importlib.metadata
 import math
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import warnings
@@ -25,7 +23,7 @@ import torch
 
 from dqn_fast.device import choose_device, first_line
 from dqn_fast.doctor.findings import Finding, fault, note, ok
-from dqn_fast.engines import choose_engine
+from dqn_fast.engines import cache_state, choose_engine
 from dqn_fast.engines.choice import why_not_compiled
 from dqn_fast.envs import TensorEnv
 from dqn_fast.memory import check_memory, free_memory, memory_needs
@@ -264,9 +262,9 @@ def check_triton() -> Iterator[Finding]:
 
 def check_cache() -> Iterator[Finding]:
     """Folder of compiled functions."""
-    folder, why = compile_cache()
+    folder, why = cache_state()
     if why is not None:
-        words = f"{folder} is not used, {why}; compiled functions are kept for one run only"
+        words = f"{folder} is not used: {why}; compiled functions are kept for one run only"
         yield note("compile cache", f"{words}. Give this folder to yourself with mode 0700")
         return
     size = sum(
@@ -275,27 +273,6 @@ def check_cache() -> Iterator[Finding]:
         if path.is_file() and not path.is_symlink()
     )
     yield _with_free_space("compile cache", folder, f"{folder}, {in_gb(size)} in use")
-
-
-def compile_cache() -> tuple[Path, str | None]:
-    """Folder of compiled functions, and why it is not used; None: it is usable."""
-    home = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    name = f"torchinductor_{getpass.getuser()}"
-    folder = Path(home or Path(tempfile.gettempdir(), name)).absolute() / "dqn_fast"
-    for path in (folder.parent, folder):
-        try:
-            found = path.lstat()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            return folder, error.strerror or str(error)
-        if not stat.S_ISDIR(found.st_mode):
-            return folder, f"because {path} is no folder"
-        if hasattr(os, "getuid") and found.st_uid != os.getuid():
-            return folder, f"because {path} belongs to another user"
-        if found.st_mode & 0o022:
-            return folder, f"because others may write into {path}"
-    return folder, None
 
 
 # ------------------------------------------------------------------------------ disks and memory
@@ -385,10 +362,10 @@ def check_wandb() -> Iterator[Finding]:
         yield ok("wandb", f"{mode}, as WANDB_MODE or `wandb offline` asks: {offline}")
         return
     url = settings.base_url
-    has_key = settings.api_key or settings.identity_token_file or tracker._has_netrc_key(url)
+    has_key = settings.api_key or settings.identity_token_file or tracker.has_netrc_key(url)
     if not has_key:
         yield note("wandb", f"no API key for {url}: {offline}. To log online: wandb login")
-    elif not tracker._answers(url):
+    elif not tracker.answers(url):
         yield note("wandb", f"{url} does not answer within {tracker.PROBE_S:g} s: {offline}")
     else:
         yield ok("wandb", f"logged in at {url}, which answers")

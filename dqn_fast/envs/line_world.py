@@ -16,6 +16,9 @@ from dqn_fast.envs.core import TabularEnv
 
 LEFT, RIGHT = 0, 1
 
+MOST_STATES = 2**20
+"""Longest line. The network reads a position one-hot, here with 4 MiB."""
+
 
 class LineWorldState(NamedTuple):
     """position: int32 [E], in 0 .. n_states - 1."""
@@ -32,7 +35,7 @@ class LineWorld(TabularEnv):
     step reached the goal.
 
     Attributes:
-        n_states: length of the line, >= 2.
+        n_states: length of the line, in 2 .. MOST_STATES.
         max_steps: time limit in steps, >= 1.
         step_penalty: added to the reward of every step.
         goal_reward: added to the reward of the step that reaches the goal.
@@ -54,6 +57,8 @@ class LineWorld(TabularEnv):
     def __post_init__(self) -> None:
         if self.n_states < 2:
             raise ValueError(f"n_states {self.n_states}: must be at least 2")
+        if self.n_states > MOST_STATES:
+            raise ValueError(f"n_states {self.n_states}: must be at most {MOST_STATES:,}")
         if self.max_steps < 1:
             raise ValueError(f"max_steps {self.max_steps}: must be at least 1")
         if not 0.0 <= self.slip_prob <= 1.0:

@@ -192,7 +192,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise
     except Exception as error:  # torch raises several types for a file that is not a checkpoint
         raise ValueError(f"{path}: not a checkpoint of this program") from error
-    if not isinstance(content, dict) or "q_net" not in content:
+    if not isinstance(content, dict) or "q_net" not in content or not _is_bounded(content, path):
         raise ValueError(f"{path}: not a checkpoint of this program")
     if (version := content.get("format", 1)) != 1:
         if version != FORMAT:
@@ -202,6 +202,21 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         if digest != digest_of(content):
             raise ValueError(f"{path}: is damaged, its digest differs")
     return tree.replace(content, [tensor.to(device) for tensor in tree.leaves(content)])
+
+
+def _is_bounded(content: Any, path: Path, most_depth: int = 50) -> bool:
+    """Whether content has no more parts than its file has bytes: a list that holds another one
+    twice, and so on, has 2**n."""
+    parts, budget = [(content, 0)], path.stat().st_size
+    while parts:
+        value, depth = parts.pop()
+        budget -= 1
+        if budget < 0 or depth > most_depth:
+            return False
+        items = value.values() if isinstance(value, Mapping) else value
+        if isinstance(value, (Mapping, list, tuple)):
+            parts += [(item, depth + 1) for item in items]
+    return True
 
 
 def load_newest(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:

@@ -558,7 +558,7 @@ class WandbTracker(Tracker):
         self._jobs.put(partial(self._finish, dict(summary), exit_code, reachable))
         self._jobs.put(None)
         # Probe the server while the thread finishes the runs.
-        reachable.set_result(self._base_url is not None and _answers(self._base_url))
+        reachable.set_result(self._base_url is not None and answers(self._base_url))
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive() and reachable.result():
             self._say(f"wandb: uploading, for at most {UPLOAD_S:.0f} s")
@@ -630,10 +630,10 @@ class WandbTracker(Tracker):
         if asked in ("offline", "dryrun", "disabled"):
             return "offline" if asked == "dryrun" else asked, ""
         if not (
-            settings.api_key or settings.identity_token_file or _has_netrc_key(settings.base_url)
+            settings.api_key or settings.identity_token_file or has_netrc_key(settings.base_url)
         ):
             return "offline", "no API key is configured"  # wandb would prompt for one and wait
-        if not _answers(settings.base_url):
+        if not answers(settings.base_url):
             return "offline", f"{settings.base_url} does not answer"
         return asked, ""
 
@@ -964,7 +964,7 @@ def _to_plain_lists(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether a server answers at `url` within PROBE_S, with any status below 500."""
     answered: list[bool] = []
 
@@ -988,7 +988,7 @@ def _answers(url: str) -> bool:
     return any(answered)
 
 
-def _has_netrc_key(url: str) -> bool:
+def has_netrc_key(url: str) -> bool:
     """Whether `wandb login` has stored a key for this server."""
     try:
         entries = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc")))

@@ -24,6 +24,12 @@ class ReportArgs:
     are several runs."""
 
 
+def _line(value: object) -> str:
+    """Its text as one printable line."""
+    text = " ".join(str(value).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @command()
 def main() -> int:
     """Write the report, print its path and return the exit status."""
@@ -33,14 +39,17 @@ def main() -> int:
     try:
         if not args.run_dirs:
             raise ValueError("RUN_DIRS: name at least one run directory")
+        if not out.name:
+            raise ValueError(f"--out {out}: must be a file")
         write_report(args.run_dirs, out)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {out}: cannot be written ({error.strerror})", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"error: --out {_line(out)}: cannot be written ({reason})", file=sys.stderr)
         return 2
-    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"{_line(out)} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

@@ -73,7 +73,7 @@ def draw_q_table(group: Group) -> Panel:
 def read_grid_shape(group: Group) -> tuple[int, int] | None:
     """Read the rows and columns of a grid environment; None for other environments."""
     shape = group.runs[0].part("derived").get("grid_shape")
-    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape):
+    if isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape):
         return (shape[0], shape[1])
     return None
 

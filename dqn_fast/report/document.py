@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,11 +52,13 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     from dqn_fast.report.figures import group_runs
     from dqn_fast.report.panels import make_panels
 
-    found = {path.resolve(): path for path in run_dirs}.values()
-    runs = [part for path in found for part in split_settings(read_run(path))]
-    groups = group_runs(runs)
-    html = _render_page(groups, runs, make_panels(groups))
-    write_whole(out, lambda file: file.write(html.encode()))
+    found = {os.path.realpath(path): path for path in run_dirs}.values()
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of what files hold
+        runs = [part for path in found for part in split_settings(read_run(path))]
+        groups = group_runs(runs)
+        html = _render_page(groups, runs, make_panels(groups))
+    content = html.encode("utf-8", "backslashreplace")  # a path may not be UTF-8
+    write_whole(out, lambda file: file.write(content))
     return out
 
 
@@ -64,7 +67,8 @@ def run_figures(run_dir: Path) -> dict[str, go.Figure]:
     from dqn_fast.report.figures import group_runs
     from dqn_fast.report.panels import make_panels
 
-    made = make_panels(group_runs(split_settings(read_run(run_dir))))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        made = make_panels(group_runs(split_settings(read_run(run_dir))))
     return {panel.key: panel.figure for panel in made if panel.figure is not None}
 
 

@@ -47,7 +47,8 @@ def check_health(run: RecordedRun) -> list[Finding]:
         _check_dead_units,
         _check_policy,
     )
-    return [check(run) for check in checks]
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of what files hold
+        return [check(run) for check in checks]
 
 
 def _judge(check: str, observed: str, advice: str, *, warning: bool, problem: bool) -> Finding:
@@ -150,6 +151,8 @@ def _check_targets(run: RecordedRun) -> Finding:
     interval, tau, step = run.number("target_update_interval"), run.number("tau"), run.last_step
     if run.number("num_updates") == 0:
         return Finding(check, "not known", "No gradient step was taken.")
+    if (tau is not None and not 0 < tau <= 1) or (interval is not None and interval < 0):
+        return Finding(check, "not known", "tau or target_update_interval is not a possible one.")
     recorded = run.diagnostics.get("num_syncs", np.empty(0))
     if len(recorded):
         syncs, source = float(recorded[-1]), ""
@@ -210,7 +213,7 @@ def _check_evaluation(run: RecordedRun) -> Finding:
         return Finding(check, "not known", "The greedy policy was not evaluated.")
     spread = run.series("eval/return_std")
     noise = float(np.nanmean(spread[1])) if spread else 0.0
-    noise /= np.sqrt(run.number("eval_episodes") or 1.0)
+    noise /= np.sqrt(max(run.number("eval_episodes") or 1.0, 1.0))
     order = ("not known", "ok", "warning", "problem")
     findings = []
     for member, column in enumerate(found[1].T):

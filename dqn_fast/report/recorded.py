@@ -1,15 +1,14 @@
 """Reads the directory of a finished or interrupted training run into arrays.
 
 Reading needs neither torch nor the code that wrote the files. A file that is missing or damaged is
-left out and named in `gaps`, so that the record of a failed run can still be used.
+left out and named in `gaps`, so that the record of a failed run can still be used. Content comes
+out in the types and shapes that are said here, whatever the files hold.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dqn_fast.report.files import (
+    DIGESTS,
+    UnreadableError,
+    differing,
+    open_regular,
+    read_arrays,
+    read_digests,
+    read_json,
+    read_rows,
+)
 from dqn_fast.sweep import label_of
 
 Array = NDArray[np.float64]
@@ -26,6 +35,10 @@ MAX_FILM_BYTES = 2_000_000
 
 # Axes of the stored arrays. A letter is a length that all arrays of a file share: E episodes,
 # L log points, M members, K quantile levels, S sampled errors, X states, A actions.
+NAMES = ("config.json", "metrics.jsonl", "episodes.npz", "summary.json", "diagnostics.npz")
+MAX_METRICS = 1_000
+"""Maximum number of different metrics that are read."""
+
 EPISODE_AXES = {"global_step": "E", "episode_return": "E", "episode_length": "E", "member": "E"}
 DIAGNOSTICS_AXES = {
     "global_step": "L",
@@ -43,6 +56,8 @@ DIAGNOSTICS_AXES = {
     "q_star_of_members": "MXA",  # instead of q_star, where members differ in gamma
     "optimal_return_of_members": "M",
 }
+COUNTS = ("global_step", "episode_length", "member", "num_dropped", "num_syncs", "visits")
+"""Arrays of whole numbers, which are at least 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +111,7 @@ class RecordedRun:
         """M, the number of agents that were trained together."""
         members = self.part("derived").get("members")
         known = len(members) if isinstance(members, list) else self.number("num_seeds")
-        return max(1, int(known or 1))
+        return max(1, min(int(known or 1), 2**53))
 
     def number(self, name: str) -> float | None:
         """A finite number from the summary or, if it has none, from the settings; else None."""
@@ -159,25 +174,44 @@ def read_run(path: Path) -> RecordedRun:
     Raises:
         ValueError: `path` is not a directory, or contains no file of a run.
     """
+    try:
+        found = any((path / name).is_file() for name in NAMES)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read ({reason})") from error
+    if not found:
+        raise ValueError(f"{path}: is not a run directory; it has none of {', '.join(NAMES)}")
     gaps: list[str] = []
-    names = ("config.json", "metrics.jsonl", "episodes.npz", "summary.json", "diagnostics.npz")
-    if not any((path / name).is_file() for name in names):
-        raise ValueError(f"{path}: is not a run directory; it has none of {', '.join(names)}")
-    config = _read_json(path / "config.json", "the settings are not known", gaps)
-    summary = _read_json(path / "summary.json", "the run was cut off before its end", gaps)
+    changed = _check_digests(path, gaps)
+    config = _read_config(path / "config.json", gaps)
+    summary = _read_object(path / "summary.json", "the run was cut off before its end", gaps)
+    listed = _mapping(config.get("derived")).get("members")
+    num_members = len(listed) if isinstance(listed, list) else None
+    members = summary.get("members")
+    if "members" in summary and not (
+        _are_members(members) and num_members in (None, len(members or ()))
+    ):
+        gaps.append("summary.json: members is not a list of the run's members, left out here.")
+        del summary["members"]
     rows = _read_rows(path / "metrics.jsonl", gaps)
-    episodes = _read_arrays(path / "episodes.npz", EPISODE_AXES | {"num_dropped": ""}, gaps)
-    diagnostics = _read_arrays(path / "diagnostics.npz", DIAGNOSTICS_AXES, gaps)
+    episodes, diagnostics = (
+        {} if name in changed else _read_arrays(path / name, axes, num_members, gaps)
+        for name, axes in (
+            ("episodes.npz", EPISODE_AXES | {"num_dropped": ""}),
+            ("diagnostics.npz", DIAGNOSTICS_AXES),
+        )
+    )
     loss_rows = [row for row in rows if "losses/td_loss" in row]
     bad = [row["global_step"] for row in loss_rows if row["losses/td_loss"] is None]
     wall = np.array([_float(row.get("wall_s")) for row in rows])
+    wall[~((wall >= 0) & (wall < 1e12))] = np.nan  # no time of a run
     return RecordedRun(
         path=path,
         config=config,
         summary=summary,
         global_step=np.array([row["global_step"] for row in rows], np.float64),
         wall_s=_add_up_time(wall),
-        metrics=_to_columns(rows),
+        metrics=_to_columns(rows, num_members, gaps),
         loss_not_finite_at=int(bad[0]) if bad else None,
         episodes=episodes if set(EPISODE_AXES) <= set(episodes) else {},
         diagnostics=diagnostics if "global_step" in diagnostics else {},
@@ -262,16 +296,64 @@ def _join(values: list[Any]) -> Any:
     return float(np.mean(values)) if known else None
 
 
-def _read_json(path: Path, consequence: str, gaps: list[str]) -> Mapping[str, Any]:
+def _check_digests(path: Path, gaps: list[str]) -> set[str]:
+    """Names of the files that are not as the run wrote them, each named as a gap."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        digests = read_digests(path / DIGESTS)
+    except FileNotFoundError:  # of a run that wrote none
+        return set()
+    except UnreadableError as error:
+        gaps.append(f"{DIGESTS} cannot be read ({error}): it is not known which files differ.")
+        return set()
+    changed = differing(path, {name: digests[name] for name in NAMES if name in digests})
+    for name in changed:
+        shown = "nothing of it is shown" if name.endswith(".npz") else "its numbers may be wrong"
+        gaps.append(f"{name} differs from what the run wrote (its digest is wrong): {shown}.")
+    return set(changed)
+
+
+def _read_config(path: Path, gaps: list[str]) -> dict[str, Any]:
+    """The settings; parts of another type than a run writes are left out."""
+    config = _read_object(path, "the settings are not known", gaps)
+    for name, kind in (
+        ("env_id", str), ("args", dict), ("env_params", dict), ("derived", dict),
+        ("software", dict), ("changed", list),
+    ):  # fmt: skip
+        if name in config and not isinstance(config[name], kind):
+            gaps.append(f"{path.name}: {name} is not what a run writes, left out here.")
+            del config[name]
+    if "changed" in config:
+        config["changed"] = [name for name in config["changed"] if isinstance(name, str)]
+    derived = config.get("derived", {})
+    if "members" in derived and not _are_members(derived["members"]):
+        gaps.append(f"{path.name}: members is not a list of settings, left out here.")
+        del derived["members"]
+    return config
+
+
+def _are_members(members: Any) -> bool:
+    """Whether it is a list of dicts of numbers, with the same names in each."""
+    return (
+        isinstance(members, list)
+        and len(members) > 0
+        and all(isinstance(member, dict) for member in members)
+        and all(member.keys() == members[0].keys() for member in members)
+        and all(
+            value is None or isinstance(value, (bool, int, float))
+            for member in members
+            for value in member.values()
+        )
+    )
+
+
+def _read_object(path: Path, consequence: str, gaps: list[str]) -> dict[str, Any]:
+    try:
+        return read_json(path)
     except FileNotFoundError:
         gaps.append(f"{path.name} is missing: {consequence}.")
-        return {}
-    except (OSError, ValueError) as error:
+    except UnreadableError as error:
         gaps.append(f"{path.name} cannot be read ({error}): {consequence}.")
-        return {}
-    return _mapping(content)
+    return {}
 
 
 def _read_rows(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
@@ -279,17 +361,15 @@ def _read_rows(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     broken = 0
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    row["global_step"] = int(row["global_step"])
-                    rows.append(row)
-                except (ValueError, TypeError, KeyError):
-                    broken += 1
+        for row in read_rows(path):
+            step = _float(row.get("global_step")) if row is not None else np.nan
+            if row is not None and 0 <= step <= 2**53 and step == int(step):
+                rows.append(row | {"global_step": int(step)})
+            else:
+                broken += 1
     except FileNotFoundError:
         gaps.append(f"{path.name} is missing: no metric is known.")
-    except OSError as error:
+    except UnreadableError as error:
         gaps.append(f"{path.name} cannot be read to its end ({error}).")
     if broken:
         lines = (
@@ -299,53 +379,86 @@ def _read_rows(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["global_step"])
 
 
-def _to_columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
+def _to_columns(
+    rows: list[dict[str, Any]], num_members: int | None, gaps: list[str]
+) -> dict[str, Array]:
     """Arrange the log points as one table per metric, [L, M] or [L, 1]."""
-    columns: dict[str, Array] = {}
+    found: dict[str, dict[int, list[Any]]] = {}
     for i, row in enumerate(rows):
         members = _mapping(row.get("members"))
         for name, shared in row.items():
-            if name in ("global_step", "wall_s", "members"):
-                continue
-            values = members.get(name, [shared])
-            if name not in columns:
-                columns[name] = np.full((len(rows), len(values)), np.nan)
-            if len(values) in (1, columns[name].shape[1]):
-                columns[name][i] = [_float(value) for value in values]
+            if name not in ("global_step", "wall_s", "members"):
+                values = members.get(name)
+                own = values if isinstance(values, list) and values else [shared]
+                found.setdefault(name, {})[i] = own
+    if len(found) > MAX_METRICS:
+        gaps.append(f"metrics.jsonl has {len(found):,} metrics; {MAX_METRICS:,} are read.")
+    columns: dict[str, Array] = {}
+    for name in [*found][:MAX_METRICS]:
+        lengths = Counter(len(values) for values in found[name].values() if len(values) > 1)
+        most_common = lengths.most_common(1)[0][0] if lengths else 1
+        width = num_members or most_common
+        if len(rows) * width > 10**7 + 4 * sum(n * count for n, count in lengths.items()):
+            width = 1  # no table that is much larger than the file
+        if set(lengths) - {width}:
+            gaps.append(f"metrics.jsonl: {name[:80]} is not of the run's members, in part.")
+        table = np.full((len(rows), width), np.nan)
+        for i, values in found[name].items():
+            if len(values) in (1, width):
+                table[i] = [_float(value) for value in values]
+        columns[name] = table
     return columns
 
 
-def _read_arrays(path: Path, axes: Mapping[str, str], gaps: list[str]) -> dict[str, NDArray[Any]]:
+def _read_arrays(
+    path: Path, axes: Mapping[str, str], num_members: int | None, gaps: list[str]
+) -> dict[str, NDArray[Any]]:
     """Read the numeric arrays of an .npz file whose lengths agree."""
     arrays: dict[str, NDArray[Any]] = {}
-    lengths: dict[str, int] = {}
+    lengths: dict[str, int] = {} if num_members is None else {"M": num_members}
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            for name in axes:
-                if name not in file:
-                    continue
-                array = file[name]
-                sizes = dict(zip(axes[name], array.shape, strict=False))
-                fits = array.ndim == len(axes[name]) and array.dtype.kind in "biuf"
-                if fits and all(lengths.get(axis, n) == n for axis, n in sizes.items()):
-                    lengths |= sizes
-                    arrays[name] = array
-                else:
-                    gaps.append(f"{path.name}: {name} has shape {array.shape}, left out here.")
+        for name, array in read_arrays(path, axes):
+            if isinstance(array, UnreadableError):
+                gaps.append(f"{path.name}: {name} cannot be read ({array}), left out here.")
+                continue
+            sizes = dict(zip(axes[name], array.shape, strict=False))
+            fits = array.ndim == len(axes[name])
+            fits &= all(n > 0 for axis, n in sizes.items() if axis != "E")
+            if not fits or any(lengths.get(axis, n) != n for axis, n in sizes.items()):
+                gaps.append(f"{path.name}: {name} has shape {array.shape}, left out here.")
+            elif not _is_possible(name, array, num_members):
+                gaps.append(f"{path.name}: {name} has values that no run has, left out here.")
+            else:
+                lengths |= sizes
+                arrays[name] = array
     except FileNotFoundError:
         gaps.append(f"{path.name} is missing.")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UnreadableError as error:
         gaps.append(f"{path.name} cannot be read ({error}).")
     return arrays
+
+
+def _is_possible(name: str, array: NDArray[Any], num_members: int | None) -> bool:
+    """Whether a run may have recorded such values."""
+    if name in COUNTS:
+        array = array.astype(np.float64)
+        most = num_members - 1 if name == "member" and num_members else 2**53
+        if not np.all((array >= 0) & (array <= most) & (array == np.floor(array))):
+            return False
+        return name != "global_step" or bool((np.diff(array.astype(np.int64)) >= 0).all())
+    if name in ("episode_return", "quantile_levels", "q_star", "q_star_of_members"):
+        return bool(np.isfinite(array).all())
+    return True
 
 
 def _read_film(path: Path) -> bytes:
     """Read a GIF; empty if the file is not a GIF or is larger than MAX_FILM_BYTES."""
     try:
-        content = path.read_bytes() if path.stat().st_size <= MAX_FILM_BYTES else b""
-    except OSError:
+        with open_regular(path) as file:
+            content = file.read(MAX_FILM_BYTES + 1)
+    except (OSError, UnreadableError):
         return b""
-    return content if content.startswith(b"GIF8") else b""
+    return content if content.startswith(b"GIF8") and len(content) <= MAX_FILM_BYTES else b""
 
 
 def _add_up_time(wall_s: Array) -> Array:
@@ -361,4 +474,5 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _float(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else np.nan
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number else np.nan
