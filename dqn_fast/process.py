@@ -440,6 +440,7 @@ def _run(main: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
     with Interruption(at_once=True) as interruption:
         try:
             interruption.install(signal.SIGINT)
+            sys.unraisablehook = _unraisable
             interruption.raise_first()
             status = main(*args, **kwargs)
             interruption.defer()
@@ -454,6 +455,13 @@ def _run(main: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
             _say(line)
             return 2
         return interruption.status if interruption() and status == 0 else status
+
+
+def _unraisable(error: Any) -> None:
+    """sys.unraisablehook of a command: a KeyboardInterrupt that a destructor swallows is raised
+    again by `defer`, and its traceback tells nobody anything."""
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
 
 
 def start_command() -> None:

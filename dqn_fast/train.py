@@ -40,7 +40,16 @@ from dqn_fast.record.run import (
     refuse_used_dir,
 )
 from dqn_fast.resume import Resumption, open_run
-from dqn_fast.settings import UsageError, above, at_least, between, expand_flags, finite, parse
+from dqn_fast.settings import (
+    UsageError,
+    above,
+    at_least,
+    between,
+    check_settings,
+    expand_flags,
+    finite,
+    parse,
+)
 from dqn_fast.setup import Training, device_of, intervals, member_values, settle, setup
 from dqn_fast.sweep import members_of, num_points, read_sweep
 
@@ -287,6 +296,7 @@ def train(
     """
     with ExitStack() as stack:
         resumed = None
+        args = check_settings(args)
         if args.resume is not None:
             resumed = open_run(args.resume)
             stack.callback(resumed.lock.release)

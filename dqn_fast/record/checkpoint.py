@@ -247,10 +247,10 @@ def load_newest(path: Path, device: torch.device | str = "cpu") -> tuple[dict[st
 def write_weights(path: Path, content: Mapping[str, Any]) -> None:
     """Write the weights of `agent_content` alone as safetensors, for other tools.
 
-    Its metadata are texts: the JSON of everything else that describes the network.
+    Its metadata have one text, "dqn_fast": the JSON of what else describes the network.
     """
     described = ("env_id", "network", "head", "members", "global_step", "eval_return_mean")
-    metadata = {name: json.dumps(finite(content[name])) for name in described}
+    metadata = {"dqn_fast": json.dumps({name: finite(content[name]) for name in described})}
     weights = {name: t.detach().cpu().contiguous() for name, t in content["q_net"].items()}
     data = safetensors.torch.save(weights, metadata)
     write_whole(path, lambda file: file.write(data))

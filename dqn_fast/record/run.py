@@ -40,7 +40,7 @@ from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.guard import Guard
 from dqn_fast.record.lock import LOCK_FILE, RunLock
 from dqn_fast.record.metrics import EpisodeLog, Metrics, Reading
-from dqn_fast.record.tracker import TrackerConfig, make_tracker
+from dqn_fast.record.tracker import TrackerConfig, make_tracker, warn
 from dqn_fast.report import run_figures, write_report
 from dqn_fast.settings import UsageError
 
@@ -275,6 +275,10 @@ class RunRecord:
                 self._save_broken()
         self._loop_ended = time.perf_counter()
         self._write_arrays(self._episodes)
+        if error is None and self._saved_at < 0:  # a finished run that was resumed
+            self._write_soon(
+                "weights.safetensors", partial(write_weights, content=self._last_agent())
+            )
         self._files.wait()
         self._files.close()
         self.summary = self._summarise()
@@ -626,7 +630,7 @@ class RunRecord:
         self._unwritten[name] = why
         if name not in self._warned:
             self._warned.add(name)
-            self._tracker.message(f"warning: {name} could not be written ({why}); training goes on")
+            warn(f"{name} could not be written ({why}); training goes on")
 
     def _best_effort(self, what: str, make: Callable[[], object]) -> None:
         """Make a film, figure or report; an error causes one warning and never ends the run."""

@@ -180,9 +180,7 @@ class CompositeTracker(Tracker):
                 self._backends.remove(backend)
                 if backend.name:
                     self._lost.append(backend.name)
-                _warn(
-                    f"{type(backend).__name__} failed and is switched off: {_format_error(error)}"
-                )
+                warn(f"{type(backend).__name__} failed and is switched off: {_format_error(error)}")
 
     def progress(self, global_step: int) -> None:
         self._each(lambda backend: backend.progress(global_step))
@@ -321,7 +319,7 @@ class JsonlTracker(Tracker):
                     lines.append(line)
                     last_step = row["global_step"]
             waiting = []
-            _warn(f"{self._path}: {why}; {len(lines):,} rows up to the checkpoint are kept")
+            warn(f"{self._path}: {why}; {len(lines):,} rows up to the checkpoint are kept")
         self._kept = b"".join(lines)
         self._whole, self._hash = len(self._kept), hashlib.sha256(self._kept)
         self._waiting.extend(waiting)
@@ -364,7 +362,7 @@ class JsonlTracker(Tracker):
                     self._file.truncate(self._whole)
             if not self._warned:
                 why = _format_error(error)
-                _warn(f"{self._path}: {why}; lines are kept in memory and written later")
+                warn(f"{self._path}: {why}; lines are kept in memory and written later")
             self._warned = True
 
     def _open(self) -> None:
@@ -405,14 +403,14 @@ class JsonlTracker(Tracker):
     def finish(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
         self._write()
         if self._waiting:
-            _warn(f"{self._path}: {len(self._waiting)} lines could not be written and are lost")
+            warn(f"{self._path}: {len(self._waiting)} lines could not be written and are lost")
         if self._file is not None:
             try:
                 there = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
             except OSError:
                 there = False
             if not there:
-                _warn(f"{self._path}: was removed during the run; its lines are lost")
+                warn(f"{self._path}: was removed during the run; its lines are lost")
                 self._is_lost = True
             self._file.close()
 
@@ -528,7 +526,7 @@ class WandbTracker(Tracker):
         ids = _known_ids(state, self._project, config.wandb_entity, 1 + count)
         self._goes_on = ids is not None
         if ids and env.get("WANDB_RUN_ID", ids[0]) != ids[0]:
-            _warn(f"WANDB_RUN_ID={env['WANDB_RUN_ID']} is ignored: wandb run {ids[0]} goes on")
+            warn(f"WANDB_RUN_ID={env['WANDB_RUN_ID']} is ignored: wandb run {ids[0]} goes on")
         # WANDB_RUN_ID can name one run only.
         new = [env.get("WANDB_RUN_ID") or os.urandom(4).hex()]
         self._ids = ids or new + [os.urandom(4).hex() for _ in range(count)]
@@ -577,7 +575,7 @@ class WandbTracker(Tracker):
 
     def _fail(self, what: str) -> None:
         if not self._failed:
-            _warn(f"wandb {what}")
+            warn(f"wandb {what}")
         self._failed = True
 
     # All methods below run in the thread.
@@ -617,7 +615,7 @@ class WandbTracker(Tracker):
             self._init(mode)
             how = f"upload it later with `wandb sync {self._folders}`"
             if why:
-                _warn(f"wandb records offline, because {why}; {how}")
+                warn(f"wandb records offline, because {why}; {how}")
             else:
                 self._say(f"wandb records offline; {how}")
         elif self._runs[0].url:
@@ -832,15 +830,15 @@ def make_tracker(
         try:
             backends.append(TensorBoardTracker(config, kept.last_step + 1 if kept else None))
         except ImportError:
-            _warn("no TensorBoard files: `pip install tensorboard` first")
+            warn("no TensorBoard files: `pip install tensorboard` first")
         except Exception as error:
-            _warn(f"no TensorBoard files: {_format_error(error)}")
+            warn(f"no TensorBoard files: {_format_error(error)}")
     if config.track:
         backends.append(WandbTracker(config, console.message, parts.get("wandb"), kept))
     return CompositeTracker(backends, config.num_members, kept.last_step if kept else -1)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """Print a warning to stderr, also if `quiet`."""
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         tqdm.write(f"warning: {text}", file=sys.stderr)
@@ -878,7 +876,7 @@ def _known_ids(
         or len(ids) != count
         or not all(isinstance(run_id, str) and RUN_ID.fullmatch(run_id) for run_id in ids)
     ):
-        _warn("the checkpoint does not name the wandb runs; a new run begins, with all rows")
+        warn("the checkpoint does not name the wandb runs; a new run begins, with all rows")
         return None
     if (state.get("project"), state.get("entity")) != (project, entity):
         return None  # asked for: the settings of wandb may change

@@ -15,8 +15,6 @@ import torch
 TIMES = ("wall_s", "startup_s", "compile_s", "eval_s", "loop_s")
 """Fields of `summary.json` that are seconds of a clock."""
 
-ENGINE = ("engine", "engine_reason")
-
 NOT_COMPARED = {*TIMES, "config", "digest", "tracker"}
 """Parts of a checkpoint that name a directory, a position in a file, or a time, at any depth."""
 
@@ -29,12 +27,11 @@ FILES = (
 )  # fmt: skip
 
 
-def differences(run: Path, other: Path, ignored: tuple[str, ...] = ()) -> list[str]:
+def differences(run: Path, other: Path) -> list[str]:
     """Names of everything in two run directories that differs, times left out.
 
     Args:
         run, other: directories of two runs that should be equal.
-        ignored: further fields of the summary to leave out.
     """
     found = []
     for name in FILES:
@@ -45,14 +42,14 @@ def differences(run: Path, other: Path, ignored: tuple[str, ...] = ()) -> list[s
         if not here.exists():
             continue
         try:
-            pairs = zip_items(read(here, ignored), read(there, ignored))
+            pairs = zip_items(read(here), read(there))
             found += [f"{name}: {what}" for what in pairs if not WINDOW_S.search(what)]
         except Exception as error:
             found.append(f"{name}: {type(error).__name__}: {error}")
     return found
 
 
-def read(path: Path, ignored: tuple[str, ...] = ()) -> Any:
+def read(path: Path) -> Any:
     """Content of a file of a run, without times."""
     match path.suffix:
         case ".pt":
@@ -68,8 +65,7 @@ def read(path: Path, ignored: tuple[str, ...] = ()) -> Any:
             return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
         case _:
             summary = json.loads(path.read_text())
-            skip = {*TIMES, *ignored}
-            return {k: v for k, v in summary.items() if k not in skip and not k.endswith("_per_s")}
+            return {k: v for k, v in summary.items() if not (k in TIMES or k.endswith("_per_s"))}
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
