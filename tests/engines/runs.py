@@ -66,10 +66,10 @@ CASES = {
 WINDOW = 40
 
 
-def plan_of_short_windows(args: Args, env: Any) -> Plan:
+def plan_of_short_windows(args: Args, env: Any, resumed: Any = None) -> Plan:
     """Many windows, so that most of the noise comes from the engine under test, and all of one
     length, so that `draw` is compiled once for runs of all lengths."""
-    return replace(make_plan(args, env), max_window_steps=WINDOW)
+    return replace(make_plan(args, env, resumed), max_window_steps=WINDOW)
 
 
 class Ran(NamedTuple):

@@ -396,8 +396,13 @@ def assert_same_run(ours: Path, theirs: Path, *but: str) -> None:
 
     assert content(ours) == content(theirs)
     a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (ours, theirs))
+    for checkpoint in (a, b):
+        record = checkpoint["resume"]["record"]
+        for name in ("spent", "eval_s", "window", "tracker", "engine", "running"):
+            del record[name]
     for x, y in zip(tree_leaves(a["resume"]), tree_leaves(b["resume"]), strict=True):
-        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+        same = isinstance(x, Tensor) and torch.equal(x.nan_to_num(-7.7), y.nan_to_num(-7.7))
+        assert same or x is y or (not isinstance(x, Tensor) and x == y)
 
 
 def test_without_compiled_kernels_a_graph_has_plain_ones(

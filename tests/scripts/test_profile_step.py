@@ -136,7 +136,7 @@ def test_an_environment_on_the_host():
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--cores", "4096"], "--cores 4096: must be among "),
         (["--trace", "nowhere/t.json"], "--trace nowhere/t.json: must be in a folder that exists"),
-        (["--num-threads", "-1"], "--num-threads -1: must be at least 0"),
+        (["--num-threads", "-1"], "--num-threads -1: must be in [0, 1024]"),
         (["--device", "abacus"], "--device abacus: not available here"),
     ],
 )
