@@ -30,7 +30,7 @@ from dqn_fast.record.checkpoint import (
     saved_part,
 )
 from dqn_fast.record.lock import RunLock
-from dqn_fast.settings import UsageError, check_settings, flag
+from dqn_fast.settings import UsageError, check_settings, flag, one_line
 
 if TYPE_CHECKING:
     from dqn_fast.train import Args
@@ -66,6 +66,17 @@ MAY_CHANGE: dict[str, str] = {
     "tensorboard": "",
 }
 """Settings that a resumed run may change, each with its effect on the results."""
+
+
+SAVED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("global_step", "num_updates", "learning_starts", "updates_before", "replay_rows"), int
+    ),
+    **dict.fromkeys(("state", "best", "record"), dict),
+    "host": (dict, type(None)),
+    "host_refusal": str,
+}
+"""Types of what a checkpoint has for `Resumption.saved`; counts are at least 0."""
 
 
 @dataclass
@@ -132,7 +143,8 @@ class Resumption:
         known = {setting.name for setting in dataclasses.fields(cls)}
         saved = {**self.config["args"], "resume": self.run_dir, "run_dir": self.run_dir}
         if unknown := saved.keys() - known:
-            raise UsageError(f"--resume {self.run_dir}: has the unknown setting {min(unknown)}")
+            text = one_line(min(map(str, unknown)))
+            raise UsageError(f"--resume {self.run_dir}: has the unknown setting {text}")
         return check_settings(cls(**saved))
 
     def complete(self, args: A, env: TensorEnv | None = None, exact: bool = False) -> A:
@@ -259,8 +271,7 @@ def open_run(run_dir: Path) -> Resumption:
         for path in kept_paths(run_dir / "checkpoint.pt"):
             try:
                 content = load_checkpoint(path)
-                if not isinstance(content.get("resume"), dict):
-                    raise ValueError(f"{path}: holds an agent only")
+                _check_types(path, content)
                 run = Resumption(
                     run_dir, path, content["config"], content["resume"], lock, notes=notes
                 )
@@ -274,6 +285,25 @@ def open_run(run_dir: Path) -> Resumption:
     except BaseException:
         lock.release()
         raise
+
+
+def _check_types(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError if a checkpoint has not what `Resumption` reads."""
+    config, saved = content.get("config"), content.get("resume")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: holds an agent only")
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(name), dict) for name in ("args", "software")
+    ):
+        raise ValueError(f"{path}: its settings cannot be read")
+    if not isinstance(config["args"].get("env_params"), dict) or not isinstance(
+        config["args"].get("env_id"), str
+    ):
+        raise ValueError(f"{path}: its environment cannot be read")
+    for name, allowed in SAVED.items():
+        value = saved.get(name)
+        if not isinstance(value, allowed) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{path}: its {name} cannot be read")
 
 
 def _software_changes(before: Mapping[str, Any]) -> list[str]:

@@ -283,8 +283,9 @@ def train(
             None makes `args.env_id` with `args.env_params`.
         on_log: called after every log point and evaluation with global_step, the training and the
             metrics.
-        should_stop: called between chunks; if it returns true, the run is saved and ends. So it
-            does at a signal of STOP_SIGNALS, which then has its usual effect.
+        should_stop: called between chunks, in evaluations, and while the loop waits for a compiler;
+            if it returns true, the run is saved and ends. So it does at a signal of STOP_SIGNALS,
+            which then has its usual effect.
 
     Raises:
         UsageError: a setting is not allowed; nothing was written.
@@ -300,12 +301,13 @@ def train(
         if args.resume is not None:
             resumed = open_run(args.resume)
             stack.callback(resumed.lock.release)
-            resumed.named(args.env_id, args.env_params)
+            if env is None:
+                resumed.named(args.env_id, args.env_params)
             args = resumed.complete(args, env)
-        return run(args, env, resumed, on_log, should_stop)
+        return train_or_resume(args, env, resumed, on_log, should_stop)
 
 
-def run(
+def train_or_resume(
     args: Args,
     env: TensorEnv | None,
     resumed: Resumption | None,
@@ -482,7 +484,7 @@ def main() -> int:
         else:
             args = parse(Args, default=Args.for_env(asked_env_id(argv)))
         require(*("plotly", "jinja2") * args.report, *("wandb",) * args.track)
-        result = run(args, None, resumed)
+        result = train_or_resume(args, None, resumed)
     except (UsageError, TrainingError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -6,7 +6,9 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 
 from dqn_fast import tree
 from dqn_fast.envs import LineWorld
-from dqn_fast.record.checkpoint import load_checkpoint
+from dqn_fast.record.checkpoint import load_checkpoint, save_checkpoint
 from dqn_fast.resume import open_run
 from dqn_fast.settings import UsageError
 from dqn_fast.train import Args, train
@@ -324,3 +326,36 @@ def test_a_compiled_run_is_resumed_bit_for_bit(engine, tmp_path, monkeypatch):
         for name, value in expected.items():
             if name not in ("plain",):
                 assert found[name] == value, name
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("config",), ("config", "args"), ("config", "args", "env_id"), ("config", "software"),
+        ("resume",), ("resume", "global_step"), ("resume", "replay_rows"), ("resume", "state"),
+        ("resume", "state", "params"), ("resume", "best"), ("resume", "best", "weights"),
+        ("resume", "record"), ("resume", "record", "metrics"), ("resume", "record", "spent"),
+        ("resume", "record", "diagnostics"), ("resume", "record", "window"),
+    ],
+    ids="/".join,
+)  # fmt: skip
+@pytest.mark.parametrize("value", [None, "text", -3, []], ids=repr)
+def test_an_odd_checkpoint_is_one_line(place, value, tmp_path):
+    """Its digest is right, and what it holds is not: nothing is changed, no other error comes."""
+    (run_dir := tmp_path / "run").mkdir()
+    content = load_checkpoint(saved_run() / "checkpoint.pt")
+    inner = content
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    save_checkpoint(run_dir / "checkpoint.pt", content)
+    with pytest.raises(UsageError) as caught:
+        train(Args(resume=run_dir))
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in run_dir.iterdir()} <= {"checkpoint.pt", ".lock"}
+
+
+@cache
+def saved_run() -> Path:
+    """A run that was stopped, for tests that only read it."""
+    return stopped_run(Path(tempfile.mkdtemp()) / "run")

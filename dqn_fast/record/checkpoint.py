@@ -326,7 +326,7 @@ class BestAgent:
         """Continue from a `state`, with weights like those of `q_net`."""
         self.return_mean, self.global_step = [*saved["return_mean"]], [*saved["global_step"]]
         self.weights = {}
-        if saved["weights"]:
+        if saved["weights"] != {}:
             self.weights = {name: t.detach().clone() for name, t in q_net.named().items()}
             tree.load_(self.weights, saved["weights"])
 

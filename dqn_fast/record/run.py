@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from dqn_fast import tree
+from dqn_fast.device import first_line
 from dqn_fast.envs import EnvError
 from dqn_fast.evaluate import Evaluation
 from dqn_fast.film import RUN_FILM, film_run
@@ -187,7 +188,11 @@ class RunRecord:
         self._spent = dict.fromkeys(("wall_s", "startup_s", "loop_s", "compile_s"), 0.0)
         window = (0, 0, 0.0)
         if resumed is not None:
-            window = self._load(resumed, training)
+            try:
+                window = self._load(resumed, training)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                text = f"{resumed.path}: its record cannot be read ({first_line(error)})"
+                raise UsageError(text) from error
         self._guard = Guard(training.state, self._frozen)
         # A file whose digest is there is whole; so it goes before the file changes.
         kept = resumed.saved["record"]["tracker"] if resumed else None
@@ -216,7 +221,8 @@ class RunRecord:
         self.num_evaluations, self._evaluation = saved["num_evaluations"], saved["evaluation"]
         self._global_step, self._num_updates = resumed.global_step, resumed.num_updates
         self._num_syncs, self._last_diagnosis = saved["num_syncs"], saved["last_diagnosis"]
-        self._measured_at, self._spent = saved["measured_at"], dict(saved["spent"])
+        self._measured_at = saved["measured_at"]
+        self._spent = {name: float(saved["spent"][name]) for name in self._spent}
         self.eval_s, self.owes_side_jobs = saved["eval_s"], saved["owes_side_jobs"]
         self._frozen = dict(saved["frozen"])
         if saved["solved"] and not resumed.changes.keys() & GOALS:
