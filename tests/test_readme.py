@@ -47,7 +47,8 @@ def test_every_flag_exists():
     """No flag of the training command that the README names is made up."""
     fields = {field.name for field in dataclasses.fields(Args)}
     text = README
-    for other in ("--episodes", "--entity", "--video", "--dist"):  # of other commands
+    others = ("--episodes", "--entity", "--video", "--dist", "--env my_module", "--json")
+    for other in others:  # of other commands
         text = text.replace(other, "")
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", text)}
     assert flags - fields - {"help"} == set()
