@@ -79,7 +79,7 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         global _active
         self._raises = False
-        self._restore(ends=_is_command and self.signal is not None)
+        self._restore(ends=_is_command and self.outer is None)
         if self._watch is not None:
             self._watch.close()
         _active = self.outer
@@ -95,9 +95,8 @@ class Interruption:
     def _restore(self, ends: bool = False) -> None:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:  # else a caller has installed another
-                # While the process ends, the same signal must not change its exit status.
-                ignored = ends and number != signal.SIGINT
-                signal.signal(number, signal.SIG_IGN if ignored else handler)
+                # While the process ends, a signal must not change its exit status.
+                signal.signal(number, signal.SIG_IGN if ends else handler)
 
     def __call__(self) -> bool:
         """Whether a signal has asked to stop."""
