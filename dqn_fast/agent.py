@@ -126,7 +126,7 @@ def load_agent(
             raise ValueError(f"{path}: does not exist, no evaluation was made; use --agent last")
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    content, notes = load_newest(path, choose_device(device))
+    _, content, notes = load_newest(path, choose_device(device))
     for note in notes:
         warnings.warn(note, RuntimeWarning, stacklevel=2)
     try:

@@ -25,7 +25,7 @@ from dqn_fast.envs import TensorEnv, flags_for, refusal
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.record.checkpoint import (
     kept_paths,
-    load_checkpoint,
+    load_newest,
     remove_leftovers,
     saved_part,
 )
@@ -267,21 +267,13 @@ def open_run(run_dir: Path) -> Resumption:
     lock = RunLock(run_dir, name)
     try:
         remove_leftovers(run_dir)
-        notes: list[str] = []
-        for path in kept_paths(run_dir / "checkpoint.pt"):
-            try:
-                content = load_checkpoint(path)
-                _check_types(path, content)
-                run = Resumption(
-                    run_dir, path, content["config"], content["resume"], lock, notes=notes
-                )
-                notes += _software_changes(run.config["software"])
-                return run
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                text = str(error) if isinstance(error, ValueError) else f"{path}: cannot be read"
-                notes.append(f"{text}; used the one before")
-        why = notes[0].removesuffix("; used the one before")
-        raise UsageError(f"{name}: {why}; there is nothing to go on with")
+        newest = run_dir / "checkpoint.pt"
+        try:
+            path, content, notes = load_newest(newest, check=_check_types)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}; there is nothing to go on with") from error
+        notes += _software_changes(content["config"]["software"])
+        return Resumption(run_dir, path, content["config"], content["resume"], lock, notes)
     except BaseException:
         lock.release()
         raise

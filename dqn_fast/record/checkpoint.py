@@ -219,15 +219,20 @@ def _is_bounded(content: Any, path: Path, most_depth: int = 50) -> bool:
     return True
 
 
-def load_newest(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:
+def load_newest(
+    path: Path,
+    device: torch.device | str = "cpu",
+    check: Callable[[Path, Mapping[str, Any]], object] = lambda *_: None,
+) -> tuple[Path, dict[str, Any], list[str]]:
     """Read the newest checkpoint that is whole.
 
     Args:
         path: of the newest one.
         device: of its tensors.
+        check: raises ValueError for content that cannot be used.
 
     Returns:
-        Its content, and a line for each newer one that is damaged.
+        The file, its content, and a line for each newer one that is damaged.
 
     Raises:
         ValueError: none is whole; the message is about the newest.
@@ -236,7 +241,9 @@ def load_newest(path: Path, device: torch.device | str = "cpu") -> tuple[dict[st
     first: ValueError | None = None
     for kept in kept_paths(path):
         try:
-            return load_checkpoint(kept, device), notes
+            content = load_checkpoint(kept, device)
+            check(kept, content)
+            return kept, content, notes
         except ValueError as error:
             first = first or error
             notes.append(f"{error}; used the one before")
