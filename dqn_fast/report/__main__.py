@@ -11,6 +11,10 @@ import tyro
 
 from dqn_fast.process import command
 from dqn_fast.report import write_report
+from dqn_fast.settings import one_line
+
+WHOLE = 10_000
+"""More characters than a path or a message has."""
 
 
 @dataclass
@@ -22,12 +26,6 @@ class ReportArgs:
     out: Path | None = None
     """File to write. None: report.html in the run directory, or in the working directory if there
     are several runs."""
-
-
-def _line(value: object) -> str:
-    """Its text as one printable line."""
-    text = " ".join(str(value).split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @command()
@@ -43,13 +41,13 @@ def main() -> int:
             raise ValueError(f"--out {out}: must be a file")
         write_report(args.run_dirs, out)
     except ValueError as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error, WHOLE)}", file=sys.stderr)
         return 2
     except OSError as error:
         reason = error.strerror or error
-        print(f"error: --out {_line(out)}: cannot be written ({reason})", file=sys.stderr)
+        print(f"error: --out {one_line(out, WHOLE)}: cannot be written ({reason})", file=sys.stderr)
         return 2
-    print(f"{_line(out)} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"{one_line(out, WHOLE)} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
