@@ -35,7 +35,7 @@ TABLE: dict[str, tuple[Callable[[Trial], None], float]] = {
     "inputs": (inputs.inputs, 30),
     "disks": (disks.disks, 20),
     "together": (together.together, 15),
-    "long": (together.long, 30),
+    "long": (together.long, 40),
 }
 """Experiments, and the seconds that the short form gives to each."""
 
