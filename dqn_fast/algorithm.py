@@ -83,6 +83,12 @@ class ChunkRecord(NamedTuple):
     updates: Tensor
 
 
+MEMBER_AXIS: dict[str, int | None] = {"inverse_correction": None, "updates": 1}
+"""Axis along which members lie, for fields of `StepInputs`, `UpdateInputs` and `StepRecord` of a
+single step where it is not the first; None: members share the tensor. Sizes do not tell: with one
+member they coincide."""
+
+
 class Algorithm(Protocol):
     """One vector step, as functions of a state and of inputs.
 
@@ -100,6 +106,10 @@ class Algorithm(Protocol):
 
     @property
     def on_host(self) -> bool: ...
+
+    def one_member(self) -> Algorithm:
+        """The same for one member, whose state is `tree.member` of the whole. Its functions are
+        traced by an engine that goes through members, and through blocks of copies, by itself."""
 
     def vector_step_(
         self,

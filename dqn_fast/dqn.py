@@ -15,7 +15,7 @@ functions as they are, compiled, or captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -134,6 +134,7 @@ class DQN:
         double_q: whether the online network selects the action that the target network evaluates.
             Then noise in one does not become value in the other; van Hasselt, Guez & Silver (2016).
         holds_actions: whether random actions may last longer than one step.
+        in_blocks: whether a CPU computes Q-values for ACT_BLOCK copies at a time.
     """
 
     env: TensorEnv
@@ -145,10 +146,15 @@ class DQN:
     batch_size: int
     double_q: bool = False
     holds_actions: bool = False
+    in_blocks: bool = True
 
     @property
     def on_host(self) -> bool:
         return self.env.on_host
+
+    def one_member(self) -> DQN:
+        """The same for one member, with its copies as a whole."""
+        return replace(self, num_members=1, replay=self.replay.one_member(), in_blocks=False)
 
     @torch.no_grad()
     def init(self, noise: Noise, hyper: Hyper) -> State:
@@ -213,7 +219,7 @@ class DQN:
         """Q-values of the current observations, float32 [M, N, A]."""
         obs = self.by_member(state.env.obs)
         size = self.num_envs
-        if obs.device.type == "cpu":
+        if obs.device.type == "cpu" and self.in_blocks:
             size = max(min(size, ACT_BLOCK), -(-size // MOST_BLOCKS))
         blocks = (self.env.features(block) for block in obs.split(size, 1))
         values = [self.head.values(self.network(state.params, block)) for block in blocks]

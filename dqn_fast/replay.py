@@ -6,6 +6,7 @@ discount of its bootstrap, and importance weights if rows are not equally likely
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -120,6 +121,12 @@ class Replay:
         # Loaded from memory, because an `arange` compiled for a GPU has 32 bits.
         self._offsets = torch.arange(num_members, device=device)[:, None] * capacity
         self._new_rows = torch.arange(num_envs, device=device)
+
+    def one_member(self) -> Replay:
+        """The replay of one member."""
+        alone = copy.copy(self)
+        alone.num_members, alone._offsets = 1, self._offsets[:1]
+        return alone
 
     def init(self) -> ReplayState:
         """Empty storage.

@@ -1,0 +1,370 @@
+"""Runs chunks of vector steps by one generated program."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dqn_fast import tree
+from dqn_fast.algorithm import (
+    MEMBER_AXIS,
+    UPDATE_METRICS,
+    Algorithm,
+    ChunkRecord,
+    StepInputs,
+    UpdateInputs,
+)
+from dqn_fast.device import first_line
+from dqn_fast.engines.choice import EngineUnavailableError
+from dqn_fast.engines.fused import expr
+from dqn_fast.engines.fused.build import Build, find, key_of, load
+from dqn_fast.engines.fused.cpp import print_program, room_bytes
+from dqn_fast.engines.fused.lower import UnknownOperationError, lower
+from dqn_fast.engines.fused.planner import plan as plan_function
+from dqn_fast.engines.fused.trace import trace
+from dqn_fast.noise import Noise
+from dqn_fast.plan import Plan
+
+
+class Function(NamedTuple):
+    """A function of the program.
+
+    Attributes:
+        name: in the program.
+        call: takes the state of one member and the inputs of one step.
+        inputs: example of them, trees of tensors.
+        axes: `MEMBER_AXIS` of each of their tensors.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    axes: list[int | None]
+
+
+class Table:
+    """Where the arguments of a function begin for each step and member.
+
+    Attributes:
+        rows: base address, bytes from step to step and bytes from member to member of each
+            argument, int64 [arguments, 3].
+        constants: addresses of the constants, int64.
+    """
+
+    def __init__(self, state: Sequence[Tensor], num_members: int, constants: list[Tensor]) -> None:
+        """Enter the state; `enter` adds the other arguments of each call."""
+        self._members, self._num_state = num_members, len(state)
+        rows = []
+        for tensor in state:
+            per_member = 0
+            if tensor.numel():
+                per_member = len(tensor) // num_members * tensor.stride(0) * tensor.itemsize
+            rows.append((tensor.data_ptr(), 0, per_member))
+        self.rows: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 3)
+        self._kept = constants
+        self.constants = np.array([t.data_ptr() for t in constants] or [0], np.int64)
+
+    def enter(self, tensors: Sequence[tuple[Tensor, int | None]]) -> None:
+        """Enter tensors [K, ...] of K steps, contiguous, with the axis of members in one step."""
+        if len(self.rows) != self._num_state + len(tensors):
+            self.rows = np.concatenate(
+                [self.rows[: self._num_state], np.zeros((len(tensors), 3), np.int64)]
+            )
+        for row, (tensor, axis) in enumerate(tensors, self._num_state):
+            per_step = tensor.stride(0) * tensor.itemsize if tensor.numel() else 0
+            per_member = 0 if axis is None else per_step // self._members
+            self.rows[row] = tensor.data_ptr(), per_step, per_member
+
+
+class FusedChunk:
+    """Generated replacement for `chunk_` of one state, and for the algorithm's `draw`.
+
+    One call runs K vector steps of all members. Members are outermost, so that one member's
+    networks stay in the cache, and are shared out to threads.
+
+    Attributes:
+        notes: what is wrong with the cache of compiled programs, for the user.
+    """
+
+    def __init__(self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise) -> None:
+        """Generate the program and start its compiler.
+
+        Raises:
+            EngineUnavailableError: the functions cannot be traced or fused.
+        """
+        self._algorithm = algorithm
+        self._members = algorithm.num_members
+        self._state = [tensor.detach() for tensor in tree.leaves(state)]
+        algorithm.draw(noise, plan.window_steps, plan.window_updates, 0, 0)  # makes counters
+        self._keys, self._counters = noise.keys, noise.counters
+        self._build: Build | None = None
+        self.notes: list[str] = []
+        try:
+            self._generate(algorithm.one_member(), tree.member(state, 0, self._members), noise)
+        except EngineUnavailableError:
+            raise
+        except UnknownOperationError as error:
+            raise EngineUnavailableError(f"cannot be fused: {first_line(error)}") from error
+        except Exception as error:
+            raise EngineUnavailableError(f"cannot be traced: {first_line(error)}") from error
+        threads = min(torch.get_num_threads(), self._members)
+        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._num_threads = threads
+        self._scratch = [
+            torch.empty(self._scratch_bytes, dtype=torch.uint8) for _ in range(threads)
+        ]
+        self._buffers: dict[Any, Tensor] = {}
+
+    def _generate(self, alone: Algorithm, state: Any, noise: Noise) -> None:
+        """Trace all functions for one member, plan and print them, and start the compiler."""
+        programs, described, constants = [], dict[str, Any](), list[Tensor]()
+        self._results: dict[str, list[Tensor]] = {}
+        for function in functions_of(alone, noise):
+            graph = trace(function.call, state, function.inputs)
+            placeholders = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
+            lowered = lower(graph.module, len(placeholders) - len(graph.constants))
+            programs.append(plan_function(function.name, lowered))
+            described[function.name] = {
+                "axes": function.axes,
+                "constants": [len(constants), len(graph.constants)],
+            }
+            constants += graph.constants
+            self._results[function.name] = tree.leaves(graph.results)
+        expr.forget()
+        self.source = print_program(programs)
+        self._scratch_bytes = max(p.scratch_bytes + room_bytes(p) for p in programs)
+        key = key_of(self.source)
+        self._package, note = find(key)
+        self.notes += [note] if note else []
+        self._described, self._constants = described, constants
+        if self._package is None:
+            self._build = Build(self.source, key, described, [c.contiguous() for c in constants])
+            self.notes += self._build.notes
+
+    def finish(self, should_stop: Callable[[], bool]) -> None:
+        """Wait for the compiler.
+
+        Raises:
+            EngineUnavailableError: it failed.
+            StopRequested: `should_stop`, asked every 0.02 s, returned true.
+        """
+        if self._build is not None:
+            self._package = self._build.finish(should_stop)
+        assert self._package is not None
+        self._library = load(self._package)
+        constants = [c.contiguous() for c in self._constants]
+        self._tables = {}
+        for name, described in self._described.items():
+            start, count = described["constants"]
+            mine = constants[start : start + count]
+            state = [] if name.startswith("draw") else self._state
+            if name.startswith("draw"):
+                state = self._state
+            self._tables[name] = Table(state, self._members, mine)
+
+    def close(self) -> None:
+        """Stop the compiler if it still runs."""
+        if self._build is not None:
+            self._build.close()
+
+    # ------------------------------------------------------------------------------------ calls
+
+    def __call__(
+        self,
+        algorithm: Algorithm,
+        state: Any,
+        steps: StepInputs,
+        updates: UpdateInputs,
+        update_counts: tuple[int, ...],
+    ) -> ChunkRecord:
+        """`chunk_` of the state that the program was generated for; the next call overwrites the
+        record."""
+        if algorithm.on_host:
+            from functools import partial
+
+            from dqn_fast.engines.runner import chunk_
+
+            step_ = partial(algorithm.vector_step_, act_=self._act_, learn_=self._learn_)
+            return chunk_(algorithm, state, steps, updates, update_counts, step_)
+        num_steps, num_updates = len(update_counts), sum(update_counts)
+        returns, lengths = self._take("step", num_steps)
+        (metrics,) = self._take("update", num_updates)
+        kept = self._enter("step", tree.leaves(steps), [returns, lengths])
+        kept += self._enter("update", tree.leaves(updates), [metrics])
+        counts = np.array(update_counts, np.int64)
+        step, update = self._tables["step"], self._tables["update"]
+
+        def run(first: int, last: int, scratch: Tensor) -> None:
+            self._library.chunk(
+                *map(_address, (step.rows, step.constants, update.rows, update.constants, counts)),
+                ctypes.c_int64(num_steps),
+                ctypes.c_int64(first),
+                ctypes.c_int64(last),
+                ctypes.c_void_p(scratch.data_ptr()),
+            )
+
+        self._share_out(run)
+        copies = (self._members, -1)
+        return ChunkRecord(
+            returns.view(num_steps, *copies),
+            lengths.view(num_steps, *copies),
+            metrics.view(num_updates, self._members, len(UPDATE_METRICS)).mT,
+        )
+
+    def draw(
+        self, noise: Noise, num_steps: int, num_updates: int, *first: int
+    ) -> tuple[Tensor, ...]:
+        """The algorithm's `draw`; the next call overwrites the numbers."""
+        drawn: list[Tensor] = []
+        for name, count, start in zip(
+            ("draw_step", "draw_update"), (num_steps, num_updates), first, strict=True
+        ):
+            index = torch.arange(start, start + count)
+            made = self._take(name, count)
+            self._many(name, count, [self._keys, self._counters, index], made, same=2)
+            drawn += made
+        m = self._members
+        explore, env_step, env_reset, rows = drawn
+        return (
+            explore.view(num_steps, m, *explore.shape[-2:]),
+            env_step.flatten(1, 2),
+            env_reset.flatten(1, 2),
+            rows.view(num_updates, m, rows.shape[-1]),
+        )
+
+    def _act_(self, _state: Any, explore: Tensor, epsilon: Tensor) -> Tensor:
+        (action,) = self._make("act", 1)
+        self._many("act", 1, [explore[None], epsilon[None]], [action])
+        return action[0]
+
+    def _learn_(self, _state: Any, updates: list[UpdateInputs]) -> list[Tensor]:
+        made = []
+        for update in updates:
+            (metrics,) = self._make("update", 1)
+            self._many("update", 1, [t[None] for t in tree.leaves(update)], [metrics])
+            made.append(metrics.view(self._members, -1).mT)
+        return made
+
+    # ---------------------------------------------------------------------------------- helpers
+
+    def _make(self, name: str, count: int) -> list[Tensor]:
+        """Results of `count` steps of all members, member after member."""
+        return [
+            torch.empty((count, self._members * len(_rows(t)), *_rows(t).shape[1:]), dtype=t.dtype)
+            for t in self._results[name]
+        ]
+
+    def _take(self, name: str, count: int) -> list[Tensor]:
+        """The same from memory that is used again."""
+        buffers = self._buffers.get(name)
+        if buffers is None or len(buffers[0]) < count:
+            buffers = self._buffers[name] = self._make(name, count)  # type: ignore[assignment]
+        return [buffer[:count] for buffer in buffers]
+
+    def _enter(
+        self, name: str, inputs: Sequence[Tensor], results: Sequence[Tensor], same: int = 0
+    ) -> list[Tensor]:
+        """Enter a call's arguments; returns tensors that must live until it ends.
+
+        The first `same` inputs are those of every step.
+        """
+        axes = self._described[name]["axes"]
+        inputs = [tensor.contiguous() for tensor in inputs]
+        entered = [
+            (t.expand(1, *t.shape) if i < same else t, axis)
+            for i, (t, axis) in enumerate(zip(inputs, axes, strict=True))
+        ]
+        table = self._tables[name]
+        table.enter([*entered, *((t, 0) for t in results)])
+        for i in range(same):
+            row = table.rows[table._num_state + i]
+            row[1] = 0
+        return list(inputs)
+
+    def _many(
+        self,
+        name: str,
+        count: int,
+        inputs: Sequence[Tensor],
+        results: Sequence[Tensor],
+        same: int = 0,
+    ) -> None:
+        """Run one function for `count` steps of all members."""
+        kept = self._enter(name, inputs, results, same)
+        table, function = self._tables[name], getattr(self._library, f"many_{name}")
+
+        def run(first: int, last: int, scratch: Tensor) -> None:
+            function(
+                _address(table.rows),
+                _address(table.constants),
+                ctypes.c_int64(count),
+                ctypes.c_int64(first),
+                ctypes.c_int64(last),
+                ctypes.c_void_p(scratch.data_ptr()),
+            )
+
+        self._share_out(run)
+        del kept
+
+    def _share_out(self, run: Callable[[int, int, Tensor], None]) -> None:
+        """Run members first .. last - 1 on each thread."""
+        if self._threads is None:
+            run(0, self._members, self._scratch[0])
+            return
+        ends = [self._members * i // self._num_threads for i in range(self._num_threads + 1)]
+        jobs = [
+            self._threads.submit(run, first, last, scratch)
+            for first, last, scratch in zip(ends[1:-1], ends[2:], self._scratch[1:], strict=True)
+        ]
+        run(ends[0], ends[1], self._scratch[0])
+        for job in jobs:
+            job.result()
+
+
+def functions_of(alone: Algorithm, noise: Noise) -> list[Function]:
+    """The functions of an algorithm for one member; see `FusedChunk`."""
+    step, update = alone.example_inputs(noise.device)
+    own = copy.copy(noise)
+    own.num_members = 1
+
+    def draw_step(_: Any, keys: Tensor, counters: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return alone.draw(own.with_tensors(keys, counters), 1, 0, index, 0)[:3]
+
+    def draw_update(_: Any, keys: Tensor, counters: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return alone.draw(own.with_tensors(keys, counters), 0, 1, 0, index)[3:]
+
+    index = torch.zeros((), dtype=torch.int64)
+    drawn = (noise.keys[:1], noise.counters, index)
+    draw_axes: list[int | None] = [0, None, None]
+    functions = [
+        Function("draw_step", draw_step, drawn, draw_axes),
+        Function("draw_update", draw_update, drawn, draw_axes),
+    ]
+    if alone.on_host:
+        functions += [Function("act", alone.act_, (step.explore, step.epsilon), [0, 0])]
+    else:
+        functions += [Function("step", alone.vector_step_, (step, []), _axes(step))]
+    return [*functions, Function("update", alone.learn_, ([update],), _axes(update))]
+
+
+def _axes(inputs: Any) -> list[int | None]:
+    """`MEMBER_AXIS` of each tensor of a NamedTuple."""
+    pairs = zip(inputs._fields, inputs, strict=True)
+    return [MEMBER_AXIS.get(name, 0) for name, tensor in pairs if tensor is not None]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A result of one member with an axis of rows."""
+    return tensor if tensor.ndim else tensor[None]
+
+
+def _address(array: NDArray[np.int64]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)

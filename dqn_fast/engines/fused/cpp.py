@@ -1,0 +1,495 @@
+"""Prints a planned program as C++."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index
+from dqn_fast.engines.fused.planner import Kernel, Operand, Program
+
+TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "bool",
+}
+
+INFIX = {
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+    "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
+}  # fmt: skip
+
+MATH = {
+    "sqrt", "exp", "log", "sin", "cos", "tan", "tanh", "asin", "acos", "atan", "floor", "ceil",
+    "trunc", "log2", "log10", "log1p", "exp2", "expm1", "sinh", "cosh", "atan2", "fmod", "pow",
+    "fma",
+}  # fmt: skip
+
+PACKAGE = Path(__file__).parent
+
+
+class Printer:
+    """Prints one function.
+
+    Attributes:
+        lines: so far.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self.lines: list[str] = []
+        self._indent = 0
+        self._count = 0
+
+    def _line(self, text: str) -> None:
+        self.lines.append("  " * self._indent + text if text else "")
+
+    def function(self) -> list[str]:
+        """Lines of the function and of the loop that calls it for many steps and members."""
+        program = self._program
+        self._line(f"void {program.name}(char* const* a, char* const* c, char* s) {{")
+        self._indent += 1
+        used = set().union(*(k.reads() | k.writes() for k in program.kernels), set())
+        for buffer in sorted({b.root for b in used}, key=lambda b: (b.role, b.position, b.offset)):
+            if buffer.role == "scratch" and buffer.offset < 0:
+                continue
+            kind = TYPES[buffer.dtype]
+            source = f"s + {buffer.offset}"
+            if buffer.role != "scratch":
+                source = f"{buffer.role[0]}[{buffer.position}]"
+            self._line(f"{kind}* const {buffer.name} = ({kind}*)({source});")
+        for number, kernel in enumerate(program.kernels):
+            self._line("")
+            self._kernel(number, kernel)
+        self._indent -= 1
+        self._line("}")
+        return self.lines
+
+    # --------------------------------------------------------------------------------- kernels
+
+    def _kernel(self, number: int, kernel: Kernel) -> None:
+        for line in _wrapped(", ".join(o for o in kernel.origins if o), 90):
+            self._line(f"// {line}")
+        self._line("{")
+        self._indent += 1
+        self._line(f"PHASE({number});")
+        if kernel.product is not None:
+            self._product(kernel)
+        elif kernel.reduction is not None:
+            self._reduction(kernel)
+        else:
+            self._loop(kernel)
+        self._indent -= 1
+        self._line("}")
+
+    def _product(self, kernel: Kernel) -> None:
+        p = kernel.product
+        assert p is not None
+        bias = "nullptr"
+        room = f"(float*)(s + {self._program.scratch_bytes})"
+        x, y, out = (
+            f"{_pointer(o)}, {o.row}, {o.column}" for o in (p.x, p.y, p.out)
+        )
+        self._line(f"product<End::NOTHING>({p.rows}, {p.columns}, {p.depth}, {x}, {y}, {out},")
+        self._line(f"    {bias}, {room});")
+
+    def _loop(self, kernel: Kernel) -> None:
+        # An argument's elements are read before they are overwritten.
+        known = {
+            _load_key(store.buffer, store.offset): store.value
+            for store in kernel.stores
+            if store.buffer.role == "scratch"
+        }
+        body = _Body(self, known)
+        kept = [store for store in kernel.stores if store.is_kept]
+        roots = [store.value for store in kept]
+        roots += [atom for store in kept for atom in store.offset.terms]
+        self._nest(
+            kernel.extents,
+            body,
+            roots,
+            [
+                lambda store=store: (
+                    f"{store.buffer.name}[{body.index(store.offset)}] = {body.name(store.value)};"
+                )
+                for store in kept
+            ],
+            independent=True,
+        )
+
+    def _nest(
+        self,
+        extents: Sequence[int],
+        body: _Body,
+        roots: Sequence[Expr],
+        statements: Sequence[Any],
+        independent: bool,
+    ) -> None:
+        """Loops with each expression computed as far outside as possible."""
+        by_depth = body.by_depth(roots)
+        for depth in range(len(extents) + 1):
+            for expr in by_depth.get(depth, ()):
+                body.emit(expr)
+            if depth < len(extents):
+                if depth == len(extents) - 1 and independent:
+                    self._line("#pragma GCC ivdep")
+                i = f"i{depth}"
+                self._line(f"for (int64_t {i} = 0; {i} < {extents[depth]}; ++{i}) {{")
+                self._indent += 1
+        for statement in statements:
+            self._line(statement())
+        for _ in extents:
+            self._indent -= 1
+            self._line("}")
+
+    def _reduction(self, kernel: Kernel) -> None:
+        r = kernel.reduction
+        assert r is not None
+        kind = TYPES[r.buffer.dtype]
+        total = _total(r.buffer.dtype)
+        if r.outer:
+            self._sum_by_rows(kernel)
+            return
+        kept, inner = kernel.extents[: len(kernel.extents) - len(r.extents)], r.extents
+        body = _Body(self, {})
+        by_depth = body.by_depth([r.term, *r.offset.terms])
+        for depth in range(len(kept)):
+            for expr in by_depth.get(depth, ()):
+                body.emit(expr)
+            i = f"i{depth}"
+            self._line(f"for (int64_t {i} = 0; {i} < {kept[depth]}; ++{i}) {{")
+            self._indent += 1
+        for expr in by_depth.get(len(kept), ()):
+            body.emit(expr)
+        if r.what in ("sum", "any", "all"):
+            start, sign = {"sum": ("0", "+"), "any": ("0", "|"), "all": ("1", "&")}[r.what]
+            accumulator = "int" if r.buffer.dtype == torch.bool else kind
+            self._line(f"{accumulator} {total} = {start};")
+        else:
+            term = TYPES[r.term.dtype]
+            self._line(f"{term} {total} = 0; int64_t {total}_at = 0; bool {total}_first = true;")
+        for depth in range(len(kept), len(kernel.extents)):
+            i, extent = f"i{depth}", kernel.extents[depth]
+            if depth == len(kernel.extents) - 1 and r.what in ("sum", "any", "all"):
+                self._line(f"#pragma omp simd reduction({sign}:{total})")
+            self._line(f"for (int64_t {i} = 0; {i} < {extent}; ++{i}) {{")
+            self._indent += 1
+            for expr in by_depth.get(depth + 1, ()):
+                body.emit(expr)
+        term_name = body.name(r.term)
+        if r.what in ("sum", "any", "all"):
+            self._line(f"{total} {sign}= {term_name};")
+        else:
+            more = r.what in ("max", "argmax")
+            better = _beats(term_name, total, more)
+            place = " + ".join(
+                f"i{len(kept) + n} * {math.prod(inner[n + 1:])}" for n in range(len(inner))
+            ) or "0"
+            self._line(f"if ({total}_first || {better}) {{")
+            self._line(f"  {total} = {term_name}; {total}_at = {place}; {total}_first = false;")
+            self._line("}")
+        for _ in inner:
+            self._indent -= 1
+            self._line("}")
+        result = f"{total}_at" if r.what.startswith("arg") else total
+        self._finish(r, result, body)
+        for _ in kept:
+            self._indent -= 1
+            self._line("}")
+
+    def _finish(self, r: Any, result: str, body: _Body) -> None:
+        from dqn_fast.engines.fused.expr import make
+
+        value = make("named", (result,), r.buffer.dtype)
+        end = _Body(self, {})
+        end.names = dict(body.names)
+        end.names[value] = result
+        finished = r.finish(value)
+        for exprs in end.by_depth([finished]).values():
+            for expr in exprs:
+                end.emit(expr)
+        self._line(f"{r.buffer.name}[{body.index(r.offset)}] = {end.name(finished)};")
+
+    def _sum_by_rows(self, kernel: Kernel) -> None:
+        """A sum whose results are neighbours in memory: row after row is added to all of them."""
+        r = kernel.reduction
+        assert r is not None
+        first = len(r.extents)
+        kept = kernel.extents[first:]
+
+        def over_kept(statement: Any) -> None:
+            for n, extent in enumerate(kept):
+                i = f"i{first + n}"
+                if n == len(kept) - 1:
+                    self._line("#pragma GCC ivdep")
+                self._line(f"for (int64_t {i} = 0; {i} < {extent}; ++{i}) {{")
+                self._indent += 1
+            statement()
+            for _ in kept:
+                self._indent -= 1
+                self._line("}")
+
+        body = _Body(self, {})
+        place = f"{r.buffer.name}[{body.index(r.offset)}]"
+        over_kept(lambda: self._line(f"{place} = 0;"))
+        body = _Body(self, {})
+        self._nest(
+            kernel.extents, body, [r.term], [lambda: f"{place} += {body.name(r.term)};"], True
+        )
+        from dqn_fast.engines.fused.expr import load
+
+        if r.finish(probe := load(r.buffer, r.offset)) is not probe:
+            over_kept(lambda: self._finish(r, place, _Body(self, {})))
+
+
+class _Body:
+    """Expressions of one kernel and the names of their values."""
+
+    def __init__(self, printer: Printer, known: dict[Any, Expr]) -> None:
+        self._printer, self._known = printer, known
+        self.names: dict[Expr, str] = {}
+
+    def _resolved(self, expr: Expr) -> Expr:
+        """The value itself where it is stored in the same iteration."""
+        while expr.op == "load":
+            value = self._known.get(_load_key(*expr.args))
+            if value is None or value is expr:
+                break
+            expr = value
+        return expr
+
+    def by_depth(self, roots: Iterable[Expr]) -> dict[int, list[Expr]]:
+        """Everything to compute, operands first, by the number of loops around it."""
+        order: list[Expr] = []
+        depth: dict[Expr, int] = {}
+
+        def visit(expr: Expr) -> int:
+            expr = self._resolved(expr)
+            if expr in depth:
+                return depth[expr]
+            deepest = expr.args[0] + 1 if expr.op == "var" else 0
+            for operand in expr.operands():
+                deepest = max(deepest, visit(operand))
+            depth[expr] = deepest
+            if expr.op not in ("var", "const", "named"):
+                order.append(expr)
+            return deepest
+
+        for root in roots:
+            visit(root)
+        found: dict[int, list[Expr]] = {}
+        for expr in order:
+            if expr not in self.names:
+                found.setdefault(depth[expr], []).append(expr)
+        return found
+
+    def emit(self, expr: Expr) -> None:
+        """Print the definition of a value; its operands have names."""
+        if expr.op in ("bounded", "index"):
+            inner = expr.args[0]
+            self.names[expr] = (
+                self.name(inner) if isinstance(inner, Expr) else f"({self.index(inner)})"
+            )
+            return
+        self._printer._count += 1
+        name = f"t{self._printer._count}"
+        self._printer._line(f"const {TYPES[expr.dtype]} {name} = {self._text(expr)};")
+        self.names[expr] = name
+
+    def name(self, expr: Expr) -> str:
+        """Name of a value, or the number itself."""
+        expr = self._resolved(expr)
+        if expr.op == "const":
+            return _literal(expr.args[0], expr.dtype)
+        if expr.op == "var":
+            return f"i{expr.args[0]}"
+        return self.names[expr]
+
+    def index(self, index: Index) -> str:
+        """An index as text."""
+        parts = []
+        for atom, factor in index.terms.items():
+            parts.append(self.name(atom) if factor == 1 else f"{self.name(atom)} * {factor}")
+        if index.const or not parts:
+            parts.append(str(index.const))
+        return " + ".join(parts)
+
+    def _text(self, expr: Expr) -> str:
+        op, kind = expr.op, TYPES[expr.dtype]
+        if op == "load":
+            buffer, index = expr.args
+            return f"{buffer.name}[{self.index(index)}]"
+        if op == "quotient":
+            return f"({self.index(expr.args[0])}) / {expr.args[1]}"
+        if op == "rest":
+            return f"({self.index(expr.args[0])}) % {expr.args[1]}"
+        if op in ("upper_bound", "lower_bound"):
+            buffer, size, key = expr.args
+            return f"{op}<{TYPES[buffer.dtype]}>({buffer.name}, {size}, {self.name(key)})"
+        args = [self.name(arg) for arg in expr.args]
+        if op in INFIX:
+            return f"{args[0]} {INFIX[op]} {args[1]}"
+        if op == "cast":
+            if expr.dtype == torch.bool:
+                return f"{args[0]} != 0"
+            return f"({kind}){args[0]}"
+        if op == "where":
+            return f"{args[0]} ? {args[1]} : {args[2]}"
+        if op in ("max", "min"):
+            a, b = expr.args
+            sign = "<" if op == "max" else ">"
+            nan = f" || {args[1]} != {args[1]}"
+            if b.op == "const" or not expr.dtype.is_floating_point:
+                nan = ""
+            return f"({args[0]} {sign} {args[1]}{nan}) ? {args[1]} : {args[0]}"
+        if op in ("beats_max", "beats_min"):
+            return _beats(args[0], args[1], op == "beats_max", expr.args[0].dtype.is_floating_point)
+        if op == "neg":
+            return f"-{args[0]}"
+        if op == "not":
+            return f"!{args[0]}"
+        if op == "invert":
+            return f"~{args[0]}"
+        if op == "abs":
+            if expr.dtype.is_floating_point:
+                return f"__builtin_fabs{_suffix(expr.dtype)}({args[0]})"
+            return f"{args[0]} < 0 ? -{args[0]} : {args[0]}"
+        if op == "round":
+            return f"__builtin_rint{_suffix(expr.dtype)}({args[0]})"
+        if op == "isfinite":
+            if not expr.args[0].dtype.is_floating_point:
+                return "true"
+            return f"__builtin_isfinite({args[0]})"
+        if op == "remainder":
+            return f"remainder_of({args[0]}, {args[1]})"
+        if op == "floor_divide":
+            return f"floor_divide({args[0]}, {args[1]})"
+        if op == "trunc_divide":
+            text = f"{args[0]} / {args[1]}"
+            if expr.dtype.is_floating_point:
+                text = f"__builtin_trunc{_suffix(expr.dtype)}({text})"
+            return text
+        if op in MATH:
+            return f"__builtin_{op}{_suffix(expr.dtype)}({', '.join(args)})"
+        raise AssertionError(op)
+
+
+def _load_key(buffer: Buffer, index: Index) -> Any:
+    return (buffer, index.const, frozenset(index.terms.items()))
+
+
+def _suffix(dtype: torch.dtype) -> str:
+    return "f" if dtype == torch.float32 else ""
+
+
+def _total(dtype: torch.dtype) -> str:
+    return "total"
+
+
+def _beats(new: str, best: str, more: bool, floating: bool = True) -> str:
+    """Whether a number comes before the best so far: the first one, NaN before all others."""
+    text = f"{new} {'>' if more else '<'} {best}"
+    return f"({text}) | (({new} != {new}) & ({best} == {best}))" if floating else text
+
+
+def _literal(value: Any, dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "true" if value else "false"
+    if dtype.is_floating_point:
+        suffix = _suffix(dtype)
+        if math.isnan(value):
+            return f'__builtin_nan{suffix}("")'
+        if math.isinf(value):
+            return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
+        text = repr(value)
+        text = text if any(sign in text for sign in ".en") else f"{text}.0"
+        text = f"{text}{suffix}"
+    elif dtype == torch.int64:
+        text = f"INT64_C({value})" if value > -(2**63) else "INT64_MIN"
+        return text
+    else:
+        text = f"({TYPES[dtype]}){value}" if value >= 0 else f"({TYPES[dtype]})({value})"
+        return text
+    return f"({text})" if value < 0 or text.startswith("-") else text
+
+
+def _pointer(operand: Operand) -> str:
+    start = operand.start.const
+    return f"{operand.buffer.name} + {start}" if start else operand.buffer.name
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)
+
+
+def room_bytes(program: Program) -> int:
+    """Memory that products need behind the scratch memory, see product.h."""
+    depths = [k.product.depth for k in program.kernels if k.product is not None]
+    return 4 * 32 * (max(depths) + 18) if depths else 0
+
+
+def print_program(programs: Sequence[Program]) -> str:
+    """One C++ file with all functions.
+
+    `many_NAME` runs a function for K steps of members; `chunk` runs `step`, each followed by its
+    number of `update`.
+    """
+    parts = [(PACKAGE / "runtime.h").read_text(), (PACKAGE / "product.h").read_text(), PHASES]
+    for program in programs:
+        parts += ["namespace {", *Printer(program).function(), "} // namespace", ""]
+        parts.append(MANY.replace("NAME", program.name).replace("COUNT", str(len(program.arguments) or 1)))
+    names = {program.name: len(program.arguments) for program in programs}
+    if "step" in names and "update" in names:
+        parts.append(CHUNK.replace("STEPS", str(names["step"])).replace("UPDATES", str(names["update"])))
+    return "\n".join(parts)
+
+
+PHASES = """
+#ifndef PHASE
+#define PHASE(number)
+#endif
+"""
+
+MANY = """
+extern "C" void many_NAME(
+    const Argument* arguments, char* const* constants, int64_t num_steps, int64_t first,
+    int64_t last, char* scratch) {
+  char* at[COUNT];
+  for (int64_t m = first; m < last; ++m)
+    for (int64_t k = 0; k < num_steps; ++k) {
+      place(at, arguments, COUNT, k, m);
+      NAME(at, constants, scratch);
+    }
+}
+"""
+
+CHUNK = """
+extern "C" void chunk(
+    const Argument* steps, char* const* step_constants, const Argument* updates,
+    char* const* update_constants, const int64_t* counts, int64_t num_steps, int64_t first,
+    int64_t last, char* scratch) {
+  char *step_at[STEPS], *update_at[UPDATES];
+  for (int64_t m = first; m < last; ++m) {
+    int64_t u = 0;
+    for (int64_t k = 0; k < num_steps; ++k) {
+      place(step_at, steps, STEPS, k, m);
+      step(step_at, step_constants, scratch);
+      for (const int64_t end = u + counts[k]; u < end; ++u) {
+        place(update_at, updates, UPDATES, u, m);
+        update(update_at, update_constants, scratch);
+      }
+    }
+  }
+}
+"""

@@ -1,0 +1,232 @@
+"""Scalar expressions: what one element of a tensor is, as a function of its place.
+
+Expressions are immutable and unique: two equal ones are the same object. So a program computes each
+of them once per loop, and equality is identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A piece of memory of one member.
+
+    Attributes:
+        name: in the program.
+        dtype: of its elements.
+        size: number of elements.
+        role: "argument" (of the state, of the inputs or of the results), "constant" or "scratch".
+        position: among the arguments or constants; -1 for scratch.
+        root: the buffer whose memory this is at a later time, after a scatter; itself at first.
+        offset: bytes from the start of the scratch memory, once planned.
+    """
+
+    name: str
+    dtype: torch.dtype
+    size: int
+    role: str
+    position: int = -1
+    root: Buffer = None  # type: ignore[assignment]
+    offset: int = -1
+
+    def __post_init__(self) -> None:
+        self.root = self.root or self
+
+    @property
+    def num_bytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(eq=False, frozen=True)
+class Expr:
+    """One scalar.
+
+    Attributes:
+        op: "const", "var", "load", or the name of an operation, see `cpp.py`.
+        args: its operands; for "const" the value, for "var" name and extent, for "load" the buffer
+            and the `Index` of the element.
+        dtype: of the result.
+        depth: 1 + the position of the deepest loop variable that it depends on; 0: none.
+        cost: roughly the arithmetic operations of the whole expression.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    dtype: torch.dtype
+    depth: int = 0
+    cost: int = 0
+
+    def operands(self) -> Iterable[Expr]:
+        """Expressions that this one is made of."""
+        for arg in self.args:
+            if isinstance(arg, Expr):
+                yield arg
+            elif isinstance(arg, Index):
+                yield from (atom for atom in arg.terms if isinstance(atom, Expr))
+
+
+_unique: dict[Any, Expr] = {}
+
+EXPENSIVE = {"sin", "cos", "exp", "log", "tan", "tanh", "pow", "remainder", "floor_divide"}
+"""Operations that count as twenty."""
+
+
+def make(op: str, args: tuple[Any, ...], dtype: torch.dtype, depth: int | None = None) -> Expr:
+    """The expression `op` of `args`."""
+    key = (op, tuple(_key(arg) for arg in args), dtype)
+    found = _unique.get(key)
+    if found is None:
+        expr = Expr(op, args, dtype)
+        operands = list(expr.operands())
+        deepest = max((operand.depth for operand in operands), default=0)
+        cost = sum(operand.cost for operand in operands)
+        cost += 0 if op in ("const", "var") else 20 if op in EXPENSIVE else 1
+        found = Expr(op, args, dtype, deepest if depth is None else depth, min(cost, 10**6))
+        _unique[key] = found
+    return found
+
+
+def _key(arg: Any) -> Any:
+    if isinstance(arg, Index):
+        return ("index", arg.const, frozenset((id(atom), c) for atom, c in arg.terms.items()))
+    if isinstance(arg, (Expr, Buffer)):
+        return id(arg)
+    if isinstance(arg, float) and arg == 0.0:  # 0.0 == -0.0
+        return ("float", math.copysign(1.0, arg))
+    return (type(arg), "nan") if arg != arg else (type(arg), arg)
+
+
+def forget() -> None:
+    """Drop all expressions; those of one program are of no use to another."""
+    _unique.clear()
+
+
+def const(value: float | int | bool, dtype: torch.dtype) -> Expr:
+    """A number, rounded to `dtype`."""
+    if dtype == torch.bool:
+        value = bool(value)
+    elif dtype.is_floating_point:
+        value = torch.tensor(float(value), dtype=dtype).item()
+    else:
+        value = int(value)
+    return make("const", (value,), dtype)
+
+
+def var(position: int, extent: int) -> Index:
+    """The variable of the loop at `position` in a nest, 0 for the outermost, as an index."""
+    return Index({make("var", (position, extent), torch.int64, position + 1): 1})
+
+
+def load(buffer: Buffer, index: Index) -> Expr:
+    """An element of a buffer."""
+    return make("load", (buffer, index), buffer.dtype)
+
+
+# ------------------------------------------------------------------------------------- indices
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A whole number: const + sum of coefficient times atom.
+
+    An atom is a loop variable, a scalar of the program, which is at least 0, or a quotient or
+    remainder of another index.
+
+    Attributes:
+        terms: coefficient of each atom.
+        const: the constant.
+    """
+
+    terms: Mapping[Expr, int] = field(default_factory=dict)
+    const: int = 0
+
+    def __add__(self, other: Index | int) -> Index:
+        if isinstance(other, int):
+            return Index(self.terms, self.const + other)
+        terms = dict(self.terms)
+        for atom, coefficient in other.terms.items():
+            terms[atom] = terms.get(atom, 0) + coefficient
+        return _joined({a: c for a, c in terms.items() if c}, self.const + other.const)
+
+    def __mul__(self, factor: int) -> Index:
+        if factor == 0:
+            return Index()
+        return Index({a: c * factor for a, c in self.terms.items()}, self.const * factor)
+
+    @property
+    def is_const(self) -> bool:
+        return not self.terms
+
+    @property
+    def depth(self) -> int:
+        return max((atom.depth for atom in self.terms), default=0)
+
+    def same(self, other: Index) -> bool:
+        """Whether both are the same number for all values of the atoms."""
+        return self.const == other.const and dict(self.terms) == dict(other.terms)
+
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest value."""
+        low = high = float(self.const)
+        for atom, coefficient in self.terms.items():
+            ends = (coefficient * end for end in _atom_range(atom))
+            a, b = sorted(ends)
+            low, high = low + a, high + b
+        return low, high
+
+    def split(self, divisor: int) -> tuple[Index, Index]:
+        """Quotient and remainder by `divisor`, for an index that is never negative."""
+        if divisor == 1:
+            return self, Index()
+        whole = {a: c // divisor for a, c in self.terms.items() if c % divisor == 0}
+        rest = {a: c for a, c in self.terms.items() if c % divisor}
+        quotient, const = divmod(self.const, divisor)
+        remainder = Index(rest, const)
+        low, high = remainder.range()
+        if 0 <= low and high < divisor:
+            return Index(whole, quotient), remainder
+        if not self.terms:
+            return Index({}, quotient), Index({}, const)
+        atoms = [make(op, (remainder, divisor), torch.int64) for op in ("quotient", "rest")]
+        return Index(whole, quotient) + Index({atoms[0]: 1}), Index({atoms[1]: 1})
+
+
+def _joined(terms: dict[Expr, int], const: int) -> Index:
+    """Replace n * (x // n) + x % n by x."""
+    for atom in list(terms):
+        if atom.op != "quotient" or atom not in terms:
+            continue
+        inner, divisor = atom.args
+        rest = make("rest", atom.args, torch.int64)
+        if rest in terms and terms[atom] == divisor * terms[rest]:
+            factor = terms.pop(rest)
+            del terms[atom]
+            return Index(terms, const) + inner * factor
+    return Index(terms, const)
+
+
+def _atom_range(atom: Expr) -> tuple[float, float]:
+    if atom.op == "var":
+        return 0.0, atom.args[1] - 1.0
+    if atom.op == "rest":
+        return 0.0, atom.args[1] - 1.0
+    if atom.op == "quotient":
+        low, high = atom.args[0].range()
+        return low // atom.args[1], high // atom.args[1]
+    if atom.op == "bounded":
+        return 0.0, atom.args[1] - 1.0
+    return -math.inf, math.inf
+
+
+def bounded(expr: Expr, extent: int) -> Index:
+    """A scalar of the program as an index in 0 .. extent - 1."""
+    if expr.op == "const":
+        return Index({}, int(expr.args[0]))
+    return Index({make("bounded", (expr, extent), torch.int64): 1})

@@ -1,0 +1,610 @@
+"""Plans a lowered function: which tensors get memory, which loops compute them, in which order.
+
+A tensor gets memory if a matrix product or a loop needs it as a whole, or if several others use it
+and it costs more than to load it. Every tensor with memory is written in one loop nest, and nests
+of the same extents are joined as far as the order of reads and writes allows it; a value that is
+only needed within its own nest then stays in a register.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dqn_fast.engines.fused import expr as ex
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index, bounded
+from dqn_fast.engines.fused.lower import (
+    Lowered,
+    NeedsMemory,
+    Node,
+    cast,
+    contiguous,
+    offset_of,
+)
+
+UNROLL_ANYWHERE, UNROLL_LAST = 4, 8
+"""Axes of at most this many elements are written out instead of looped over."""
+
+KEEP_COST = 4
+"""A tensor that several others use gets memory if an element costs at least this much."""
+
+ALIGNMENT = 64
+"""Bytes."""
+
+
+class UnplannableError(Exception):
+    """No order of loops keeps every read before the write that overwrites it."""
+
+
+@dataclass(eq=False)
+class Store:
+    """One write of an iteration.
+
+    Attributes:
+        buffer: that is written.
+        offset: element.
+        value: stored.
+        is_kept: whether it is written to memory; else only its own iteration reads it.
+    """
+
+    buffer: Buffer
+    offset: Index
+    value: Expr
+    is_kept: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """What the innermost loops of a nest accumulate.
+
+    Attributes:
+        what: sum, max, min, any, all, argmax or argmin.
+        term: of each iteration.
+        finish: the stored value, from the accumulated one.
+        buffer, offset: where it is stored.
+        extents: of the reduced loops, innermost last.
+        outer: whether the reduced loops are around the others, so that neighbours in memory are
+            added at once; the result is then accumulated in its own memory.
+    """
+
+    what: str
+    term: Expr
+    finish: Callable[[Expr], Expr]
+    buffer: Buffer
+    offset: Index
+    extents: tuple[int, ...]
+    outer: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A matrix in memory: element (i, j) is at start + i * row + j * column."""
+
+    buffer: Buffer
+    start: Index
+    row: int
+    column: int
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """out = x y, [rows, depth] times [depth, columns]."""
+
+    rows: int
+    columns: int
+    depth: int
+    x: Operand
+    y: Operand
+    out: Operand
+
+
+@dataclass(eq=False)
+class Kernel:
+    """A loop nest, or a matrix product.
+
+    Attributes:
+        kind: "loop", "scatter", "reduce" or "product".
+        extents: of its loops, outermost first.
+        stores: of a loop or scatter.
+        reduction, product: of the other kinds.
+        origins: where its operations are called.
+    """
+
+    kind: str
+    extents: tuple[int, ...]
+    stores: list[Store] = field(default_factory=list)
+    reduction: Reduction | None = None
+    product: Product | None = None
+    origins: list[str] = field(default_factory=list)
+
+    def expressions(self) -> Iterator[Expr]:
+        """Roots of everything that it computes."""
+        for store in self.stores:
+            yield store.value
+            yield from store.offset.terms
+        if self.reduction is not None:
+            yield self.reduction.term
+            yield from self.reduction.offset.terms
+
+    def loads(self) -> list[Expr]:
+        """Elements that it reads."""
+        return _loads(self.expressions())
+
+    def reads(self) -> set[Buffer]:
+        """Buffers that it reads."""
+        found = {load.args[0] for load in self.loads()}
+        found |= _searched(self.expressions())
+        if self.product is not None:
+            found |= {self.product.x.buffer, self.product.y.buffer}
+        return found
+
+    def writes(self) -> set[Buffer]:
+        """Buffers that it writes."""
+        found = {store.buffer for store in self.stores}
+        if self.reduction is not None:
+            found.add(self.reduction.buffer)
+        if self.product is not None:
+            found.add(self.product.out.buffer)
+        return found
+
+
+@dataclass
+class Program:
+    """A planned function.
+
+    Attributes:
+        name: of the function.
+        kernels: in order.
+        arguments, constants: buffers, by position.
+        scratch: buffers with their offsets.
+        scratch_bytes: memory of the scratch buffers.
+    """
+
+    name: str
+    kernels: list[Kernel]
+    arguments: list[Buffer]
+    constants: list[Buffer]
+    scratch: list[Buffer]
+    scratch_bytes: int
+
+
+def plan(name: str, lowered: Lowered) -> Program:
+    """Plan a function.
+
+    Raises:
+        UnplannableError: reads and writes cannot be ordered.
+    """
+    try:
+        return _Planner(name, lowered, careful=False).run()
+    except UnplannableError:
+        return _Planner(name, lowered, careful=True).run()
+
+
+class _Planner:
+    def __init__(self, name: str, lowered: Lowered, careful: bool) -> None:
+        self._name, self._lowered, self._careful = name, lowered, careful
+        self._kernels: list[Kernel] = []
+        self._scratch: list[Buffer] = []
+        self._touched: list[tuple[set[Buffer], set[Buffer]]] = []  # read and written by each kernel
+        self._done: set[Node] = set()
+
+    def run(self) -> Program:
+        lowered = self._lowered
+        roots = [*lowered.scatters, *(value for _, _, value in lowered.stores)]
+        order, users = _in_order(roots)
+        for node in order:  # of a plan that was given up
+            if node.kind != "memory":
+                node.place = None
+        for node in order:
+            if self._needs_memory(node, users.get(node, 0)):
+                self._realise(node)
+        if self._careful:
+            for _, _, value in lowered.stores:
+                self._realise(value)
+        # Results first: they read arguments that the others overwrite.
+        read = set().union(*(kernel.reads() for kernel in self._kernels))
+        stores = sorted(lowered.stores, key=lambda store: store[0] in read)
+        for buffer, strides, value in stores:
+            self._store(value, buffer, strides, value.origin)
+        self._drop_dead_stores()
+        kept = {store.buffer for kernel in self._kernels for store in kernel.stores if store.is_kept}
+        kept |= {b for kernel in self._kernels if not kernel.stores for b in kernel.writes()}
+        scratch = [buffer for buffer in self._scratch if buffer in kept]
+        num_bytes = _place_in_memory(self._kernels, scratch)
+        return Program(
+            self._name, self._kernels, lowered.arguments, lowered.constants, scratch, num_bytes
+        )
+
+    # --------------------------------------------------------------------------- what gets memory
+
+    def _needs_memory(self, node: Node, users: int) -> bool:
+        if node.kind in ("product", "reduce", "scatter"):
+            return True
+        if node.kind in ("memory", "view") or users < 2 or node.size == 0:
+            return False
+        try:
+            return _sample(node).cost >= KEEP_COST
+        except NeedsMemory:
+            return False
+
+    def _realise(self, node: Node) -> None:
+        """Give a node memory and the kernels that fill it."""
+        if node in self._done or node.place is not None:
+            return
+        self._done.add(node)
+        if node.kind == "scatter":
+            self._scatter(node)
+            return
+        buffer = Buffer(f"s{len(self._scratch)}", node.dtype, node.size, "scratch")
+        strides = contiguous(node.shape)
+        if node.kind == "product":
+            if node.shape[-1] <= UNROLL_LAST < node.shape[-2]:
+                # Long rows in memory: as the weights of a last layer lie, see `QNetwork.init`.
+                strides = (*strides[:-2], 1, node.shape[-2])
+            self._product(node, buffer, strides)
+        elif node.kind == "reduce":
+            self._reduce(node, buffer, strides)
+        else:
+            self._store(node, buffer, strides, node.origin)
+        self._scratch.append(buffer)
+        buffer.name = f"s{len(self._scratch) - 1}"
+        node.place = (buffer, strides, 0)
+
+    def _with_memory(self, attempt: Callable[[], Kernel]) -> Kernel:
+        """Make a kernel; joins that it cannot look into get memory first."""
+        while True:
+            try:
+                return attempt()
+            except NeedsMemory as need:
+                self._done.discard(need.node)
+                self._realise_join(need.node)
+
+    def _realise_join(self, node: Node) -> None:
+        """Give a join memory: each part fills its own place."""
+        self._done.add(node)
+        buffer = Buffer(f"s{len(self._scratch)}", node.dtype, node.size, "scratch")
+        strides = contiguous(node.shape)
+        for part, start in zip(node.info["parts"], node.info["starts"], strict=True):
+            offset = start * strides[node.info["dim"]]
+            self._store(part, buffer, strides, node.origin, offset)
+        self._scratch.append(buffer)
+        buffer.name = f"s{len(self._scratch) - 1}"
+        node.place = (buffer, strides, 0)
+
+    # --------------------------------------------------------------------------------- kernels
+
+    def _store(
+        self, node: Node, buffer: Buffer, strides: Sequence[int], origin: str, start: int = 0
+    ) -> None:
+        """Store all elements of a node."""
+        if node.size == 0:
+            return
+        if node.kind in ("product", "reduce") and node.place is None:
+            self._realise(node)
+
+        def attempt() -> Kernel:
+            loops, unrolled = _loops(node.shape, strides)
+            extents = tuple(node.shape[dim] for dim in loops)
+            stores = []
+            for fixed in _places([node.shape[dim] for dim in unrolled]):
+                index = [Index()] * len(node.shape)
+                for position, dim in enumerate(loops):
+                    index[dim] = ex.var(position, node.shape[dim])
+                for dim, i in zip(unrolled, fixed, strict=True):
+                    index[dim] = Index({}, i)
+                value = cast(node.at(index), buffer.dtype)
+                stores.append(Store(buffer, offset_of(index, strides, start), value))
+            return Kernel("loop", extents, stores, origins=[origin])
+
+        self._add(self._with_memory(attempt))
+
+    def _scatter(self, node: Node) -> None:
+        version, strides, offset = node.info["into"]
+        which, source = node.info["which"], node.info["source"]
+        rows = node.inputs[0].shape[0]
+
+        def attempt() -> Kernel:
+            loops, unrolled = _loops(node.shape, contiguous(node.shape))
+            extents = tuple(node.shape[dim] for dim in loops)
+            stores = []
+            for fixed in _places([node.shape[dim] for dim in unrolled]):
+                index = [Index()] * len(node.shape)
+                for position, dim in enumerate(loops):
+                    index[dim] = ex.var(position, node.shape[dim])
+                for dim, i in zip(unrolled, fixed, strict=True):
+                    index[dim] = Index({}, i)
+                row = bounded(cast(which.at([index[0]]), torch.int64), rows)
+                place = offset_of([row, *index[1:]], strides, offset)
+                stores.append(Store(version, place, cast(source.at(index), version.dtype)))
+            return Kernel("scatter", extents, stores, origins=[node.origin])
+
+        self._add(self._with_memory(attempt))
+
+    def _reduce(self, node: Node, buffer: Buffer, strides: Sequence[int]) -> None:
+        what, extents = node.info["what"], node.info["extents"]
+
+        def attempt() -> Kernel:
+            dims = [dim for dim, size in enumerate(node.shape) if size != 1]
+            kept = [node.shape[dim] for dim in dims]
+            reduced = [i for i, extent in enumerate(extents) if extent != 1]
+            # Neighbours in memory belong into the innermost loop.
+            outer = bool(kept) and what in ("sum", "mean", "norm") and kept[-1] > UNROLL_LAST
+            if outer:
+                outer = _last_stride(node, dims, len(kept) + len(reduced)) == 1
+            index = [Index()] * len(node.shape)
+            inner = [Index()] * len(extents)
+            first_kept = len(reduced) if outer else 0
+            first_reduced = 0 if outer else len(kept)
+            for position, dim in enumerate(dims):
+                index[dim] = ex.var(first_kept + position, node.shape[dim])
+            for position, i in enumerate(reduced):
+                inner[i] = ex.var(first_reduced + position, extents[i])
+            term = node.info["term"](index, inner)
+            # Offsets as seen from the kept loops alone.
+            reduction = Reduction(
+                {"mean": "sum", "norm": "sum"}.get(what, what),
+                term,
+                node.info["finish"],
+                buffer,
+                offset_of(index, strides),
+                tuple(extents[i] for i in reduced),
+                outer,
+            )
+            loops = (*reduction.extents, *kept) if outer else (*kept, *reduction.extents)
+            return Kernel("reduce", loops, reduction=reduction, origins=[node.origin])
+
+        self._add(self._with_memory(attempt))
+
+    def _product(self, node: Node, buffer: Buffer, strides: Sequence[int]) -> None:
+        x, y = (self._operand(each) for each in node.inputs)
+        out = Operand(buffer, Index(), strides[-2], strides[-1])
+        info = node.info
+        product = Product(info["rows"], info["columns"], info["depth"], x, y, out)
+        self._add(Kernel("product", (), product=product, origins=[node.origin]))
+
+    def _operand(self, node: Node) -> Operand:
+        """A matrix in memory; one that is computed is stored first."""
+        for attempt in range(2):
+            lead = [Index()] * (len(node.shape) - 2)
+            places = [ex.var(n, size) if size > 1 else Index() for n, size in enumerate(node.shape[-2:])]
+            try:
+                probe = node.at([*lead, *places])
+            except NeedsMemory:
+                probe = None
+            if probe is not None and probe.op == "load":
+                buffer, index = probe.args
+                terms = dict(index.terms)
+                row, column = (sum(terms.pop(v, 0) for v in i.terms) for i in places)
+                if not terms:
+                    return Operand(buffer, Index({}, index.const), row, column)
+            assert attempt == 0
+            base = node
+            while base.kind == "view" and base.inputs[0].size == base.size:
+                base = base.inputs[0]
+            # What lies below the views is stored, so that all who look at it share the memory.
+            target = base if base.kind in ("lazy", "join") else node
+            (self._realise_join if target.kind == "join" else self._realise)(target)
+        raise AssertionError
+
+    # --------------------------------------------------------------------------- order and joining
+
+    def _add(self, kernel: Kernel) -> None:
+        """Put a kernel in the last place that order allows, joined with one of the same loops."""
+        reads, writes = kernel.reads(), kernel.writes()
+        overwritten = {b.root for b in writes if b.role != "scratch"}
+        # It comes after kernels up to `first`, and not after `last`; it may be joined with either.
+        first, last = -1, len(self._kernels)
+        for position, (others_read, others_write) in enumerate(self._touched):
+            after = any(_makes(buffer, reads) for buffer in others_write)
+            after = after or any(buffer.root in overwritten for buffer in others_read)
+            if after:
+                first = position
+            if position < last and any(self._spoils(buffer, reads) for buffer in others_write):
+                last = position
+        for position in range(min(last, len(self._kernels) - 1), max(first, 0) - 1, -1):
+            if self._join(kernel, position):
+                others_read, others_write = self._touched[position]
+                self._touched[position] = (others_read | reads, others_write | writes)
+                return
+        if first >= last:
+            raise UnplannableError(kernel.origins[0])
+        self._kernels.insert(last, kernel)
+        self._touched.insert(last, (reads, writes))
+
+    def _spoils(self, written: Buffer, reads: Iterable[Buffer]) -> bool:
+        """Whether a write overwrites what is read."""
+        for read in reads:
+            if written.root is not read.root or written.role == "scratch":
+                continue
+            if written is read:  # an argument's last value; a scatter makes a version of its own
+                if written.root is written:
+                    return True
+            elif not self._is_older(written, read):
+                return True
+        return False
+
+    def _is_older(self, written: Buffer, read: Buffer) -> bool:
+        """Whether a write of one version comes before the version that is read."""
+        versions = [read.root, *(s.info["into"][0] for s in self._lowered.scatters)]
+        versions = [version for version in versions if version.root is read.root]
+        return versions.index(written) < versions.index(read)
+
+    def _join(self, kernel: Kernel, position: int) -> bool:
+        other = self._kernels[position]
+        if other.kind != kernel.kind or kernel.kind not in ("loop", "scatter"):
+            return False
+        if other.extents != kernel.extents:
+            return False
+        if not (_touch_equally(other, kernel) and _touch_equally(kernel, other)):
+            return False
+        other.stores += kernel.stores
+        other.origins += [origin for origin in kernel.origins if origin not in other.origins]
+        return True
+
+    def _drop_dead_stores(self) -> None:
+        """Mark stores that only their own iteration reads: they stay in registers."""
+        needed: set[Buffer] = set()
+        for kernel in self._kernels:
+            needed |= kernel.reads() - {store.buffer for store in kernel.stores}
+        for kernel in self._kernels:
+            for store in kernel.stores:
+                store.is_kept = store.buffer.role != "scratch" or store.buffer in needed
+
+
+def _makes(written: Buffer, reads: set[Buffer]) -> bool:
+    """Whether a write makes what is read."""
+    return written in reads and (written.role == "scratch" or written.root is not written)
+
+
+def _touch_equally(writer: Kernel, other: Kernel) -> bool:
+    """Whether `other` touches what `writer` writes in the same iteration only."""
+    places: dict[Buffer, list[Index]] = {}
+    for store in writer.stores:
+        places.setdefault(store.buffer.root, []).append(store.offset)
+    for load in other.loads():
+        buffer, index = load.args
+        if buffer.root in places:
+            if writer.kind == "scatter":  # rows that are not known here
+                return False
+            if not any(index.same(place) for place in places[buffer.root]):
+                return False
+    if any(buffer.root in places for buffer in _searched(other.expressions())):
+        return False
+    if writer.kind == "scatter":
+        return True
+    for store in other.stores:
+        if store.buffer.root in places and store.buffer.role != "scratch" and writer is not other:
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+def _in_order(roots: Sequence[Node]) -> tuple[list[Node], dict[Node, int]]:
+    """All nodes that the roots need, inputs first, and how many nodes that are no views use each."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    users: dict[Node, set[Node]] = {}
+    for root in roots:
+        stack: list[tuple[Node, Iterator[Node]]] = [(root, iter(root.inputs))]
+        if root in seen:
+            continue
+        seen.add(root)
+        while stack:
+            node, inputs = stack[-1]
+            for each in inputs:
+                if each not in seen:
+                    seen.add(each)
+                    stack.append((each, iter(each.inputs)))
+                    break
+            else:
+                order.append(node)
+                stack.pop()
+    for node in order:
+        if node.kind == "view":
+            continue
+        for each in node.inputs:
+            base = each
+            while base.kind == "view":
+                base = base.inputs[0]
+            users.setdefault(base, set()).add(node)
+    counts = {node: len(each) for node, each in users.items()}
+    for root in roots:  # stored
+        base = root
+        while base.kind == "view":
+            base = base.inputs[0]
+        counts[base] = counts.get(base, 0) + 1
+    return order, counts
+
+
+def _sample(node: Node) -> Expr:
+    return node.at([ex.var(i, max(size, 1)) for i, size in enumerate(node.shape)])
+
+
+def _loops(shape: Sequence[int], strides: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Axes to loop over, the one with the smallest stride innermost, and axes to write out."""
+    dims = [dim for dim, size in enumerate(shape) if size != 1]
+    dims.sort(key=lambda dim: -strides[dim])
+    loops = [
+        dim
+        for i, dim in enumerate(dims)
+        if shape[dim] > (UNROLL_LAST if i == len(dims) - 1 and len(dims) > 1 else UNROLL_ANYWHERE)
+    ]
+    if not loops and dims:  # small altogether
+        return [], dims
+    return loops, [dim for dim in dims if dim not in loops]
+
+
+def _places(extents: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    import itertools
+
+    return itertools.product(*(range(extent) for extent in extents))
+
+
+def _last_stride(node: Node, dims: Sequence[int], num_loops: int) -> int:
+    """Stride of the last kept axis in the first large load of a reduction's terms; 0: none."""
+    index = [Index()] * len(node.shape)
+    for position, dim in enumerate(dims):
+        index[dim] = ex.var(position, node.shape[dim])
+    inner = [
+        ex.var(len(dims) + i, extent) if extent > 1 else Index()
+        for i, extent in enumerate(node.info["extents"])
+    ]
+    last = next(iter(index[dims[-1]].terms))
+    for load in _loads([node.info["term"](index, inner)]):
+        if last in load.args[1].terms:
+            return int(load.args[1].terms[last])
+    return 0
+
+
+def _walk(roots: Iterable[Expr]) -> Iterator[Expr]:
+    seen: set[Expr] = set()
+    stack = list(roots)
+    while stack:
+        expr = stack.pop()
+        if expr in seen:
+            continue
+        seen.add(expr)
+        yield expr
+        stack += expr.operands()
+
+
+def _loads(roots: Iterable[Expr]) -> list[Expr]:
+    return [expr for expr in _walk(roots) if expr.op == "load"]
+
+
+def _searched(roots: Iterable[Expr]) -> set[Buffer]:
+    return {expr.args[0] for expr in _walk(roots) if expr.op in ("upper_bound", "lower_bound")}
+
+
+def _place_in_memory(kernels: Sequence[Kernel], buffers: Sequence[Buffer]) -> int:
+    """Give each scratch buffer an offset, such that those alive at once do not overlap."""
+    life: dict[Buffer, tuple[int, int]] = {}
+    for position, kernel in enumerate(kernels):
+        dropped = {store.buffer for store in kernel.stores if not store.is_kept}
+        for buffer in (kernel.reads() | kernel.writes()) - dropped:
+            if buffer.role == "scratch":
+                first, _ = life.get(buffer, (position, position))
+                life[buffer] = first, position
+    placed: list[Buffer] = []
+    total = 0
+    for buffer in sorted(buffers, key=lambda b: -b.num_bytes):
+        size = -(-buffer.num_bytes // ALIGNMENT) * ALIGNMENT
+        first, last = life[buffer]
+        offset = 0
+        for other in sorted(placed, key=lambda b: b.offset):
+            begin, end = life[other]
+            if end < first or last < begin:
+                continue
+            if offset + size <= other.offset:
+                break
+            taken = other.offset + -(-other.num_bytes // ALIGNMENT) * ALIGNMENT
+            offset = max(offset, taken)
+        buffer.offset = offset
+        placed.append(buffer)
+        total = max(total, offset + size)
+    return math.ceil(total / ALIGNMENT) * ALIGNMENT

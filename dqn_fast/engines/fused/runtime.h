@@ -1,0 +1,59 @@
+// What every generated program needs besides its own functions.
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// An argument of a function: that of step k of member m begins at base + k * per_step + m *
+// per_member.
+struct Argument {
+  char* base;
+  int64_t per_step, per_member;
+};
+
+inline void place(char** at, const Argument* arguments, int64_t count, int64_t k, int64_t m) {
+  for (int64_t i = 0; i < count; ++i)
+    at[i] = arguments[i].base + k * arguments[i].per_step + m * arguments[i].per_member;
+}
+
+// Modulo with the sign of the divisor, as in Python.
+template <class T>
+inline T remainder_of(T a, T b) {
+  const T rest = a % b;
+  return rest + ((rest != 0 && (rest ^ b) < 0) ? b : 0);
+}
+
+inline float remainder_of(float a, float b) {
+  const float rest = __builtin_fmodf(a, b);
+  return rest + ((rest != 0.0f && (rest < 0.0f) != (b < 0.0f)) ? b : 0.0f);
+}
+
+template <class T>
+inline T floor_divide(T a, T b) {
+  const T quotient = a / b;
+  return quotient - (a % b != 0 && (a < 0) != (b < 0));
+}
+
+inline float floor_divide(float a, float b) {
+  return __builtin_floorf(a / b);
+}
+
+// Number of bounds below or at the key; below only.
+template <class T>
+inline int64_t upper_bound(const T* bounds, int64_t size, T key) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i)
+    count += bounds[i] <= key;
+  return count;
+}
+
+template <class T>
+inline int64_t lower_bound(const T* bounds, int64_t size, T key) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i)
+    count += bounds[i] < key;
+  return count;
+}
+
+} // namespace
