@@ -100,46 +100,88 @@ struct Finish {
   float least;
 };
 
-// R x (C * WIDTH) results, their rows `out_row` apart.
+// What tiles share. It is passed by address: structures that are arguments go through memory in
+// pieces that the processor cannot forward, and then one tile does not begin before the last ends.
+struct Panel {
+  int64_t x_row, x_depth;
+  const float* y; // the panel
+  int64_t y_depth;
+  int64_t depth;
+  int64_t out_row;
+  Finish finish;
+};
+
+// R x (C * WIDTH) results. One call each: in a loop over tiles, addresses take too many registers.
 template <int R, int C>
-PRODUCT_CALL void tile(
-    Matrix x, const float* y, int64_t y_depth, int64_t depth, float* out, int64_t out_row,
-    Finish finish) {
+PRODUCT_CALL void tile(const Panel& panel, const float* x, float* out) {
+  // Three rows are read from each address, at 0, 1 and 2 times x_row, which instructions can add.
+  // The compiler may not know how the addresses come about: it would take a register for each row.
+  int64_t x_row = 4 * panel.x_row, x_depth = 4 * panel.x_depth;
+  const char* rows_of_x[(R + 2) / 3];
+#pragma GCC unroll 6
+  for (int i = 0; i < (R + 2) / 3; ++i) {
+    rows_of_x[i] = (const char*)x + 3 * i * x_row;
+    asm("" : "+r"(rows_of_x[i]));
+  }
+  asm("" : "+r"(x_row), "+r"(x_depth));
+  const int64_t y_depth = panel.y_depth;
+  const float* y = panel.y;
   Vector sum[R][C] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = panel.depth; k > 0; --k, y += y_depth) {
     Vector row[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
-      row[c] = load(y + k * y_depth + c * WIDTH);
+      row[c] = load(y + c * WIDTH);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vector number = copies(*x.at(r, k));
+      const Vector number = copies(*(const float*)(rows_of_x[r / 3] + r % 3 * x_row));
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c)
         sum[r][c] = multiply_add(number, row[c], sum[r][c]);
     }
+#pragma GCC unroll 6
+    for (int i = 0; i < (R + 2) / 3; ++i)
+      rows_of_x[i] += x_depth;
   }
-  const Vector least = copies(finish.least);
+  const int64_t out_row = panel.out_row;
+  const float* const bias = panel.finish.bias;
+  const Vector least = copies(panel.finish.least);
+  Vector add[C] = {};
+  if (bias)
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) {
-    const Vector bias = finish.bias ? load(finish.bias + c * WIDTH) : Vector{};
+    for (int c = 0; c < C; ++c)
+      add[c] = load(bias + c * WIDTH);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector result = sum[r][c] + bias;
-      store(out + r * out_row + c * WIDTH, result < least ? least : result); // keeps NaN
+  for (int r = 0; r < R; ++r, out += out_row)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const Vector result = sum[r][c] + add[c];
+      store(out + c * WIDTH, result < least ? least : result); // keeps NaN
     }
-  }
 }
 
-// `rows` rows of the results in tiles of at most R, about equally high.
 template <int R, int C>
-PRODUCT_INLINE void one_tile(
-    int height, Matrix x, const float* y, int64_t y_depth, int64_t depth, float* out,
-    int64_t out_row, Finish finish) {
+PRODUCT_INLINE void tiles(
+    int height, const Panel& panel, const float* x, float* out, int64_t count) {
   if constexpr (R > 1)
     if (height < R)
-      return one_tile<R - 1, C>(height, x, y, y_depth, depth, out, out_row, finish);
-  tile<R, C>(x, y, y_depth, depth, out, out_row, finish);
+      return tiles<R - 1, C>(height, panel, x, out, count);
+  for (; count > 0; --count, x += R * panel.x_row, out += R * panel.out_row)
+    tile<R, C>(panel, x, out);
+}
+
+// All rows in tiles of at most R, about equally high, or the first tile only; returns its height.
+template <int R, int C>
+int64_t rows_in_tiles(int64_t rows, const Panel& panel, const float* x, float* out, bool first) {
+  const int64_t count = (rows + R - 1) / R, height = (rows + count - 1) / count;
+  const int64_t low = first ? 0 : count * height - rows; // tiles that are one row less high
+  const int64_t high = first ? 1 : count - low;
+  tiles<R, C>(height, panel, x, out, high);
+  if (low > 0)
+    tiles<R, C>(
+        height - 1, panel, x + high * height * panel.x_row, out + high * height * panel.out_row,
+        low);
+  return height;
 }
 
 // Numbers of two vectors: those at [0, WIDTH) of a, those from WIDTH on of b.
@@ -328,8 +370,7 @@ PRODUCT_CALL void multiply(
     const int width = across * WIDTH;
     count = left < width ? left : width;
     int64_t y_depth = y.row;
-    // A panel of far rows does not fit the sets of the first cache.
-    if (y.column != 1 || count < width || (rows >= 4 * ROWS && depth > 32 && y_depth > width)) {
+    if (y.column != 1 || count < width) {
       fill_panel({panel, y.row, y.column}, count, depth, room, width);
       panel = room;
       y_depth = width;
@@ -339,24 +380,23 @@ PRODUCT_CALL void multiply(
         bias[c] = c < count ? here.bias[c] : 0;
       here.bias = bias;
     }
-    const int most = across == WIDE ? FEW_ROWS : ROWS;
     const bool direct = count == width && out_column == 1;
+    const Panel task = {
+        x.row, x.column, panel, y_depth, depth, direct ? out_row : width, here};
     for (int64_t m = 0; m < rows;) {
-      const int64_t rest = rows - m, tiles = (rest + most - 1) / most;
-      const int height = (rest + tiles - 1) / tiles; // about equally high
-      const Matrix rows_of_x = {x.at(m, 0), x.row, x.column};
-      float* const to = direct ? out + m * out_row + n : results;
-      const int64_t to_row = direct ? out_row : width;
+      float* const to = direct ? out + n : results;
+      int64_t height;
       if (across == WIDE)
-        one_tile<FEW_ROWS, WIDE>(height, rows_of_x, panel, y_depth, depth, to, to_row, here);
+        height = rows_in_tiles<FEW_ROWS, WIDE>(rows - m, task, x.at(m, 0), to, !direct);
       else if (across == ACROSS)
-        one_tile<ROWS, ACROSS>(height, rows_of_x, panel, y_depth, depth, to, to_row, here);
+        height = rows_in_tiles<ROWS, ACROSS>(rows - m, task, x.at(m, 0), to, !direct);
       else
-        one_tile<ROWS, 1>(height, rows_of_x, panel, y_depth, depth, to, to_row, here);
-      if (!direct)
-        for (int r = 0; r < height; ++r)
-          for (int64_t c = 0; c < count; ++c)
-            out[(m + r) * out_row + (n + c) * out_column] = results[r * width + c];
+        height = rows_in_tiles<ROWS, 1>(rows - m, task, x.at(m, 0), to, !direct);
+      if (direct)
+        break;
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t c = 0; c < count; ++c)
+          out[(m + r) * out_row + (n + c) * out_column] = results[r * width + c];
       m += height;
     }
   }
