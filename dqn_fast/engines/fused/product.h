@@ -1,0 +1,442 @@
+// Matrix product of float32 matrices on one CPU thread; included into generated programs.
+//
+//     out[r, c] = sum over k of x[r, k] * y[k, c]   then nothing, + bias[c], or relu(... + bias[c])
+//
+// `product` is the entrance. A tile of results stays in registers while k runs: x is read number by
+// number, whatever its order in memory, and y a row of a panel of columns at a time. The last few
+// columns are dot products of contiguous memory, if x is contiguous along k. Each result is computed
+// alone, in an order of k that depends on the column, the depth and the strides only: a block of rows
+// gives bitwise the numbers of the whole.
+//
+// `room`, best on a multiple of 64 bytes, has room_of(depth) = 32 * (depth + 18) floats.
+
+#pragma once
+
+#include <cstdint>
+
+namespace {
+namespace products {
+
+#ifdef __AVX512F__
+#define PRODUCT_LANES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+constexpr int WIDTH = 16; // numbers in a vector register
+constexpr int ROWS = 8; // rows of a tile; 16 of 32 registers hold results
+constexpr int FEW_ROWS = 4; // rows of a tile of WIDE vectors
+#elif defined(__AVX2__) && defined(__FMA__)
+#define PRODUCT_LANES 0, 1, 2, 3, 4, 5, 6, 7
+constexpr int WIDTH = 8;
+constexpr int ROWS = 6; // 12 of 16
+constexpr int FEW_ROWS = 2;
+#else
+#define PRODUCT_LANES 0, 1, 2, 3
+constexpr int WIDTH = 4;
+constexpr int ROWS = 4; // 8 of 16; products need a register of their own
+constexpr int FEW_ROWS = 2;
+#endif
+constexpr int ACROSS = 2; // vectors in a row of a tile
+constexpr int WIDE = 4; // the same if there are few rows
+constexpr int DOTS = WIDTH * 5 / 8; // columns up to which dot products are faster than a panel
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t Index __attribute__((vector_size(4 * WIDTH)));
+
+#define PRODUCT_INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define PRODUCT_CALL __attribute__((noinline))
+#else
+#define PRODUCT_CALL __attribute__((noinline, noclone)) // copies for constants cost time to compile
+#endif
+
+// x * y + sum, rounded once where the hardware can; written out, for contraction is off.
+PRODUCT_INLINE Vector multiply_add(Vector x, Vector y, Vector sum) {
+#ifdef __clang__
+#pragma clang fp contract(fast)
+  return x * y + sum;
+#elif defined(__AVX512F__)
+  return __builtin_ia32_vfmaddps512_mask(x, y, sum, -1, 4);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return __builtin_ia32_vfmaddps256(x, y, sum);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < WIDTH; ++i)
+    sum[i] = __builtin_fmaf(x[i], y[i], sum[i]);
+  return sum;
+#else
+  return x * y + sum;
+#endif
+}
+
+PRODUCT_INLINE Vector load(const float* from) {
+  return *(const Vector*)from;
+}
+
+PRODUCT_INLINE void store(float* to, Vector numbers) {
+  *(Vector*)to = numbers;
+}
+
+template <int... J>
+struct Lanes {};
+
+template <int... J>
+PRODUCT_INLINE Vector copies(float number, Lanes<J...>) {
+  return Vector{(void(J), number)...};
+}
+
+PRODUCT_INLINE Vector copies(float number) {
+  return copies(number, Lanes<PRODUCT_LANES>());
+}
+
+struct Matrix {
+  const float* data;
+  int64_t row, column; // strides
+
+  PRODUCT_INLINE const float* at(int64_t i, int64_t j) const {
+    return data + i * row + j * column;
+  }
+};
+
+// What is done to each sum: bias added, unless it is null, and numbers below `least` become `least`.
+struct Finish {
+  const float* bias;
+  float least;
+};
+
+// What tiles share. It is passed by address: structures that are arguments go through memory in
+// pieces that the processor cannot forward, and then one tile does not begin before the last ends.
+struct Panel {
+  int64_t x_row, x_depth;
+  const float* y; // the panel
+  int64_t y_depth;
+  int64_t depth;
+  int64_t out_row;
+  Finish finish;
+};
+
+// R x (C * WIDTH) results. One call each: in a loop over tiles, addresses take too many registers.
+template <int R, int C>
+PRODUCT_CALL void tile(const Panel& panel, const float* x, float* out) {
+  // Three rows are read from each address, at 0, 1 and 2 times x_row, which instructions can add.
+  // The compiler may not know how the addresses come about: it would take a register for each row.
+  int64_t x_row = 4 * panel.x_row, x_depth = 4 * panel.x_depth;
+  const char* rows_of_x[(R + 2) / 3];
+#pragma GCC unroll 6
+  for (int i = 0; i < (R + 2) / 3; ++i) {
+    rows_of_x[i] = (const char*)x + 3 * i * x_row;
+    asm("" : "+r"(rows_of_x[i]));
+  }
+  asm("" : "+r"(x_row), "+r"(x_depth));
+  const int64_t y_depth = panel.y_depth;
+  const float* y = panel.y;
+  Vector sum[R][C] = {};
+  for (int64_t k = panel.depth; k > 0; --k, y += y_depth) {
+    Vector row[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      row[c] = load(y + c * WIDTH);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vector number = copies(*(const float*)(rows_of_x[r / 3] + r % 3 * x_row));
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        sum[r][c] = multiply_add(number, row[c], sum[r][c]);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < (R + 2) / 3; ++i)
+      rows_of_x[i] += x_depth;
+  }
+  const int64_t out_row = panel.out_row;
+  const float* const bias = panel.finish.bias;
+  const Vector least = copies(panel.finish.least);
+  Vector add[C] = {};
+  if (bias)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      add[c] = load(bias + c * WIDTH);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, out += out_row)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const Vector result = sum[r][c] + add[c];
+      store(out + c * WIDTH, result < least ? least : result); // keeps NaN
+    }
+}
+
+template <int R, int C>
+PRODUCT_INLINE void tiles(
+    int height, const Panel& panel, const float* x, float* out, int64_t count) {
+  if constexpr (R > 1)
+    if (height < R)
+      return tiles<R - 1, C>(height, panel, x, out, count);
+  for (; count > 0; --count, x += R * panel.x_row, out += R * panel.out_row)
+    tile<R, C>(panel, x, out);
+}
+
+// All rows in tiles of at most R, about equally high, or the first tile only; returns its height.
+template <int R, int C>
+int64_t rows_in_tiles(int64_t rows, const Panel& panel, const float* x, float* out, bool first) {
+  const int64_t count = (rows + R - 1) / R, height = (rows + count - 1) / count;
+  const int64_t low = first ? 0 : count * height - rows; // tiles that are one row less high
+  const int64_t high = first ? 1 : count - low;
+  tiles<R, C>(height, panel, x, out, high);
+  if (low > 0)
+    tiles<R, C>(
+        height - 1, panel, x + high * height * panel.x_row, out + high * height * panel.out_row,
+        low);
+  return height;
+}
+
+// Numbers of two vectors: those at [0, WIDTH) of a, those from WIDTH on of b.
+template <int... I>
+PRODUCT_INLINE Vector pick(Vector a, Vector b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, Index{I...});
+#endif
+}
+
+// Exchange two quarters of a square of which a and b are rows.
+template <int STEP, int... J>
+PRODUCT_INLINE void exchange(Vector& a, Vector& b, Lanes<J...>) {
+  const Vector low = pick<(J & STEP ? WIDTH + (J ^ STEP) : J)...>(a, b);
+  b = pick<(J & STEP ? WIDTH + J : J ^ STEP)...>(a, b);
+  a = low;
+}
+
+// Transpose a square: exchange two of its quarters, then two of each quarter's.
+template <int STEP = WIDTH / 2>
+PRODUCT_INLINE void transpose(Vector* square) {
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; ++i)
+    if (!(i & STEP))
+      exchange<STEP>(square[i], square[i | STEP], Lanes<PRODUCT_LANES>());
+  if constexpr (STEP > 1)
+    transpose<STEP / 2>(square);
+}
+
+// Replace rows[0] by the sums of the rows of a square, all in the same order.
+template <int STEP = WIDTH / 2>
+PRODUCT_INLINE void sum_rows(Vector* rows) {
+#pragma GCC unroll 8
+  for (int i = 0; i < STEP; ++i) {
+    exchange<STEP>(rows[i], rows[i | STEP], Lanes<PRODUCT_LANES>());
+    rows[i] += rows[i | STEP];
+  }
+  if constexpr (STEP > 1)
+    sum_rows<STEP / 2>(rows);
+}
+
+// Copy `count` columns of y to rows of `width` numbers, 0 after them.
+PRODUCT_CALL void fill_panel(
+    Matrix y, int64_t count, int64_t depth, float* panel, int width) {
+  int64_t k = 0;
+  const int whole = count / WIDTH * WIDTH;
+  if (y.column == 1) {
+    for (; k < depth; ++k)
+      for (int c = 0; c < whole; c += WIDTH)
+        store(panel + k * width + c, load(y.at(k, c)));
+  } else if (y.row == 1) {
+    for (; k + WIDTH <= depth; k += WIDTH)
+      for (int c = 0; c < whole; c += WIDTH) {
+        Vector square[WIDTH];
+#pragma GCC unroll 16
+        for (int j = 0; j < WIDTH; ++j)
+          square[j] = load(y.at(k, c + j));
+        transpose(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < WIDTH; ++j)
+          store(panel + (k + j) * width + c, square[j]);
+      }
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    for (int64_t j = i < k ? whole : 0; j < count; ++j)
+      panel[i * width + j] = *y.at(i, j);
+    for (int64_t j = count; j < width; ++j)
+      panel[i * width + j] = 0;
+  }
+}
+
+// R x C dot products of numbers that lie contiguous, R * C <= WIDTH.
+template <int R, int C>
+PRODUCT_INLINE void dot(
+    const float* x, int64_t x_row, const float* y, int64_t y_column, int64_t depth, Vector* sum) {
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; ++i)
+    sum[i] = Vector{};
+  int64_t k = 0;
+  for (; k + WIDTH <= depth; k += WIDTH) {
+    Vector column[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      column[c] = load(y + c * y_column + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vector row = load(x + r * x_row + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        sum[r * C + c] = multiply_add(row, column[c], sum[r * C + c]);
+    }
+  }
+  if (k == depth)
+    return;
+  float rest[R + C][WIDTH] = {};
+  for (int64_t i = 0; i < depth - k; ++i) {
+    for (int c = 0; c < C; ++c)
+      rest[R + c][i] = y[c * y_column + k + i];
+    for (int r = 0; r < R; ++r)
+      rest[r][i] = x[r * x_row + k + i];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      sum[r * C + c] = multiply_add(load(rest[r]), load(rest[R + c]), sum[r * C + c]);
+}
+
+template <int R, int C>
+PRODUCT_CALL void dots(
+    int64_t rows, const float* x, int64_t x_row, const float* y, int64_t y_column, int64_t depth,
+    float* out, int64_t out_row, Finish finish) {
+  Vector bias = {};
+  if (finish.bias)
+    for (int i = 0; i < R * C; ++i)
+      bias[i] = finish.bias[i % C];
+  const Vector least = copies(finish.least);
+  for (int64_t m = 0; m < rows; m += R) {
+    if (m + R > rows)
+      m = rows - R; // the last rows, some of them for the second time
+    Vector sum[WIDTH];
+    dot<R, C>(x + m * x_row, x_row, y, y_column, depth, sum);
+    sum_rows(sum);
+    const Vector result = sum[0] + bias;
+    float results[WIDTH];
+    store(results, result < least ? least : result);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        out[(m + r) * out_row + c] = results[r * C + c];
+  }
+}
+
+// C columns of results, the numbers of each row of x and each column of y contiguous.
+template <int C>
+PRODUCT_INLINE void dot_columns(
+    int count, int64_t rows, const float* x, int64_t x_row, const float* y, int64_t y_column,
+    int64_t depth, float* out, int64_t out_row, Finish finish) {
+  if constexpr (C > 1)
+    if (count < C)
+      return dot_columns<C - 1>(
+          count, rows, x, x_row, y, y_column, depth, out, out_row, finish);
+  constexpr int R = WIDTH / C;
+  const int64_t whole = rows < R ? 0 : rows;
+  if (whole)
+    dots<R, C>(rows, x, x_row, y, y_column, depth, out, out_row, finish);
+  else
+    dots<1, C>(rows, x, x_row, y, y_column, depth, out, out_row, finish);
+}
+
+constexpr int64_t room_of(int64_t depth) {
+  return 32 * (depth + 18);
+}
+
+// The product, `out` of any strides.
+PRODUCT_CALL void multiply(
+    int64_t rows, int64_t columns, int64_t depth, Matrix x, Matrix y, float* out, int64_t out_row,
+    int64_t out_column, bool dots_allowed, Finish finish, float* room) {
+  float* const results = room + depth * 32; // of a tile: at most ROWS * 32 or FEW_ROWS * 64
+  float* const bias = results + 16 * 32;
+  const bool contiguous = dots_allowed && x.column == 1 && depth >= WIDTH && out_column == 1;
+  for (int64_t n = 0, count; n < columns; n += count) {
+    const int64_t left = columns - n;
+    const float* panel = y.at(0, n);
+    Finish here = {finish.bias ? finish.bias + n : nullptr, finish.least};
+    if (contiguous && left <= DOTS) {
+      count = left < 4 ? left : 4;
+      int64_t y_column = y.column;
+      if (y.row != 1) {
+        y_column = depth;
+        for (int64_t c = 0; c < count; ++c)
+          for (int64_t k = 0; k < depth; ++k)
+            room[c * depth + k] = *y.at(k, n + c);
+        panel = room;
+      }
+      dot_columns<4>(
+          count, rows, x.data, x.row, panel, y_column, depth, out + n, out_row, here);
+      continue;
+    }
+    int across = left <= (contiguous ? WIDTH + DOTS : WIDTH) ? 1 : ACROSS;
+    if (rows <= FEW_ROWS && left >= WIDE * WIDTH && y.column == 1)
+      across = WIDE;
+    const int width = across * WIDTH;
+    count = left < width ? left : width;
+    int64_t y_depth = y.row;
+    if (y.column != 1 || count < width) {
+      fill_panel({panel, y.row, y.column}, count, depth, room, width);
+      panel = room;
+      y_depth = width;
+    }
+    if (here.bias && count < width) {
+      for (int64_t c = 0; c < width; ++c)
+        bias[c] = c < count ? here.bias[c] : 0;
+      here.bias = bias;
+    }
+    const bool direct = count == width && out_column == 1;
+    const Panel task = {
+        x.row, x.column, panel, y_depth, depth, direct ? out_row : width, here};
+    for (int64_t m = 0; m < rows;) {
+      float* const to = direct ? out + n : results;
+      int64_t height;
+      if (across == WIDE)
+        height = rows_in_tiles<FEW_ROWS, WIDE>(rows - m, task, x.at(m, 0), to, !direct);
+      else if (across == ACROSS)
+        height = rows_in_tiles<ROWS, ACROSS>(rows - m, task, x.at(m, 0), to, !direct);
+      else
+        height = rows_in_tiles<ROWS, 1>(rows - m, task, x.at(m, 0), to, !direct);
+      if (direct)
+        break;
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t c = 0; c < count; ++c)
+          out[(m + r) * out_row + (n + c) * out_column] = results[r * width + c];
+      m += height;
+    }
+  }
+}
+
+// What is done with each sum.
+enum class End { NOTHING, BIAS, RELU };
+
+// Strides in numbers; x and y may have any, one of out's must be 1. `bias` is read if END says so.
+template <End END>
+inline void product(
+    int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_row, int64_t x_depth,
+    const float* y, int64_t y_depth, int64_t y_column, float* out, int64_t out_row,
+    int64_t out_column, const float* bias, float* room) {
+  const Finish finish = {
+      END == End::NOTHING ? nullptr : bias, END == End::RELU ? 0.0f : -__builtin_inff()};
+  // A transposed result, and a narrow one whose x is read along its columns, has its rows as columns.
+  if ((out_column != 1 && out_row == 1) || (x_row == 1 && x_depth != 1 && columns < WIDTH)) {
+    multiply(
+        columns, rows, depth, {y, y_column, y_depth}, {x, x_depth, x_row}, out, out_column, out_row,
+        false, {nullptr, -__builtin_inff()}, room);
+    if (END != End::NOTHING)
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t r = 0; r < rows; ++r) {
+          float& result = out[r * out_row + c * out_column];
+          result += bias[c];
+          if (result < finish.least)
+            result = finish.least;
+        }
+    return;
+  }
+  multiply(
+      rows, columns, depth, {x, x_row, x_depth}, {y, y_depth, y_column}, out, out_row, out_column,
+      true, finish, room);
+}
+
+} // namespace products
+
+using products::End;
+using products::product;
+using products::room_of;
+
+} // namespace
