@@ -194,6 +194,9 @@ class Build:
                 what = error.strerror or first_line(error)
                 self.notes.append(f"{self._target} cannot be written, so it is not kept: {what}")
             return _unpack(content)
+        except OSError as error:
+            what = f"the compiler's files cannot be read: {first_line(error)}"
+            raise EngineUnavailableError(what) from error
         finally:
             self.close()
 
