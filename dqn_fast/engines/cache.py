@@ -276,6 +276,14 @@ def read_trusted(path: Path) -> bytes:
         os.close(descriptor)
 
 
+def instruction_sets() -> str:
+    """Those of this machine's processor, in Linux's words; empty where they cannot be read."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    return ""
+
+
 def _digest(name: str, content: bytes) -> bytes:
     # With the name, so that a package under the name of another is not taken for it.
     return hashlib.sha256(name.encode() + b"\0" + content).digest()

@@ -7,7 +7,6 @@ a call checks no guards.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
@@ -30,6 +29,7 @@ from dqn_fast.engines import packages, watched
 from dqn_fast.engines.cache import (
     UnusableFileError,
     WorkFolder,
+    instruction_sets,
     read_whole,
     remove,
     subfolder,
@@ -232,22 +232,15 @@ class Compiler:
         environ = {name: value for name, value in os.environ.items() if name not in inductor}
         # Inductor's default folders are then inside ours. One graph is one file in C++: no pool.
         environ |= {"TMPDIR": str(folder), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        watching = [sys.executable, "-I", "-S", watched.__file__, str(os.getpid()), str(folder)]
         program = (
             "import sys; sys.path.insert(0, sys.argv[1]); "
             "from dqn_fast.engines.packages import main; main(sys.argv[2:])"
         )
         words = [str(Path(__file__).parents[2]), str(torch.get_num_threads()), str(folder)]
-        with open(folder / LOG, "wb") as log:
-            self._process = subprocess.Popen(
-                [*watching, sys.executable, "-P", "-c", program, *words, *map(str, jobs)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env=environ,
-                pass_fds=[self._work.lock],
-                start_new_session=True,  # Ctrl-C is for us, and we decide what it means
-            )
+        command = [sys.executable, "-P", "-c", program, *words, *map(str, jobs)]
+        self._process = watched.start(
+            command, str(folder), self._work.lock, str(folder / LOG), environ
+        )
 
     def finish(self, should_stop: Callable[[], bool] = lambda: False) -> list[CompiledFn]:
         """Wait for the compiler, and call every function once on copies of its tensors.
@@ -349,9 +342,7 @@ class Compiler:
     def close(self) -> None:
         """Stop the compiler if it runs, and remove its files."""
         if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()  # which ends all of its processes
-            self._process.wait()
+            watched.stop(self._process)
             self._process = None
         if self._work is not None:
             self._work.close()
@@ -396,13 +387,9 @@ def _decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
 def _key(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> str:
     """Hash of everything that the compiled function depends on."""
     digest = hashlib.sha256()
-    flags = ""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
     layout = [(str(t.dtype), tuple(t.shape), t.stride()) for t in example]
     settings = (torch.get_num_threads(), torch.get_float32_matmul_precision())
-    parts = (graph.code, layout, torch.__version__, *settings, flags)
+    parts = (graph.code, layout, torch.__version__, *settings, instruction_sets())
     for part in (*parts, platform.machine(), packages.PRODUCT.read_text()):
         digest.update(repr(part).encode())
     return digest.hexdigest()[:32]

@@ -24,6 +24,38 @@ INTERVAL_S = 0.05
 """Seconds between two looks at the command and at the starter."""
 
 
+def start(
+    command: list[str], folder: str, lock: int, log: str, environ: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a command that ends with this process.
+
+    Args:
+        command: the program and its arguments.
+        folder: removed when the command is ended before its time.
+        lock: descriptor, kept open until the command has ended.
+        log: path of the file for the command's messages.
+        environ: environment variables of the command.
+    """
+    words = [__file__, str(os.getpid()), folder, *command]
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env=environ,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C is for us, and we decide what it means
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End what `start` started, if it has not ended."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
 def watch(starter: int, folder: str, command: list[str]) -> int:
     """Run the command; returns its exit status, or 1 if the starter is gone."""
     with subprocess.Popen(
