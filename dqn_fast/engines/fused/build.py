@@ -48,7 +48,7 @@ NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") el
 
 FLAGS = (
     "-std=c++17", "-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-    "-fopenmp-simd", "-fPIC", "-shared", "-pthread",
+    "-fopenmp-simd", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread",
 )  # fmt: skip
 """For every program. No arithmetic is relaxed: products and sums say themselves where it is."""
 

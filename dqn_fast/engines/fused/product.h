@@ -10,7 +10,7 @@
 //
 // `room`, best on a multiple of 64 bytes, has room_of(depth) = 32 * (depth + 18) floats.
 
-#pragma once
+
 
 #include <cstdint>
 
