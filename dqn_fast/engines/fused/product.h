@@ -35,6 +35,7 @@ constexpr int FEW_ROWS = 2;
 #endif
 constexpr int ACROSS = 2; // vectors in a row of a tile
 constexpr int WIDE = 4; // the same if there are few rows
+constexpr int64_t BLOCK = 256; // rows that are multiplied by all columns, then the next
 constexpr int DOTS = WIDTH * 5 / 8; // columns up to which dot products are faster than a panel
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -225,9 +226,19 @@ PRODUCT_INLINE void sum_rows(Vector* rows) {
     sum_rows<STEP / 2>(rows);
 }
 
+PRODUCT_CALL void copy_transposed(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  Vector square[WIDTH];
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; ++i, from += stride)
+    square[i] = load(from);
+  transpose(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; ++i, to += to_stride)
+    store(to, square[i]);
+}
+
 // Copy `count` columns of y to rows of `width` numbers, 0 after them.
-PRODUCT_CALL void fill_panel(
-    Matrix y, int64_t count, int64_t depth, float* panel, int width) {
+PRODUCT_CALL void fill_panel(Matrix y, int64_t count, int64_t depth, float* panel, int width) {
   int64_t k = 0;
   const int whole = count / WIDTH * WIDTH;
   if (y.column == 1) {
@@ -236,16 +247,8 @@ PRODUCT_CALL void fill_panel(
         store(panel + k * width + c, load(y.at(k, c)));
   } else if (y.row == 1) {
     for (; k + WIDTH <= depth; k += WIDTH)
-      for (int c = 0; c < whole; c += WIDTH) {
-        Vector square[WIDTH];
-#pragma GCC unroll 16
-        for (int j = 0; j < WIDTH; ++j)
-          square[j] = load(y.at(k, c + j));
-        transpose(square);
-#pragma GCC unroll 16
-        for (int j = 0; j < WIDTH; ++j)
-          store(panel + (k + j) * width + c, square[j]);
-      }
+      for (int c = 0; c < whole; c += WIDTH)
+        copy_transposed(y.at(k, c), y.column, panel + k * width + c, width);
   }
   for (int64_t i = 0; i < depth; ++i) {
     for (int64_t j = i < k ? whole : 0; j < count; ++j)
@@ -255,103 +258,75 @@ PRODUCT_CALL void fill_panel(
   }
 }
 
-// R x C dot products of numbers that lie contiguous, R * C <= WIDTH.
-template <int R, int C>
-PRODUCT_INLINE void dot(
-    const float* x, int64_t x_row, const float* y, int64_t y_column, int64_t depth, Vector* sum) {
-#pragma GCC unroll 16
-  for (int i = 0; i < WIDTH; ++i)
-    sum[i] = Vector{};
-  int64_t k = 0;
-  for (; k + WIDTH <= depth; k += WIDTH) {
-    Vector column[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      column[c] = load(y + c * y_column + k);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector row = load(x + r * x_row + k);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c)
-        sum[r * C + c] = multiply_add(row, column[c], sum[r * C + c]);
-    }
-  }
-  if (k == depth)
-    return;
-  float rest[R + C][WIDTH] = {};
-  for (int64_t i = 0; i < depth - k; ++i) {
-    for (int c = 0; c < C; ++c)
-      rest[R + c][i] = y[c * y_column + k + i];
-    for (int r = 0; r < R; ++r)
-      rest[r][i] = x[r * x_row + k + i];
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      sum[r * C + c] = multiply_add(load(rest[r]), load(rest[R + c]), sum[r * C + c]);
-}
-
+// R x C dot products at a time of rows and columns whose numbers are contiguous, R * C <= WIDTH.
 template <int R, int C>
 PRODUCT_CALL void dots(
-    int64_t rows, const float* x, int64_t x_row, const float* y, int64_t y_column, int64_t depth,
-    float* out, int64_t out_row, Finish finish) {
+    int64_t rows, int64_t depth, const float* x, int64_t x_row, const float* y, int64_t y_column,
+    float* out, int64_t out_row, const Finish& finish) {
+  const int rest = depth % WIDTH;
+  float ends[R + C][WIDTH] = {}; // the last `rest` numbers, then 0
+  for (int c = 0; c < C; ++c)
+    for (int i = 0; i < rest; ++i)
+      ends[R + c][i] = y[c * y_column + depth - rest + i];
   Vector bias = {};
-  if (finish.bias)
-    for (int i = 0; i < R * C; ++i)
-      bias[i] = finish.bias[i % C];
+  for (int i = 0; i < R * C; ++i)
+    bias[i] = finish.bias ? finish.bias[i % C] : 0;
   const Vector least = copies(finish.least);
   for (int64_t m = 0; m < rows; m += R) {
     if (m + R > rows)
       m = rows - R; // the last rows, some of them for the second time
-    Vector sum[WIDTH];
-    dot<R, C>(x + m * x_row, x_row, y, y_column, depth, sum);
+    for (int r = 0; rest && r < R; ++r)
+      for (int i = 0; i < rest; ++i)
+        ends[r][i] = x[(m + r) * x_row + depth - rest + i];
+    Vector sum[WIDTH] = {};
+    const float *at_x = x + m * x_row, *at_y = y;
+    int64_t to_row = x_row, to_column = y_column;
+    for (int64_t left = depth; left > 0; left -= WIDTH, at_x += WIDTH, at_y += WIDTH) {
+      if (left < WIDTH) {
+        at_x = ends[0];
+        at_y = ends[R];
+        to_row = to_column = WIDTH;
+      }
+      Vector column[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        column[c] = load(at_y + c * to_column);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vector row = load(at_x + r * to_row);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c)
+          sum[r * C + c] = multiply_add(row, column[c], sum[r * C + c]);
+      }
+    }
     sum_rows(sum);
     const Vector result = sum[0] + bias;
     float results[WIDTH];
     store(results, result < least ? least : result);
-#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
       for (int c = 0; c < C; ++c)
         out[(m + r) * out_row + c] = results[r * C + c];
   }
-}
-
-// C columns of results, the numbers of each row of x and each column of y contiguous.
-template <int C>
-PRODUCT_INLINE void dot_columns(
-    int count, int64_t rows, const float* x, int64_t x_row, const float* y, int64_t y_column,
-    int64_t depth, float* out, int64_t out_row, Finish finish) {
-  if constexpr (C > 1)
-    if (count < C)
-      return dot_columns<C - 1>(
-          count, rows, x, x_row, y, y_column, depth, out, out_row, finish);
-  constexpr int R = WIDTH / C;
-  const int64_t whole = rows < R ? 0 : rows;
-  if (whole)
-    dots<R, C>(rows, x, x_row, y, y_column, depth, out, out_row, finish);
-  else
-    dots<1, C>(rows, x, x_row, y, y_column, depth, out, out_row, finish);
 }
 
 constexpr int64_t room_of(int64_t depth) {
   return 32 * (depth + 18);
 }
 
-// The product, `out` of any strides.
-PRODUCT_CALL void multiply(
+// The product of few enough rows for the second cache, `out` of any strides.
+PRODUCT_CALL void multiply_block(
     int64_t rows, int64_t columns, int64_t depth, Matrix x, Matrix y, float* out, int64_t out_row,
     int64_t out_column, bool dots_allowed, Finish finish, float* room) {
   float* const results = room + depth * 32; // of a tile: at most ROWS * 32 or FEW_ROWS * 64
   float* const bias = results + 16 * 32;
-  const bool contiguous = dots_allowed && x.column == 1 && depth >= WIDTH && out_column == 1;
+  const bool contiguous = dots_allowed && x.column == 1 && out_column == 1 &&
+      (depth % WIDTH == 0 || depth >= 4 * WIDTH);
   for (int64_t n = 0, count; n < columns; n += count) {
     const int64_t left = columns - n;
     const float* panel = y.at(0, n);
     Finish here = {finish.bias ? finish.bias + n : nullptr, finish.least};
     if (contiguous && left <= DOTS) {
-      count = left < 4 ? left : 4;
+      count = left < 2 ? 1 : 2;
       int64_t y_column = y.column;
       if (y.row != 1) {
         y_column = depth;
@@ -360,8 +335,10 @@ PRODUCT_CALL void multiply(
             room[c * depth + k] = *y.at(k, n + c);
         panel = room;
       }
-      dot_columns<4>(
-          count, rows, x.data, x.row, panel, y_column, depth, out + n, out_row, here);
+      const auto columns_of_dots =
+          count == 2 ? (rows < WIDTH / 2 ? dots<1, 2> : dots<WIDTH / 2, 2>)
+                     : (rows < WIDTH ? dots<1, 1> : dots<WIDTH, 1>);
+      columns_of_dots(rows, depth, x.data, x.row, panel, y_column, out + n, out_row, here);
       continue;
     }
     int across = left <= (contiguous ? WIDTH + DOTS : WIDTH) ? 1 : ACROSS;
@@ -400,6 +377,15 @@ PRODUCT_CALL void multiply(
       m += height;
     }
   }
+}
+
+PRODUCT_INLINE void multiply(
+    int64_t rows, int64_t columns, int64_t depth, Matrix x, Matrix y, float* out, int64_t out_row,
+    int64_t out_column, bool dots_allowed, Finish finish, float* room) {
+  for (; rows > 0; rows -= BLOCK, x.data += BLOCK * x.row, out += BLOCK * out_row)
+    multiply_block(
+        rows < BLOCK ? rows : BLOCK, columns, depth, x, y, out, out_row, out_column, dots_allowed,
+        finish, room);
 }
 
 // What is done with each sum.
