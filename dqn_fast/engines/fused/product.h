@@ -95,21 +95,28 @@ struct Matrix {
   }
 };
 
-// What is done to each sum: bias added, unless it is null, and numbers below `least` become `least`.
-struct Finish {
-  const float* bias;
-  float least;
+// One product. Such structures are passed by address: as arguments they go through memory in pieces
+// that the processor cannot forward, and then a tile does not begin before the last one has ended.
+struct Product {
+  int64_t rows, columns, depth;
+  Matrix x, y;
+  float* out;
+  int64_t out_row, out_column;
+  const float* bias; // null: none
+  float least; // results below it are replaced by it
+  bool dots_allowed;
+  float* room;
 };
 
-// What tiles share. It is passed by address: structures that are arguments go through memory in
-// pieces that the processor cannot forward, and then one tile does not begin before the last ends.
+// What the tiles of a panel share.
 struct Panel {
   int64_t x_row, x_depth;
   const float* y; // the panel
   int64_t y_depth;
   int64_t depth;
   int64_t out_row;
-  Finish finish;
+  const float* bias;
+  float least;
 };
 
 // R x (C * WIDTH) results. One call each: in a loop over tiles, addresses take too many registers.
@@ -145,8 +152,8 @@ PRODUCT_CALL void tile(const Panel& panel, const float* x, float* out) {
       rows_of_x[i] += x_depth;
   }
   const int64_t out_row = panel.out_row;
-  const float* const bias = panel.finish.bias;
-  const Vector least = copies(panel.finish.least);
+  const float* const bias = panel.bias;
+  const Vector lowest = copies(panel.least);
   Vector add[C] = {};
   if (bias)
 #pragma GCC unroll 4
@@ -157,7 +164,7 @@ PRODUCT_CALL void tile(const Panel& panel, const float* x, float* out) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       const Vector result = sum[r][c] + add[c];
-      store(out + c * WIDTH, result < least ? least : result); // keeps NaN
+      store(out + c * WIDTH, result < lowest ? lowest : result); // keeps NaN
     }
 }
 
@@ -238,7 +245,8 @@ PRODUCT_CALL void copy_transposed(const float* from, int64_t stride, float* to, 
 }
 
 // Copy `count` columns of y to rows of `width` numbers, 0 after them.
-PRODUCT_CALL void fill_panel(Matrix y, int64_t count, int64_t depth, float* panel, int width) {
+PRODUCT_CALL void fill_panel(
+    const Matrix& y, int64_t count, int64_t depth, float* panel, int width) {
   int64_t k = 0;
   const int whole = count / WIDTH * WIDTH;
   if (y.column == 1) {
@@ -262,16 +270,16 @@ PRODUCT_CALL void fill_panel(Matrix y, int64_t count, int64_t depth, float* pane
 template <int R, int C>
 PRODUCT_CALL void dots(
     int64_t rows, int64_t depth, const float* x, int64_t x_row, const float* y, int64_t y_column,
-    float* out, int64_t out_row, const Finish& finish) {
+    float* out, int64_t out_row, const float* bias, float least) {
   const int rest = depth % WIDTH;
   float ends[R + C][WIDTH] = {}; // the last `rest` numbers, then 0
   for (int c = 0; c < C; ++c)
     for (int i = 0; i < rest; ++i)
       ends[R + c][i] = y[c * y_column + depth - rest + i];
-  Vector bias = {};
-  for (int i = 0; i < R * C; ++i)
-    bias[i] = finish.bias ? finish.bias[i % C] : 0;
-  const Vector least = copies(finish.least);
+  Vector add = {};
+  for (int i = 0; bias && i < R * C; ++i)
+    add[i] = bias[i % C];
+  const Vector lowest = copies(least);
   for (int64_t m = 0; m < rows; m += R) {
     if (m + R > rows)
       m = rows - R; // the last rows, some of them for the second time
@@ -300,9 +308,9 @@ PRODUCT_CALL void dots(
       }
     }
     sum_rows(sum);
-    const Vector result = sum[0] + bias;
+    const Vector result = sum[0] + add;
     float results[WIDTH];
-    store(results, result < least ? least : result);
+    store(results, result < lowest ? lowest : result);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c)
         out[(m + r) * out_row + c] = results[r * C + c];
@@ -313,32 +321,37 @@ constexpr int64_t room_of(int64_t depth) {
   return 32 * (depth + 18);
 }
 
-// The product of few enough rows for the second cache, `out` of any strides.
-PRODUCT_CALL void multiply_block(
-    int64_t rows, int64_t columns, int64_t depth, Matrix x, Matrix y, float* out, int64_t out_row,
-    int64_t out_column, bool dots_allowed, Finish finish, float* room) {
+// `rows` rows of the product, from `first` on.
+PRODUCT_CALL void multiply_rows(const Product& product, int64_t first, int64_t rows) {
+  const int64_t columns = product.columns, depth = product.depth;
+  const int64_t out_row = product.out_row, out_column = product.out_column;
+  const Matrix &x = product.x, &y = product.y;
+  float* const room = product.room;
   float* const results = room + depth * 32; // of a tile: at most ROWS * 32 or FEW_ROWS * 64
-  float* const bias = results + 16 * 32;
-  const bool contiguous = dots_allowed && x.column == 1 && out_column == 1 &&
+  float* const padded_bias = results + 16 * 32;
+  const bool contiguous = product.dots_allowed && x.column == 1 && out_column == 1 &&
       (depth % WIDTH == 0 || depth >= 4 * WIDTH);
   for (int64_t n = 0, count; n < columns; n += count) {
     const int64_t left = columns - n;
-    const float* panel = y.at(0, n);
-    Finish here = {finish.bias ? finish.bias + n : nullptr, finish.least};
+    const Matrix here = {y.at(0, n), y.row, y.column};
+    const float* bias = product.bias ? product.bias + n : nullptr;
+    float* const out = product.out + first * out_row + n * out_column;
     if (contiguous && left <= DOTS) {
       count = left < 2 ? 1 : 2;
+      const float* column = here.data;
       int64_t y_column = y.column;
       if (y.row != 1) {
-        y_column = depth;
         for (int64_t c = 0; c < count; ++c)
           for (int64_t k = 0; k < depth; ++k)
-            room[c * depth + k] = *y.at(k, n + c);
-        panel = room;
+            room[c * depth + k] = *here.at(k, c);
+        column = room;
+        y_column = depth;
       }
       const auto columns_of_dots =
           count == 2 ? (rows < WIDTH / 2 ? dots<1, 2> : dots<WIDTH / 2, 2>)
                      : (rows < WIDTH ? dots<1, 1> : dots<WIDTH, 1>);
-      columns_of_dots(rows, depth, x.data, x.row, panel, y_column, out + n, out_row, here);
+      columns_of_dots(
+          rows, depth, x.at(first, 0), x.row, column, y_column, out, out_row, bias, product.least);
       continue;
     }
     int across = left <= (contiguous ? WIDTH + DOTS : WIDTH) ? 1 : ACROSS;
@@ -346,46 +359,41 @@ PRODUCT_CALL void multiply_block(
       across = WIDE;
     const int width = across * WIDTH;
     count = left < width ? left : width;
-    int64_t y_depth = y.row;
-    if (y.column != 1 || count < width) {
-      fill_panel({panel, y.row, y.column}, count, depth, room, width);
-      panel = room;
-      y_depth = width;
-    }
-    if (here.bias && count < width) {
+    const bool in_place = y.column == 1 && count == width;
+    if (!in_place)
+      fill_panel(here, count, depth, room, width);
+    if (bias && count < width) {
       for (int64_t c = 0; c < width; ++c)
-        bias[c] = c < count ? here.bias[c] : 0;
-      here.bias = bias;
+        padded_bias[c] = c < count ? bias[c] : 0;
+      bias = padded_bias;
     }
     const bool direct = count == width && out_column == 1;
-    const Panel task = {
-        x.row, x.column, panel, y_depth, depth, direct ? out_row : width, here};
+    const Panel panel = {
+        x.row, x.column, in_place ? here.data : room, in_place ? y.row : width, depth,
+        direct ? out_row : width, bias, product.least};
     for (int64_t m = 0; m < rows;) {
-      float* const to = direct ? out + n : results;
+      const float* const rows_of_x = x.at(first + m, 0);
+      float* const to = direct ? out : results;
       int64_t height;
       if (across == WIDE)
-        height = rows_in_tiles<FEW_ROWS, WIDE>(rows - m, task, x.at(m, 0), to, !direct);
+        height = rows_in_tiles<FEW_ROWS, WIDE>(rows - m, panel, rows_of_x, to, !direct);
       else if (across == ACROSS)
-        height = rows_in_tiles<ROWS, ACROSS>(rows - m, task, x.at(m, 0), to, !direct);
+        height = rows_in_tiles<ROWS, ACROSS>(rows - m, panel, rows_of_x, to, !direct);
       else
-        height = rows_in_tiles<ROWS, 1>(rows - m, task, x.at(m, 0), to, !direct);
+        height = rows_in_tiles<ROWS, 1>(rows - m, panel, rows_of_x, to, !direct);
       if (direct)
         break;
       for (int64_t r = 0; r < height; ++r)
         for (int64_t c = 0; c < count; ++c)
-          out[(m + r) * out_row + (n + c) * out_column] = results[r * width + c];
+          out[(m + r) * out_row + c * out_column] = results[r * width + c];
       m += height;
     }
   }
 }
 
-PRODUCT_INLINE void multiply(
-    int64_t rows, int64_t columns, int64_t depth, Matrix x, Matrix y, float* out, int64_t out_row,
-    int64_t out_column, bool dots_allowed, Finish finish, float* room) {
-  for (; rows > 0; rows -= BLOCK, x.data += BLOCK * x.row, out += BLOCK * out_row)
-    multiply_block(
-        rows < BLOCK ? rows : BLOCK, columns, depth, x, y, out, out_row, out_column, dots_allowed,
-        finish, room);
+PRODUCT_CALL void multiply(const Product& product) {
+  for (int64_t m = 0; m < product.rows; m += BLOCK)
+    multiply_rows(product, m, product.rows - m < BLOCK ? product.rows - m : BLOCK);
 }
 
 // What is done with each sum.
@@ -397,26 +405,25 @@ inline void product(
     int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_row, int64_t x_depth,
     const float* y, int64_t y_depth, int64_t y_column, float* out, int64_t out_row,
     int64_t out_column, const float* bias, float* room) {
-  const Finish finish = {
-      END == End::NOTHING ? nullptr : bias, END == End::RELU ? 0.0f : -__builtin_inff()};
+  const bool has_bias = END != End::NOTHING;
+  const float least = END == End::RELU ? 0 : -__builtin_inff();
   // A transposed result, and a narrow one whose x is read along its columns, has its rows as columns.
   if ((out_column != 1 && out_row == 1) || (x_row == 1 && x_depth != 1 && columns < WIDTH)) {
     multiply(
-        columns, rows, depth, {y, y_column, y_depth}, {x, x_depth, x_row}, out, out_column, out_row,
-        false, {nullptr, -__builtin_inff()}, room);
-    if (END != End::NOTHING)
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t r = 0; r < rows; ++r) {
-          float& result = out[r * out_row + c * out_column];
-          result += bias[c];
-          if (result < finish.least)
-            result = finish.least;
-        }
+        {columns, rows, depth, {y, y_column, y_depth}, {x, x_depth, x_row}, out, out_column,
+         out_row, nullptr, -__builtin_inff(), false, room});
+    for (int64_t c = 0; has_bias && c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r) {
+        float& result = out[r * out_row + c * out_column];
+        result += bias[c];
+        if (result < least)
+          result = least;
+      }
     return;
   }
   multiply(
-      rows, columns, depth, {x, x_row, x_depth}, {y, y_depth, y_column}, out, out_row, out_column,
-      true, finish, room);
+      {rows, columns, depth, {x, x_row, x_depth}, {y, y_depth, y_column}, out, out_row, out_column,
+       has_bias ? bias : nullptr, least, true, room});
 }
 
 } // namespace products
