@@ -35,7 +35,7 @@ constexpr int FEW_ROWS = 2;
 #endif
 constexpr int ACROSS = 2; // vectors in a row of a tile
 constexpr int WIDE = 4; // the same if there are few rows
-constexpr int64_t BLOCK = 256; // rows that are multiplied by all columns, then the next
+constexpr int64_t BLOCK = 32; // tiles of rows that meet all columns before the next do
 constexpr int DOTS = WIDTH * 5 / 8; // columns up to which dot products are faster than a panel
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -95,20 +95,8 @@ struct Matrix {
   }
 };
 
-// One product. Such structures are passed by address: as arguments they go through memory in pieces
-// that the processor cannot forward, and then a tile does not begin before the last one has ended.
-struct Product {
-  int64_t rows, columns, depth;
-  Matrix x, y;
-  float* out;
-  int64_t out_row, out_column;
-  const float* bias; // null: none
-  float least; // results below it are replaced by it
-  bool dots_allowed;
-  float* room;
-};
-
-// What the tiles of a panel share.
+// What the tiles of a panel share. Structures are passed by address: as arguments they go through
+// memory in pieces that the processor cannot forward, and tiles do not overlap.
 struct Panel {
   int64_t x_row, x_depth;
   const float* y; // the panel
@@ -118,6 +106,8 @@ struct Panel {
   const float* bias;
   float least;
 };
+
+typedef void Tile(const Panel& panel, const float* x, float* out);
 
 // R x (C * WIDTH) results. One call each: in a loop over tiles, addresses take too many registers.
 template <int R, int C>
@@ -166,30 +156,6 @@ PRODUCT_CALL void tile(const Panel& panel, const float* x, float* out) {
       const Vector result = sum[r][c] + add[c];
       store(out + c * WIDTH, result < lowest ? lowest : result); // keeps NaN
     }
-}
-
-template <int R, int C>
-PRODUCT_INLINE void tiles(
-    int height, const Panel& panel, const float* x, float* out, int64_t count) {
-  if constexpr (R > 1)
-    if (height < R)
-      return tiles<R - 1, C>(height, panel, x, out, count);
-  for (; count > 0; --count, x += R * panel.x_row, out += R * panel.out_row)
-    tile<R, C>(panel, x, out);
-}
-
-// All rows in tiles of at most R, about equally high, or the first tile only; returns its height.
-template <int R, int C>
-int64_t rows_in_tiles(int64_t rows, const Panel& panel, const float* x, float* out, bool first) {
-  const int64_t count = (rows + R - 1) / R, height = (rows + count - 1) / count;
-  const int64_t low = first ? 0 : count * height - rows; // tiles that are one row less high
-  const int64_t high = first ? 1 : count - low;
-  tiles<R, C>(height, panel, x, out, high);
-  if (low > 0)
-    tiles<R, C>(
-        height - 1, panel, x + high * height * panel.x_row, out + high * height * panel.out_row,
-        low);
-  return height;
 }
 
 // Numbers of two vectors: those at [0, WIDTH) of a, those from WIDTH on of b.
@@ -266,6 +232,10 @@ PRODUCT_CALL void fill_panel(
   }
 }
 
+typedef void Dots(
+    int64_t rows, int64_t depth, const float* x, int64_t x_row, const float* y, int64_t y_column,
+    float* out, int64_t out_row, const float* bias, float least);
+
 // R x C dot products at a time of rows and columns whose numbers are contiguous, R * C <= WIDTH.
 template <int R, int C>
 PRODUCT_CALL void dots(
@@ -321,22 +291,41 @@ constexpr int64_t room_of(int64_t depth) {
   return 32 * (depth + 18);
 }
 
-// `rows` rows of the product, from `first` on.
-PRODUCT_CALL void multiply_rows(const Product& product, int64_t first, int64_t rows) {
+enum Kind { NARROW, NORMAL, BROAD, KINDS }; // panels of 1, ACROSS and WIDE vectors
+
+// One product. Rows are divided into `tiles` of about the same height.
+struct Product {
+  int64_t rows, columns, depth;
+  Matrix x, y;
+  float* out;
+  int64_t out_row, out_column;
+  const float* bias; // null: none
+  float least; // results below it are replaced by it
+  float* room;
+  bool contiguous; // the last columns are dot products
+  int64_t tiles, height, high; // the first `high` tiles have `height` rows, the others one less
+  Tile *high_tile[KINDS], *low_tile[KINDS]; // null: not used
+  Dots* dots[2]; // for one column and for two
+
+  int64_t row_of(int64_t tile) const {
+    return tile * height - (tile > high ? tile - high : 0);
+  }
+};
+
+// All columns of the tiles from `first` to before `last`.
+PRODUCT_CALL void multiply_tiles(const Product& product, int64_t first, int64_t last) {
   const int64_t columns = product.columns, depth = product.depth;
   const int64_t out_row = product.out_row, out_column = product.out_column;
   const Matrix &x = product.x, &y = product.y;
   float* const room = product.room;
   float* const results = room + depth * 32; // of a tile: at most ROWS * 32 or FEW_ROWS * 64
   float* const padded_bias = results + 16 * 32;
-  const bool contiguous = product.dots_allowed && x.column == 1 && out_column == 1 &&
-      (depth % WIDTH == 0 || depth >= 4 * WIDTH);
   for (int64_t n = 0, count; n < columns; n += count) {
     const int64_t left = columns - n;
     const Matrix here = {y.at(0, n), y.row, y.column};
     const float* bias = product.bias ? product.bias + n : nullptr;
-    float* const out = product.out + first * out_row + n * out_column;
-    if (contiguous && left <= DOTS) {
+    float* const out = product.out + n * out_column;
+    if (product.contiguous && left <= DOTS) {
       count = left < 2 ? 1 : 2;
       const float* column = here.data;
       int64_t y_column = y.column;
@@ -347,17 +336,16 @@ PRODUCT_CALL void multiply_rows(const Product& product, int64_t first, int64_t r
         column = room;
         y_column = depth;
       }
-      const auto columns_of_dots =
-          count == 2 ? (rows < WIDTH / 2 ? dots<1, 2> : dots<WIDTH / 2, 2>)
-                     : (rows < WIDTH ? dots<1, 1> : dots<WIDTH, 1>);
-      columns_of_dots(
-          rows, depth, x.at(first, 0), x.row, column, y_column, out, out_row, bias, product.least);
+      const int64_t m = product.row_of(first);
+      product.dots[count - 1](
+          product.row_of(last) - m, depth, x.at(m, 0), x.row, column, y_column, out + m * out_row,
+          out_row, bias, product.least);
       continue;
     }
-    int across = left <= (contiguous ? WIDTH + DOTS : WIDTH) ? 1 : ACROSS;
-    if (rows <= FEW_ROWS && left >= WIDE * WIDTH && y.column == 1)
-      across = WIDE;
-    const int width = across * WIDTH;
+    const bool broad = product.high_tile[BROAD] && left >= WIDE * WIDTH;
+    const bool narrow = left <= (product.contiguous ? WIDTH + DOTS : WIDTH);
+    const Kind kind = broad ? BROAD : narrow ? NARROW : NORMAL;
+    const int width = (broad ? WIDE : narrow ? 1 : ACROSS) * WIDTH;
     count = left < width ? left : width;
     const bool in_place = y.column == 1 && count == width;
     if (!in_place)
@@ -371,29 +359,63 @@ PRODUCT_CALL void multiply_rows(const Product& product, int64_t first, int64_t r
     const Panel panel = {
         x.row, x.column, in_place ? here.data : room, in_place ? y.row : width, depth,
         direct ? out_row : width, bias, product.least};
-    for (int64_t m = 0; m < rows;) {
-      const float* const rows_of_x = x.at(first + m, 0);
-      float* const to = direct ? out : results;
-      int64_t height;
-      if (across == WIDE)
-        height = rows_in_tiles<FEW_ROWS, WIDE>(rows - m, panel, rows_of_x, to, !direct);
-      else if (across == ACROSS)
-        height = rows_in_tiles<ROWS, ACROSS>(rows - m, panel, rows_of_x, to, !direct);
-      else
-        height = rows_in_tiles<ROWS, 1>(rows - m, panel, rows_of_x, to, !direct);
-      if (direct)
-        break;
-      for (int64_t r = 0; r < height; ++r)
-        for (int64_t c = 0; c < count; ++c)
-          out[(m + r) * out_row + c * out_column] = results[r * width + c];
-      m += height;
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t m = product.row_of(t), end = product.row_of(t + 1);
+      Tile* const tile = t < product.high ? product.high_tile[kind] : product.low_tile[kind];
+      tile(panel, x.at(m, 0), direct ? out + m * out_row : results);
+      if (!direct)
+        for (int64_t r = m; r < end; ++r)
+          for (int64_t c = 0; c < count; ++c)
+            out[r * out_row + c * out_column] = results[(r - m) * width + c];
     }
   }
 }
 
 PRODUCT_CALL void multiply(const Product& product) {
-  for (int64_t m = 0; m < product.rows; m += BLOCK)
-    multiply_rows(product, m, product.rows - m < BLOCK ? product.rows - m : BLOCK);
+  for (int64_t t = 0; t < product.tiles; t += BLOCK)
+    multiply_tiles(product, t, t + BLOCK < product.tiles ? t + BLOCK : product.tiles);
+}
+
+template <int R, int C>
+PRODUCT_INLINE Tile* tile_of(int64_t height) {
+  if constexpr (R > 1)
+    if (height < R)
+      return tile_of<R - 1, C>(height);
+  return tile<R, C>;
+}
+
+// With literal sizes and strides, the compiler finds here which few tiles a program needs.
+PRODUCT_INLINE void multiply(
+    int64_t rows, int64_t columns, int64_t depth, Matrix x, Matrix y, float* out, int64_t out_row,
+    int64_t out_column, const float* bias, float least, bool dots_allowed, float* room) {
+  const bool few = rows <= FEW_ROWS && columns >= WIDE * WIDTH && y.column == 1;
+  const bool contiguous = dots_allowed && x.column == 1 && out_column == 1 &&
+      (depth % WIDTH == 0 || depth >= 4 * WIDTH);
+  const int64_t narrow = contiguous ? WIDTH + DOTS : WIDTH, rest = columns % (ACROSS * WIDTH);
+  const int64_t most = few ? FEW_ROWS : ROWS;
+  const int64_t tiles = (rows + most - 1) / most, height = (rows + tiles - 1) / tiles;
+  const int64_t high = tiles - (tiles * height - rows);
+  Product product = {
+      rows, columns, depth, x, y, out, out_row, out_column, bias, least, room, contiguous, tiles,
+      height, high, {}, {}, {}};
+  if (rest > (contiguous ? DOTS : 0) && rest <= narrow) {
+    product.high_tile[NARROW] = tile_of<ROWS, 1>(height);
+    product.low_tile[NARROW] = high < tiles ? tile_of<ROWS, 1>(height - 1) : nullptr;
+  }
+  if (columns > narrow && !(few && columns % (WIDE * WIDTH) == 0)) {
+    product.high_tile[NORMAL] = tile_of<ROWS, ACROSS>(height);
+    product.low_tile[NORMAL] = high < tiles ? tile_of<ROWS, ACROSS>(height - 1) : nullptr;
+  }
+  if (few)
+    product.high_tile[BROAD] = tile_of<FEW_ROWS, WIDE>(height);
+  const int64_t dots_rest = rest > DOTS ? rest - WIDTH : rest;
+  if (contiguous && dots_rest > 0 && dots_rest <= DOTS) {
+    if (dots_rest % 2)
+      product.dots[0] = rows < WIDTH ? dots<1, 1> : dots<WIDTH, 1>;
+    if (dots_rest > 1)
+      product.dots[1] = rows < WIDTH / 2 ? dots<1, 2> : dots<WIDTH / 2, 2>;
+  }
+  multiply(product);
 }
 
 // What is done with each sum.
@@ -401,7 +423,7 @@ enum class End { NOTHING, BIAS, RELU };
 
 // Strides in numbers; x and y may have any, one of out's must be 1. `bias` is read if END says so.
 template <End END>
-inline void product(
+PRODUCT_INLINE void product(
     int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_row, int64_t x_depth,
     const float* y, int64_t y_depth, int64_t y_column, float* out, int64_t out_row,
     int64_t out_column, const float* bias, float* room) {
@@ -410,8 +432,8 @@ inline void product(
   // A transposed result, and a narrow one whose x is read along its columns, has its rows as columns.
   if ((out_column != 1 && out_row == 1) || (x_row == 1 && x_depth != 1 && columns < WIDTH)) {
     multiply(
-        {columns, rows, depth, {y, y_column, y_depth}, {x, x_depth, x_row}, out, out_column,
-         out_row, nullptr, -__builtin_inff(), false, room});
+        columns, rows, depth, {y, y_column, y_depth}, {x, x_depth, x_row}, out, out_column, out_row,
+        nullptr, -__builtin_inff(), false, room);
     for (int64_t c = 0; has_bias && c < columns; ++c)
       for (int64_t r = 0; r < rows; ++r) {
         float& result = out[r * out_row + c * out_column];
@@ -422,8 +444,8 @@ inline void product(
     return;
   }
   multiply(
-      {rows, columns, depth, {x, x_row, x_depth}, {y, y_depth, y_column}, out, out_row, out_column,
-       has_bias ? bias : nullptr, least, true, room});
+      rows, columns, depth, {x, x_row, x_depth}, {y, y_depth, y_column}, out, out_row, out_column,
+      has_bias ? bias : nullptr, least, true, room);
 }
 
 } // namespace products
