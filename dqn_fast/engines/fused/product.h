@@ -278,9 +278,14 @@ PRODUCT_CALL void dots(
       }
     }
     sum_rows(sum);
-    const Vector result = sum[0] + add;
+    Vector result = sum[0] + add;
+    result = result < lowest ? lowest : result;
+    if (R * C == WIDTH && out_row == C) {
+      store(out + m * C, result);
+      continue;
+    }
     float results[WIDTH];
-    store(results, result < lowest ? lowest : result);
+    store(results, result);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c)
         out[(m + r) * out_row + c] = results[r * C + c];
@@ -312,6 +317,13 @@ struct Product {
   }
 };
 
+PRODUCT_CALL void call_tiles(
+    Tile* tile, const Panel& panel, const float* x, int64_t x_step, float* out, int64_t out_step,
+    int64_t count) {
+  for (; count > 0; --count, x += x_step, out += out_step)
+    tile(panel, x, out);
+}
+
 // All columns of the tiles from `first` to before `last`.
 PRODUCT_CALL void multiply_tiles(const Product& product, int64_t first, int64_t last) {
   const int64_t columns = product.columns, depth = product.depth;
@@ -338,8 +350,8 @@ PRODUCT_CALL void multiply_tiles(const Product& product, int64_t first, int64_t 
       }
       const int64_t m = product.row_of(first);
       product.dots[count - 1](
-          product.row_of(last) - m, depth, x.at(m, 0), x.row, column, y_column, out + m * out_row,
-          out_row, bias, product.least);
+          product.row_of(last) - m, depth, x.at(m, 0), x.row, column, y_column, out + m * out_row, out_row,
+          bias, product.least);
       continue;
     }
     const bool broad = product.high_tile[BROAD] && left >= WIDE * WIDTH;
@@ -359,14 +371,20 @@ PRODUCT_CALL void multiply_tiles(const Product& product, int64_t first, int64_t 
     const Panel panel = {
         x.row, x.column, in_place ? here.data : room, in_place ? y.row : width, depth,
         direct ? out_row : width, bias, product.least};
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t m = product.row_of(t), end = product.row_of(t + 1);
-      Tile* const tile = t < product.high ? product.high_tile[kind] : product.low_tile[kind];
-      tile(panel, x.at(m, 0), direct ? out + m * out_row : results);
-      if (!direct)
-        for (int64_t r = m; r < end; ++r)
-          for (int64_t c = 0; c < count; ++c)
-            out[r * out_row + c * out_column] = results[(r - m) * width + c];
+    for (int64_t t = first, end; t < last; t = end) {
+      const bool high = t < product.high;
+      end = !direct ? t + 1 : high && product.high < last ? product.high : last;
+      const int64_t height = high ? product.height : product.height - 1, m = product.row_of(t);
+      Tile* const tile = high ? product.high_tile[kind] : product.low_tile[kind];
+      float* const to = out + m * out_row;
+      if (direct) {
+        call_tiles(tile, panel, x.at(m, 0), height * x.row, to, height * out_row, end - t);
+        continue;
+      }
+      tile(panel, x.at(m, 0), results);
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t c = 0; c < count; ++c)
+          to[r * out_row + c * out_column] = results[r * width + c];
     }
   }
 }
