@@ -1,14 +1,14 @@
-// Matrix product of float32 matrices on one CPU thread; included into generated programs.
+// Product of float32 matrices on one CPU thread, included by generated programs.
 //
-//     out[r, c] = sum over k of x[r, k] * y[k, c]   then nothing, + bias[c], or relu(... + bias[c])
+//     out[r, c] = sum over k of x[r, k] * y[k, c], then nothing, + bias[c], or relu(... + bias[c])
 //
-// `product` is the entrance. A tile of results stays in registers while k runs: x is read number by
-// number, whatever its order in memory, and y a row of a panel of columns at a time. The last few
-// columns are dot products of contiguous memory, if x is contiguous along k. Each result is computed
-// alone, in an order of k that depends on the column, the depth and the strides only: a block of rows
-// gives bitwise the numbers of the whole.
+// Call `product`; its sizes are at least 1. A tile of results stays in registers while k runs: x is
+// read number by number, y by rows of a panel of columns. If x is contiguous along k, the last few
+// columns are dot products instead. Each result is computed alone, in an order of k that depends on
+// the column, the depth and the strides only: a block of rows has bitwise the results of the whole.
 //
-// `room`, best on a multiple of 64 bytes, has room_of(depth) = 32 * (depth + 18) floats.
+// `room` holds room_of(depth) = 32 * (depth + 18) floats; a multiple of 64 bytes is best. The program
+// is compiled without contraction, so this file asks for fused multiply-adds itself.
 
 #pragma once
 
@@ -34,8 +34,8 @@ constexpr int ROWS = 4; // 8 of 16; products need a register of their own
 constexpr int FEW_ROWS = 2;
 #endif
 constexpr int ACROSS = 2; // vectors in a row of a tile
-constexpr int WIDE = 4; // the same if there are few rows
-constexpr int64_t BLOCK = 32; // tiles of rows that meet all columns before the next do
+constexpr int WIDE = 4; // vectors in a row of a tile of few rows
+constexpr int64_t BLOCK = 32; // tiles whose rows stay in the second cache for all columns
 constexpr int DOTS = WIDTH * 5 / 8; // columns up to which dot products are faster than a panel
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -48,7 +48,7 @@ typedef int32_t Index __attribute__((vector_size(4 * WIDTH)));
 #define PRODUCT_CALL __attribute__((noinline, noclone)) // copies for constants cost time to compile
 #endif
 
-// x * y + sum, rounded once where the hardware can; written out, for contraction is off.
+// x * y + sum, rounded once if the processor can.
 PRODUCT_INLINE Vector multiply_add(Vector x, Vector y, Vector sum) {
 #ifdef __clang__
 #pragma clang fp contract(fast)
@@ -58,6 +58,7 @@ PRODUCT_INLINE Vector multiply_add(Vector x, Vector y, Vector sum) {
 #elif defined(__AVX2__) && defined(__FMA__)
   return __builtin_ia32_vfmaddps256(x, y, sum);
 #elif defined(__FP_FAST_FMAF)
+#pragma GCC unroll 4
   for (int i = 0; i < WIDTH; ++i)
     sum[i] = __builtin_fmaf(x[i], y[i], sum[i]);
   return sum;
@@ -95,8 +96,9 @@ struct Matrix {
   }
 };
 
-// What the tiles of a panel share. Structures are passed by address: as arguments they go through
-// memory in pieces that the processor cannot forward, and tiles do not overlap.
+// What the tiles of a panel share. It is passed by address: a structure passed by value is stored in
+// small pieces and loaded in large ones. Such a load waits for all earlier stores, so that a tile
+// cannot start before the last one has ended (60 cycles each).
 struct Panel {
   int64_t x_row, x_depth;
   const float* y; // the panel
@@ -109,11 +111,11 @@ struct Panel {
 
 typedef void Tile(const Panel& panel, const float* x, float* out);
 
-// R x (C * WIDTH) results. One call each: in a loop over tiles, addresses take too many registers.
+// R x (C * WIDTH) results. A loop over tiles in here would spill registers.
 template <int R, int C>
 PRODUCT_CALL void tile(const Panel& panel, const float* x, float* out) {
-  // Three rows are read from each address, at 0, 1 and 2 times x_row, which instructions can add.
-  // The compiler may not know how the addresses come about: it would take a register for each row.
+  // Three rows are read from each address, at offsets 0, x_row and 2 * x_row. `asm` hides from the
+  // compiler how the addresses are related: it would keep an offset for each row and spill some.
   int64_t x_row = 4 * panel.x_row, x_depth = 4 * panel.x_depth;
   const char* rows_of_x[(R + 2) / 3];
 #pragma GCC unroll 6
@@ -158,7 +160,7 @@ PRODUCT_CALL void tile(const Panel& panel, const float* x, float* out) {
     }
 }
 
-// Numbers of two vectors: those at [0, WIDTH) of a, those from WIDTH on of b.
+// Numbers of two vectors: indices below WIDTH are of a, the others of b.
 template <int... I>
 PRODUCT_INLINE Vector pick(Vector a, Vector b) {
 #ifdef __clang__
@@ -168,7 +170,7 @@ PRODUCT_INLINE Vector pick(Vector a, Vector b) {
 #endif
 }
 
-// Exchange two quarters of a square of which a and b are rows.
+// Exchange the part of two quarters of a square that is in its rows a and b.
 template <int STEP, int... J>
 PRODUCT_INLINE void exchange(Vector& a, Vector& b, Lanes<J...>) {
   const Vector low = pick<(J & STEP ? WIDTH + (J ^ STEP) : J)...>(a, b);
@@ -324,7 +326,7 @@ PRODUCT_CALL void call_tiles(
     tile(panel, x, out);
 }
 
-// All columns of the tiles from `first` to before `last`.
+// All columns of the tiles first, ..., last - 1.
 PRODUCT_CALL void multiply_tiles(const Product& product, int64_t first, int64_t last) {
   const int64_t columns = product.columns, depth = product.depth;
   const int64_t out_row = product.out_row, out_column = product.out_column;
@@ -350,8 +352,8 @@ PRODUCT_CALL void multiply_tiles(const Product& product, int64_t first, int64_t 
       }
       const int64_t m = product.row_of(first);
       product.dots[count - 1](
-          product.row_of(last) - m, depth, x.at(m, 0), x.row, column, y_column, out + m * out_row, out_row,
-          bias, product.least);
+          product.row_of(last) - m, depth, x.at(m, 0), x.row, column, y_column, out + m * out_row,
+          out_row, bias, product.least);
       continue;
     }
     const bool broad = product.high_tile[BROAD] && left >= WIDE * WIDTH;
@@ -389,7 +391,7 @@ PRODUCT_CALL void multiply_tiles(const Product& product, int64_t first, int64_t 
   }
 }
 
-PRODUCT_CALL void multiply(const Product& product) {
+PRODUCT_CALL void multiply_blocks(const Product& product) {
   for (int64_t t = 0; t < product.tiles; t += BLOCK)
     multiply_tiles(product, t, t + BLOCK < product.tiles ? t + BLOCK : product.tiles);
 }
@@ -402,7 +404,7 @@ PRODUCT_INLINE Tile* tile_of(int64_t height) {
   return tile<R, C>;
 }
 
-// With literal sizes and strides, the compiler finds here which few tiles a program needs.
+// Inlined, so that the compiler drops all tiles that the literal sizes of a program do not need.
 PRODUCT_INLINE void multiply(
     int64_t rows, int64_t columns, int64_t depth, Matrix x, Matrix y, float* out, int64_t out_row,
     int64_t out_column, const float* bias, float least, bool dots_allowed, float* room) {
@@ -433,13 +435,13 @@ PRODUCT_INLINE void multiply(
     if (dots_rest > 1)
       product.dots[1] = rows < WIDTH / 2 ? dots<1, 2> : dots<WIDTH / 2, 2>;
   }
-  multiply(product);
+  multiply_blocks(product);
 }
 
-// What is done with each sum.
+// What is done to each sum.
 enum class End { NOTHING, BIAS, RELU };
 
-// Strides in numbers; x and y may have any, one of out's must be 1. `bias` is read if END says so.
+// Strides are in floats; those of x and y are free, one of out's is 1. `bias` is unused by NOTHING.
 template <End END>
 PRODUCT_INLINE void product(
     int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_row, int64_t x_depth,
@@ -447,7 +449,7 @@ PRODUCT_INLINE void product(
     int64_t out_column, const float* bias, float* room) {
   const bool has_bias = END != End::NOTHING;
   const float least = END == End::RELU ? 0 : -__builtin_inff();
-  // A transposed result, and a narrow one whose x is read along its columns, has its rows as columns.
+  // The transposed product is faster if out is transposed, or narrow while x is transposed.
   if ((out_column != 1 && out_row == 1) || (x_row == 1 && x_depth != 1 && columns < WIDTH)) {
     multiply(
         columns, rows, depth, {y, y_column, y_depth}, {x, x_depth, x_row}, out, out_column, out_row,
@@ -471,5 +473,9 @@ PRODUCT_INLINE void product(
 using products::End;
 using products::product;
 using products::room_of;
+
+#undef PRODUCT_CALL
+#undef PRODUCT_INLINE
+#undef PRODUCT_LANES
 
 } // namespace
