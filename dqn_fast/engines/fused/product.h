@@ -7,8 +7,8 @@
 // columns are dot products instead. Each result is computed alone, in an order of k that depends on
 // the column, the depth and the strides only: a block of rows has bitwise the results of the whole.
 //
-// `room` holds room_of(depth) = 32 * (depth + 18) floats and is best aligned to 64 bytes. Programs are
-// compiled without contraction, so this file asks for fused multiply-adds itself.
+// `room` holds room_of(depth) = 32 * (depth + 18) floats and is best aligned to 64 bytes. Programs
+// are compiled without contraction, so this file asks for fused multiply-adds itself.
 
 #pragma once
 
@@ -97,8 +97,8 @@ struct Matrix {
 };
 
 // What the tiles of a panel share. It is passed by address: a structure passed by value is stored
-// in small pieces and loaded in large ones. Such a load waits for all earlier stores, so that a tile
-// cannot start before the last one has ended (60 cycles each).
+// in small pieces and loaded in large ones. Such a load waits for all earlier stores, so that a
+// tile cannot start before the last one has ended (60 cycles each).
 struct Panel {
   int64_t x_row, x_depth;
   const float* y; // the panel
