@@ -65,11 +65,13 @@ def watch(starter: int, folder: str, command: list[str]) -> int:
         process_group=0,
         preexec_fn=_end_with_parent,
     ) as process:
+        # Where Linux can tell at once that the command has ended, nobody waits for the next look.
+        ended = [os.pidfd_open(process.pid)] if hasattr(os, "pidfd_open") else []
         gone = False
         while process.poll() is None and not gone:
-            closed, _, _ = select.select([sys.stdin], [], [], INTERVAL_S)
+            closed, _, _ = select.select([sys.stdin, *ended], [], [], INTERVAL_S)
             # A forked copy of the starter may keep the pipe open.
-            gone = bool(closed) or os.getppid() != starter
+            gone = sys.stdin in closed or os.getppid() != starter
         if gone and process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)

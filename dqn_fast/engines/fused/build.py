@@ -48,7 +48,7 @@ NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") el
 
 FLAGS = (
     "-std=c++17", "-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-    "-fopenmp-simd", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread",
+    "-fopenmp-simd", "-fno-strict-aliasing", "-fPIC", "-pthread",
 )  # fmt: skip
 """For every program. No arithmetic is relaxed: products and sums say themselves where it is."""
 
@@ -223,7 +223,7 @@ def _start(
         f"cd {shlex.quote(str(work.path))} || exit",  # so that errors name files without it
         *(f"{shlex.join([*words, '-c', f'{part}.cpp'])} & {part}=$!" for part in parts),
         *(f"wait ${part} || kill -9 0" for part in parts),  # with all that still compile
-        f"exec {shlex.join([*words, *objects, '-o', LIBRARY])}",
+        f"exec {shlex.join([*words, '-shared', *objects, '-o', LIBRARY])}",
     ]
     # The compiler's own temporary files are then ours, and its messages are in English.
     environ = {**os.environ, "TMPDIR": str(work.path), "LC_ALL": "C"}

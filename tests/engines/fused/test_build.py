@@ -32,7 +32,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of each test's own."""
+    """An empty cache of each test's own; the tests look at g++'s messages and processes."""
+    monkeypatch.setenv("CXX", "g++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "dqn_fast"
 
@@ -393,7 +394,7 @@ FAULTS = """
 #include <stdlib.h>
 extern "C" int32_t add(int32_t a, int32_t b) { return a + b; }
 extern "C" int32_t read(int64_t i) {
-  int32_t* numbers = (int32_t*)calloc(4, 4);
+  int32_t* volatile numbers = (int32_t*)calloc(4, 4);
   const int32_t found = numbers[i];
   free(numbers);
   return found;
