@@ -34,6 +34,10 @@ MATH = {
     "fma",
 }  # fmt: skip
 
+COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "not", "isfinite", "beats_max", "beats_min"}
+"""Operations whose result is a bool. G++ 12 loads from a wrong place, in a vectorised loop, if the
+place follows from a bool, so `SCALAR` keeps such loops from being vectorised."""
+
 PACKAGE = Path(__file__).parent
 
 
@@ -59,7 +63,7 @@ class Printer:
         self._line(f"void {program.name}(char* const* a, char* const* c, char* s) {{")
         self._indent += 1
         used = set().union(*(k.reads() | k.writes() for k in program.kernels), set())
-        for buffer in sorted({b.root for b in used}, key=lambda b: (b.role, b.position, b.offset)):
+        for buffer in sorted({b.root for b in used}, key=lambda b: (b.role, b.position, b.offset, b.name)):
             if buffer.role == "scratch" and buffer.offset < 0:
                 continue
             kind = TYPES[buffer.dtype]
@@ -294,6 +298,14 @@ class _Body:
 
     def emit(self, expr: Expr) -> None:
         """Print the definition of a value; its operands have names."""
+        if expr.op == "bounded" and (inner := self._resolved(expr.args[0])).op != "const":
+            if any(each.op in COMPARISONS for each in self._tree(inner)):
+                self._printer._count += 1
+                name = f"t{self._printer._count}"
+                self._printer._line(f"int64_t {name} = {self.name(inner)};")
+                self._printer._line(f"SCALAR({name});")
+                self.names[expr] = name
+                return
         if expr.op in ("bounded", "index"):
             inner = expr.args[0]
             self.names[expr] = (
@@ -304,6 +316,16 @@ class _Body:
         name = f"t{self._printer._count}"
         self._printer._line(f"const {TYPES[expr.dtype]} {name} = {self._text(expr)};")
         self.names[expr] = name
+
+    def _tree(self, root: Expr) -> Iterable[Expr]:
+        """Everything that a value is computed from in this kernel."""
+        seen, stack = set(), [root]
+        while stack:
+            expr = self._resolved(stack.pop())
+            if expr not in seen:
+                seen.add(expr)
+                yield expr
+                stack += expr.operands() if expr.op != "load" else []
 
     def name(self, expr: Expr) -> str:
         """Name of a value, or the number itself."""

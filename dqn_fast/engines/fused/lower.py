@@ -708,11 +708,20 @@ def _broadcast(index: Sequence[Index], shape: Sequence[int]) -> list[Index]:
 
 
 def _pick(source: Node, place: Sequence[Index], dim: int) -> Expr:
-    """An element whose place on axis `dim` is computed."""
-    try:
+    """An element whose place on axis `dim` is computed; of few, one is selected."""
+    size = source.shape[dim]
+    if place[dim].is_const or size > UNROLL or source.kind == "memory":
         return source.at(place)
-    except NeedsMemory as need:
-        raise need from None
+    (atom,) = place[dim].terms
+    (row, _), each = atom.args, [*place]
+    chosen_one = None
+    for k in range(size):
+        each[dim] = Index({}, k)
+        value = source.at(each)
+        here = op("eq", torch.bool, row, const(k, torch.int64))
+        chosen_one = value if chosen_one is None else chosen(here, value, chosen_one)
+    assert chosen_one is not None
+    return chosen_one
 
 
 def _promoted(args: Sequence[Any]) -> torch.dtype:

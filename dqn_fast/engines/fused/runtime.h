@@ -17,6 +17,9 @@ inline void place(char** at, const Argument* arguments, int64_t count, int64_t k
     at[i] = arguments[i].base + k * arguments[i].per_step + m * arguments[i].per_member;
 }
 
+// Keeps the loop around it from being vectorised.
+#define SCALAR(x) asm("" : "+r"(x))
+
 // Modulo with the sign of the divisor, as in Python.
 template <class T>
 inline T remainder_of(T a, T b) {
