@@ -138,7 +138,6 @@ class Plan:
             each one; see `_few_shapes`. Never changes the result.
         intervals: of the side jobs (log, evaluate, save); a chunk ends where one is crossed.
         updates_before: gradient steps taken before `learning_starts`, in a run that was resumed.
-        switch: gradient steps after which the engine changes; a chunk ends there. None: no change.
     """
 
     num_envs: int
@@ -151,7 +150,6 @@ class Plan:
     max_window_steps: int = 256
     few_shapes: bool = False
     intervals: tuple[int, ...] = ()
-    switch: int | None = None
     updates_before: int = 0
 
     @property
@@ -258,9 +256,6 @@ class Plan:
         ends += [-(-(before // i + 1) * i // self.num_envs) for i in self.intervals if i > 0]
         if first < self.first_learning_step:
             ends.append(self.first_learning_step)
-        if self.switch and self.gradient_steps:
-            step = self.step_of_update(self.switch) // self.num_envs
-            ends += [step] if first < step else []
         return min(ends) - first
 
     def _few_shapes(self, first: int, num_steps: int) -> int:

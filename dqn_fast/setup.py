@@ -184,8 +184,6 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                 )
             plan = make_plan(args, env, resumed)
             choice = engine_of(args, env, plan)
-            if resumed is not None and resumed.num_updates >= (choice.switch or 0):
-                choice = dataclasses.replace(choice, switch=None)
             if choice.compiled and not fits(args, env, device, state_copies=1):
                 why = "too little memory to try compiled functions on a copy of the replay"
                 choice = without_compiler(choice, why)
@@ -207,7 +205,7 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
         position = (
             (resumed.global_step // args.num_envs, resumed.num_updates) if resumed else (0, 0)
         )
-        runner = Runner(dqn, state, plan, noise, choice, position[1])
+        runner = Runner(dqn, state, plan, noise, choice)
         stack.callback(runner.close)
         parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
         return Training(args, *parts, probe, *position, cut, on_close=stack.pop_all())
@@ -312,7 +310,6 @@ def make_plan(args: Args, env: TensorEnv, resumed: Resumption | None = None) -> 
         max_window_steps=window,
         max_chunk_steps=chunk,
         few_shapes=graph,
-        switch=choice.switch,
     )
 
 

@@ -157,9 +157,10 @@ class Args:
     """Device of environments, replay and learner: auto (cuda, then cpu), cpu, cuda, cuda:1, mps, or
     part of a card's name, such as h100."""
     engine: EngineName = "auto"
-    """How a chunk of vector steps is run: eager; compile, once for the shapes of this run (30 to
-    40 s, kept for the next run); graph, captured in CUDA graphs. auto compares the gradient steps
-    to come with the time to compile, and prints its choice. Results differ only by rounding."""
+    """How a chunk of vector steps is run: eager; fused, by one C++ program that is generated for
+    the shapes of this run (2 s, kept for the next run); compile, by torch's compiler (30 to 40 s,
+    kept too); graph, captured in CUDA graphs. auto compares the gradient steps to come with the
+    time to compile, and prints its choice. Results differ only by rounding."""
     chunk_steps: Count = 256
     """Maximum number of vector steps per chunk; never changes the result."""
     num_threads: Annotated[int, between(0, 1_024, note="0: torch's own choice")] = 1

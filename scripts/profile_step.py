@@ -108,7 +108,6 @@ class ProfiledLoop:
         args, self.device = dataclasses.replace(made.args, engine=args.engine), made.noise.device
         plan = setup.make_plan(args, made.env)
         choice = choose_engine(args.engine, self.device, plan.total_updates, made.env.on_host)
-        choice = dataclasses.replace(choice, switch=None)
         self._plan = dataclasses.replace(plan, total_timesteps=10**12)
         self._training = dataclasses.replace(made, args=args, plan=self._plan)
         runner = self._training.runner = self._runner(made.dqn, choice)

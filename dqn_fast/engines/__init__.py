@@ -13,8 +13,9 @@ from dqn_fast.engines.choice import (
     choose_engine,
     without_compiler,
 )
+from dqn_fast.engines.chunk import chunk_
 from dqn_fast.engines.graph import RECORDED_STEPS
-from dqn_fast.engines.runner import Runner, chunk_
+from dqn_fast.engines.runner import Runner
 
 __all__ = [
     "RECORDED_STEPS",

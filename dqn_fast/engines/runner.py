@@ -6,7 +6,6 @@ records them in CUDA graphs, with plain or compiled kernels.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,49 +20,16 @@ from dqn_fast.algorithm import (
     Algorithm,
     ChunkRecord,
     StepInputs,
-    StepRecord,
     UpdateInputs,
 )
 from dqn_fast.device import first_line, upload
 from dqn_fast.engines.choice import EngineChoice, EngineUnavailableError
+from dqn_fast.engines.chunk import chunk_
 from dqn_fast.engines.compiler import CompiledFn, Compiler, Traced
+from dqn_fast.engines.fused import FusedChunk
 from dqn_fast.engines.graph import Captured, CudaGraphs
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Plan
-
-
-def chunk_(
-    algorithm: Algorithm,
-    state: Any,
-    steps: StepInputs,
-    updates: UpdateInputs,
-    update_counts: tuple[int, ...],
-    step_: Callable[..., StepRecord] | None = None,
-) -> ChunkRecord:
-    """K vector steps, each followed by its number of gradient steps; reads nothing on the host.
-
-    Args:
-        algorithm: describes a vector step.
-        state: of the algorithm, written.
-        steps: inputs of the K vector steps.
-        updates: inputs of the U gradient steps of all of them.
-        update_counts: gradient steps after each vector step, length K.
-        step_: replaces the algorithm's `vector_step_`.
-    """
-    step_ = step_ or algorithm.vector_step_
-    each_update = (UpdateInputs(*row) for row in zip(*tree.leaves(updates), strict=True))
-    records = [
-        step_(state, StepInputs(*step), list(itertools.islice(each_update, count)))
-        for step, count in zip(zip(*steps, strict=True), update_counts, strict=True)
-    ]
-    metrics = [update for record in records for update in record.updates]
-    copies = (algorithm.num_members, -1)
-    shape = (0, len(UPDATE_METRICS), algorithm.num_members)
-    return ChunkRecord(
-        torch.stack([record.episode_return for record in records]).unflatten(1, copies),
-        torch.stack([record.episode_length for record in records]).unflatten(1, copies),
-        torch.stack(metrics) if metrics else updates.step_size.new_empty(shape),
-    )
 
 
 class RowBuffers:
@@ -224,7 +190,7 @@ class CompiledChunk:
         return metrics
 
 
-NO_GRAPHS = "no CUDA graphs"
+NO_GRAPHS, NOT_FUSED = "no CUDA graphs", "cannot be fused"
 _STEP = ("step", "step-update")
 """Names of the compiled vector step, without and with a gradient step after it."""
 
@@ -232,12 +198,13 @@ _STEP = ("step", "step-update")
 class Runner:
     """Runs the chunks of one state with the chosen engine, or with the next best one.
 
-    If the compiler fails, a graph holds plain kernels. If graphs fail, compiled functions are
-    called. If both fail, the plain functions are called. `reason` then says why. An engine fails
-    before it has written the state, so the results are those of the engine that replaces it.
+    If the step cannot be fused, it is compiled where that pays. If the compiler fails, a graph
+    holds plain kernels. If graphs fail, compiled functions are called. If all fail, the plain
+    functions are called. `reason` then says why. An engine fails before it has written the state,
+    so the results are those of the engine that replaces it.
 
     Attributes:
-        engine: the engine that runs now: eager, compile or graph.
+        engine: the engine that runs now: eager, fused, compile or graph.
         reason: why, in a few words.
         compile_s: seconds that the loop waited for the compiler.
         on_change: called when compiled functions start to run and when an engine fails, with
@@ -254,7 +221,6 @@ class Runner:
         plan: Plan,
         noise: Noise,
         choice: EngineChoice,
-        num_updates: int = 0,
     ) -> None:
         """Start compiling if the choice asks for it.
 
@@ -264,17 +230,15 @@ class Runner:
             plan: of the run.
             noise: of the members.
             choice: which engine.
-            num_updates: gradient steps that the state has behind it, in a run that goes on.
         """
-        self.engine: str = "eager" if choice.switch else choice.engine
+        self.engine: str = choice.engine
         self.reason, self.compile_s = choice.reason, 0.0
         self.on_change: Callable[[str, str, float, bool], None] = lambda *_: None
         self.should_stop: Callable[[], bool] = lambda: False
         self._algorithm, self._state, self._noise = algorithm, state, noise
-        self._num_updates, self._switch = num_updates, choice.switch or 0
         self._chunk_: Callable[..., ChunkRecord] = chunk_
         self._draw: Callable[..., tuple[Tensor, ...]] = algorithm.draw
-        self._compiled: CompiledChunk | None = None
+        self._compiled: CompiledChunk | FusedChunk | None = None
         self.captured: Captured | None = None
         if choice.engine == "graph":
             try:
@@ -282,12 +246,20 @@ class Runner:
             except RuntimeError as error:
                 self.engine = "compile" if choice.compiled else "eager"
                 self.reason = f"{NO_GRAPHS}: {first_line(error)}"
-        if choice.compiled:
-            try:
-                self._compiled = CompiledChunk(algorithm, state, plan, noise)
-                self.reason = "; ".join([self.reason, *self._compiled.notes])
-            except EngineUnavailableError as error:
-                self._drop_compiler(error)
+        if choice.engine == "fused":
+            self._start(FusedChunk, algorithm, state, plan, noise)
+        if choice.compiled and self._compiled is None:
+            if choice.engine == "fused":
+                self.engine = "compile"
+            self._start(CompiledChunk, algorithm, state, plan, noise)
+
+    def _start(self, kind: type[CompiledChunk] | type[FusedChunk], *parts: Any) -> None:
+        """Start what makes compiled functions, or drop it."""
+        try:
+            self._compiled = kind(*parts)
+            self.reason = "; ".join([self.reason, *self._compiled.notes])
+        except EngineUnavailableError as error:
+            self._drop_compiler(error)
 
     def __call__(
         self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]
@@ -298,9 +270,8 @@ class Runner:
             StopRequested: `should_stop` returned true while this call waited for the compiler.
         """
         num_updates = sum(update_counts)
-        if self._compiled is not None and num_updates and self._num_updates >= self._switch:
+        if self._compiled is not None and num_updates:
             self._change_over(self._compiled)
-        self._num_updates += num_updates
         if self.captured is not None:
             try:
                 return self.captured(update_counts, steps, updates)
@@ -319,29 +290,27 @@ class Runner:
     ) -> ChunkRecord:
         return self._chunk_(self._algorithm, self._state, steps, updates, update_counts)
 
-    def _change_over(self, compiled: CompiledChunk) -> None:
+    def _change_over(self, compiled: CompiledChunk | FusedChunk) -> None:
         """Wait for the compiler and call compiled functions from now on."""
         began = time.perf_counter()
         announced = self.engine
         try:
             compiled.finish(self.should_stop)
             self._chunk_, self._draw = compiled, compiled.draw
-            if self.engine == "eager":
-                self.engine = "compile"
         except EngineUnavailableError as error:
             self._drop_compiler(error)
         finally:  # also after an interrupt, or the compiler would go on
             compiled.close()
             self._compiled = None
         self.compile_s = time.perf_counter() - began
-        never_ran = announced == "compile" and self.engine == "eager"
+        never_ran = announced in ("fused", "compile") and self.engine == "eager"
         self.on_change(self.engine, self.reason, self.compile_s, never_ran)
 
     def _drop_compiler(self, error: EngineUnavailableError) -> None:
         if self.engine == "graph":
             self.reason = f"plain kernels, {error}"
         else:
-            before = f"{self.reason}; " if self.reason.startswith(NO_GRAPHS) else ""
+            before = f"{self.reason}; " if self.reason.startswith((NO_GRAPHS, NOT_FUSED)) else ""
             self.engine, self.reason = "eager", f"{before}{error}"
 
     def _drop_graphs(self, captured: Captured, error: EngineUnavailableError) -> None:

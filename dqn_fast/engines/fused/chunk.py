@@ -6,6 +6,7 @@ import copy
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from dqn_fast.algorithm import (
 )
 from dqn_fast.device import first_line
 from dqn_fast.engines.choice import EngineUnavailableError
+from dqn_fast.engines.chunk import chunk_
 from dqn_fast.engines.fused import expr
 from dqn_fast.engines.fused.build import Build, find, key_of, load
 from dqn_fast.engines.fused.cpp import print_program, room_bytes
@@ -121,7 +123,7 @@ class FusedChunk:
         self._scratch = [
             torch.empty(self._scratch_bytes, dtype=torch.uint8) for _ in range(threads)
         ]
-        self._buffers: dict[Any, Tensor] = {}
+        self._buffers: dict[str, list[Tensor]] = {}
 
     def _generate(self, alone: Algorithm, state: Any, noise: Noise) -> None:
         """Trace all functions for one member, plan and print them, and start the compiler."""
@@ -129,8 +131,7 @@ class FusedChunk:
         self._results: dict[str, list[Tensor]] = {}
         for function in functions_of(alone, noise):
             graph = trace(function.call, state, function.inputs)
-            placeholders = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
-            lowered = lower(graph.module, len(placeholders) - len(graph.constants))
+            lowered = lower(graph.graph, graph.num_arguments)
             programs.append(plan_function(function.name, lowered))
             described[function.name] = {
                 "axes": function.axes,
@@ -188,10 +189,6 @@ class FusedChunk:
         """`chunk_` of the state that the program was generated for; the next call overwrites the
         record."""
         if algorithm.on_host:
-            from functools import partial
-
-            from dqn_fast.engines.runner import chunk_
-
             step_ = partial(algorithm.vector_step_, act_=self._act_, learn_=self._learn_)
             return chunk_(algorithm, state, steps, updates, update_counts, step_)
         num_steps, num_updates = len(update_counts), sum(update_counts)
@@ -266,7 +263,7 @@ class FusedChunk:
         """The same from memory that is used again."""
         buffers = self._buffers.get(name)
         if buffers is None or len(buffers[0]) < count:
-            buffers = self._buffers[name] = self._make(name, count)  # type: ignore[assignment]
+            buffers = self._buffers[name] = self._make(name, count)
         return [buffer[:count] for buffer in buffers]
 
     def _enter(

@@ -63,7 +63,9 @@ class Printer:
         self._line(f"void {program.name}(char* const* a, char* const* c, char* s) {{")
         self._indent += 1
         used = set().union(*(k.reads() | k.writes() for k in program.kernels), set())
-        for buffer in sorted({b.root for b in used}, key=lambda b: (b.role, b.position, b.offset, b.name)):
+        for buffer in sorted(
+            {b.root for b in used}, key=lambda b: (b.role, b.position, b.offset, b.name)
+        ):
             if buffer.role == "scratch" and buffer.offset < 0:
                 continue
             kind = TYPES[buffer.dtype]
@@ -100,9 +102,7 @@ class Printer:
         assert p is not None
         bias = "nullptr"
         room = f"(float*)(s + {self._program.scratch_bytes})"
-        x, y, out = (
-            f"{_pointer(o)}, {o.row}, {o.column}" for o in (p.x, p.y, p.out)
-        )
+        x, y, out = (f"{_pointer(o)}, {o.row}, {o.column}" for o in (p.x, p.y, p.out))
         self._line(f"product<End::NOTHING>({p.rows}, {p.columns}, {p.depth}, {x}, {y}, {out},")
         self._line(f"    {bias}, {room});")
 
@@ -195,9 +195,12 @@ class Printer:
         else:
             more = r.what in ("max", "argmax")
             better = _beats(term_name, total, more)
-            place = " + ".join(
-                f"i{len(kept) + n} * {math.prod(inner[n + 1:])}" for n in range(len(inner))
-            ) or "0"
+            place = (
+                " + ".join(
+                    f"i{len(kept) + n} * {math.prod(inner[n + 1 :])}" for n in range(len(inner))
+                )
+                or "0"
+            )
             self._line(f"if ({total}_first || {better}) {{")
             self._line(f"  {total} = {term_name}; {total}_at = {place}; {total}_first = false;")
             self._line("}")
@@ -298,14 +301,13 @@ class _Body:
 
     def emit(self, expr: Expr) -> None:
         """Print the definition of a value; its operands have names."""
-        if expr.op == "bounded" and (inner := self._resolved(expr.args[0])).op != "const":
-            if any(each.op in COMPARISONS for each in self._tree(inner)):
-                self._printer._count += 1
-                name = f"t{self._printer._count}"
-                self._printer._line(f"int64_t {name} = {self.name(inner)};")
-                self._printer._line(f"SCALAR({name});")
-                self.names[expr] = name
-                return
+        if expr.op == "bounded" and self._follows_from_bool(expr.args[0]):
+            self._printer._count += 1
+            name = f"t{self._printer._count}"
+            self._printer._line(f"int64_t {name} = {self.name(expr.args[0])};")
+            self._printer._line(f"SCALAR({name});")
+            self.names[expr] = name
+            return
         if expr.op in ("bounded", "index"):
             inner = expr.args[0]
             self.names[expr] = (
@@ -317,15 +319,17 @@ class _Body:
         self._printer._line(f"const {TYPES[expr.dtype]} {name} = {self._text(expr)};")
         self.names[expr] = name
 
-    def _tree(self, root: Expr) -> Iterable[Expr]:
-        """Everything that a value is computed from in this kernel."""
+    def _follows_from_bool(self, root: Expr) -> bool:
+        """Whether a value is computed from a comparison, in this kernel."""
         seen, stack = set(), [root]
         while stack:
             expr = self._resolved(stack.pop())
+            if expr.op in COMPARISONS:
+                return True
             if expr not in seen:
                 seen.add(expr)
-                yield expr
                 stack += expr.operands() if expr.op != "load" else []
+        return False
 
     def name(self, expr: Expr) -> str:
         """Name of a value, or the number itself."""
@@ -367,7 +371,7 @@ class _Body:
         if op == "where":
             return f"{args[0]} ? {args[1]} : {args[2]}"
         if op in ("max", "min"):
-            a, b = expr.args
+            b = expr.args[1]
             sign = "<" if op == "max" else ">"
             nan = f" || {args[1]} != {args[1]}"
             if b.op == "const" or not expr.dtype.is_floating_point:
@@ -470,10 +474,14 @@ def print_program(programs: Sequence[Program]) -> str:
     parts = [(PACKAGE / "runtime.h").read_text(), (PACKAGE / "product.h").read_text(), PHASES]
     for program in programs:
         parts += ["namespace {", *Printer(program).function(), "} // namespace", ""]
-        parts.append(MANY.replace("NAME", program.name).replace("COUNT", str(len(program.arguments) or 1)))
+        parts.append(
+            MANY.replace("NAME", program.name).replace("COUNT", str(len(program.arguments) or 1))
+        )
     names = {program.name: len(program.arguments) for program in programs}
     if "step" in names and "update" in names:
-        parts.append(CHUNK.replace("STEPS", str(names["step"])).replace("UPDATES", str(names["update"])))
+        parts.append(
+            CHUNK.replace("STEPS", str(names["step"])).replace("UPDATES", str(names["update"]))
+        )
     return "\n".join(parts)
 
 

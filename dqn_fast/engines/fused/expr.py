@@ -190,7 +190,7 @@ class Index:
         quotient, const = divmod(self.const, divisor)
         remainder = Index(rest, const)
         low, high = remainder.range()
-        if 0 <= low and high < divisor:
+        if low >= 0 and high < divisor:
             return Index(whole, quotient), remainder
         if not self.terms:
             return Index({}, quotient), Index({}, const)

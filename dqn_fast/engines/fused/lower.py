@@ -177,7 +177,7 @@ def as_expr(index: Index) -> Expr:
 class Lowering:
     """Lowers one graph, operation by operation."""
 
-    def __init__(self, graph: torch.fx.GraphModule, num_arguments: int) -> None:
+    def __init__(self, graph: torch.fx.Graph, num_arguments: int) -> None:
         """Prepare.
 
         Args:
@@ -198,7 +198,7 @@ class Lowering:
         arguments: list[Buffer] = []
         constants: list[Buffer] = []
         boxes: list[tuple[Box, Node]] = []
-        for node in self._graph.graph.nodes:
+        for node in self._graph.nodes:
             if node.op == "placeholder":
                 value = node.meta["val"]
                 is_argument = len(arguments) < self._num_arguments
@@ -678,12 +678,8 @@ class NeedsMemory(Exception):
 
 def _where(node: torch.fx.Node) -> str:
     """Source line of an operation, such as "dqn.py:234 "."""
-    trace = node.meta.get("stack_trace") or ""
-    for line in reversed(trace.strip().splitlines()):
-        if line.lstrip().startswith("File ") and "/torch/" not in line:
-            path, _, rest = line.strip().removeprefix('File "').partition('", line ')
-            return f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]} "
-    return ""
+    source = node.meta.get("source") or ""
+    return f"{source} " if source else ""
 
 
 def _val_of(ref: Any) -> Any:
@@ -1099,7 +1095,7 @@ POINTWISE: dict[str, tuple[Function, str]] = {
 which torch compares its inputs, or each its own."""
 
 
-def lower(graph: torch.fx.GraphModule, num_arguments: int) -> Lowered:
+def lower(graph: torch.fx.Graph, num_arguments: int) -> Lowered:
     """Lazy tensors of a traced graph; see `Lowering`."""
     return Lowering(graph, num_arguments).run()
 

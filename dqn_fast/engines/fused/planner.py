@@ -210,7 +210,9 @@ class _Planner:
         for buffer, strides, value in stores:
             self._store(value, buffer, strides, value.origin)
         self._drop_dead_stores()
-        kept = {store.buffer for kernel in self._kernels for store in kernel.stores if store.is_kept}
+        kept = {
+            store.buffer for kernel in self._kernels for store in kernel.stores if store.is_kept
+        }
         kept |= {b for kernel in self._kernels if not kernel.stores for b in kernel.writes()}
         scratch = [buffer for buffer in self._scratch if buffer in kept]
         num_bytes = _place_in_memory(self._kernels, scratch)
@@ -369,7 +371,9 @@ class _Planner:
         """A matrix in memory; one that is computed is stored first."""
         for attempt in range(2):
             lead = [Index()] * (len(node.shape) - 2)
-            places = [ex.var(n, size) if size > 1 else Index() for n, size in enumerate(node.shape[-2:])]
+            places = [
+                ex.var(n, size) if size > 1 else Index() for n, size in enumerate(node.shape[-2:])
+            ]
             try:
                 probe = node.at([*lead, *places])
             except NeedsMemory:
@@ -485,7 +489,7 @@ def _touch_equally(writer: Kernel, other: Kernel) -> bool:
 
 
 def _in_order(roots: Sequence[Node]) -> tuple[list[Node], dict[Node, int]]:
-    """All nodes that the roots need, inputs first, and how many nodes that are no views use each."""
+    """All nodes that the roots need, inputs first; how many nodes that are no views use each."""
     order: list[Node] = []
     seen: set[Node] = set()
     users: dict[Node, set[Node]] = {}

@@ -1,13 +1,23 @@
-"""Traces functions of an algorithm for one member, as graphs of plain operations."""
+"""Traces functions of an algorithm for one member, as graphs of plain operations.
+
+The functions run once, on stand-ins for copies of the state, whose every operation is recorded and
+whose numbers nobody can read. torch has tracers too, but importing them takes a second, a third of
+what a run needs to begin.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import mmap
+import operator
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqn_fast import tree
 
@@ -16,15 +26,183 @@ class Graph(NamedTuple):
     """A traced function.
 
     Attributes:
-        module: takes the tensors of the state, of the inputs and of the results, which it writes,
-            then the constants.
+        graph: its placeholders are the tensors of the state, of the inputs and of the results,
+            which it writes, then the constants; `meta["val"]` of each node has the shape, strides
+            and dtype of its value.
+        num_arguments: placeholders before the constants.
         results: stand-ins in the shapes of the results, a tree.
         constants: tensors of the function itself, such as an environment's tables.
     """
 
-    module: torch.fx.GraphModule
+    graph: torch.fx.Graph
+    num_arguments: int
     results: Any
     constants: list[Tensor]
+
+
+class UntraceableError(Exception):
+    """A function depends on numbers that no trace has; the message names the operation."""
+
+
+class StandIn(Tensor):
+    """A tensor whose numbers cannot be read.
+
+    Attributes:
+        like: the tensor that it stands for.
+        node: of the graph, that makes it.
+    """
+
+    like: Tensor
+    node: torch.fx.Node
+
+    @staticmethod
+    def __new__(cls, like: Tensor, node: torch.fx.Node, device: torch.device) -> StandIn:
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            like.size(),
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=device,
+        )
+        made.like, made.node = like, node
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        raise UntraceableError(f"{func} outside a trace")
+
+    def __repr__(self, **_: Any) -> str:  # torch's own would read the numbers
+        return f"StandIn({tuple(self.shape)}, {self.dtype})"
+
+
+class _Recorder(TorchDispatchMode):
+    """Records every operation in a graph.
+
+    Attributes:
+        graph: so far.
+        constants: tensors with memory that operations read, by identity, with their nodes.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler, in a second, to keep it out of here
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.graph = torch.fx.Graph()
+        self.constants: dict[int, tuple[Tensor, torch.fx.Node]] = {}
+        self._device = device
+        self._last: torch.fx.Node | None = None
+
+    def argument(self, tensor: Tensor) -> StandIn:
+        """A stand-in for an argument of the function."""
+        like = _copy(tensor.detach())
+        return StandIn(like, self._placeholder("argument", like), self._device)
+
+    def _placeholder(self, name: str, like: Tensor) -> torch.fx.Node:
+        after = self.graph.inserting_after(self._last) if self._last else None
+        if after is None:
+            node = self.graph.placeholder(name)
+        else:
+            with after:
+                node = self.graph.placeholder(name)
+        node.meta["val"], self._last = _layout(like), node
+        return node
+
+    def _constant(self, tensor: Tensor) -> torch.fx.Node:
+        """The node of a tensor with memory."""
+        if id(tensor) not in self.constants:
+            self.constants[id(tensor)] = tensor, self._placeholder("constant", tensor)
+        return self.constants[id(tensor)][1]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise UntraceableError(f"a number of a tensor is read {source_line()}".strip())
+        nodes, likes = [], []
+        for each in flat:
+            if isinstance(each, StandIn):
+                nodes.append(each.node)
+                likes.append(each.like)
+            elif isinstance(each, Tensor):
+                nodes.append(self._constant(each))
+                likes.append(each)
+            else:
+                nodes.append(each)
+                likes.append(each)
+        like_args, like_kwargs = pytree.tree_unflatten(likes, spec)
+        made = func(*like_args, **like_kwargs)
+        node_args, node_kwargs = pytree.tree_unflatten(nodes, spec)
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        node.meta["source"] = source_line()
+        return self._wrap(func, made, node, args, like_args)
+
+    def _wrap(
+        self, func: Any, made: Any, node: torch.fx.Node, args: Sequence[Any], likes: Sequence[Any]
+    ) -> Any:
+        """Stand-ins for what an operation made; what it wrote in place is its argument."""
+        if isinstance(made, Tensor):
+            node.meta["val"] = _layout(made)
+            if func._schema.is_mutable:
+                written = args[0]
+                if isinstance(written, StandIn) and made is likes[0]:
+                    written.node = node
+                    return written
+                raise UntraceableError(f"{func} writes what is no part of the state")
+            return StandIn(made, node, self._device)
+        if isinstance(made, (list, tuple)) and all(isinstance(each, Tensor) for each in made):
+            node.meta["val"] = [_layout(each) for each in made]
+            parts = []
+            for i, each in enumerate(made):
+                part = self.graph.call_function(operator.getitem, (node, i))
+                part.meta["val"] = _layout(each)
+                parts.append(StandIn(each, part, self._device))
+            return type(made)(parts)
+        if made is None:  # a list written in place
+            return None
+        raise UntraceableError(f"{func} gives {type(made).__name__}, no tensor {source_line()}")
+
+
+MOST_COPIED = 2**20
+"""Bytes of a tensor up to which a trace copies it; a larger one, such as replay, is empty."""
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own, or zeros that take none until they are written."""
+    if tensor.nbytes <= MOST_COPIED or tensor.device.type != "cpu":
+        return torch.zeros_like(tensor).copy_(tensor)
+    size = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
+    # Nobody reserves what this could grow to.
+    memory = mmap.mmap(-1, size * tensor.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    zeros = torch.frombuffer(memory, dtype=tensor.dtype)
+    return zeros.as_strided(tensor.size(), tensor.stride())
+
+
+def _layout(tensor: Tensor) -> Tensor:
+    """A tensor without memory."""
+    size, stride = tensor.size(), tensor.stride()
+    return torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
+
+
+_TORCH = os.path.dirname(torch.__file__)
+_OWN = {__file__, tree.__file__}
+
+
+def source_line() -> str:
+    """File and line of the innermost call outside torch, such as "dqn.py:234"."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(_TORCH) and path not in _OWN and path[:1] != "<":
+            return f"{os.path.basename(path)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def trace(function: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> Graph:
@@ -36,58 +214,33 @@ def trace(function: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> 
         inputs: trees of tensors, likewise.
 
     Raises:
-        Exception: the function cannot be traced as a whole.
+        UntraceableError: the function reads numbers.
+        Exception: it fails.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    learns = [tensor.requires_grad for tensor in tree.leaves(state)]
-    num_state, num_inputs = len(learns), len(tree.leaves(inputs))
-
-    def call(tensors: Any) -> Any:
-        given = iter(tensors)
-        carried = [
-            tensor.detach().requires_grad_() if learning else tensor
-            for learning, tensor in zip(learns, given, strict=False)
-        ]
-        return function(tree.replace(state, carried), *tree.replace(inputs, given))
-
-    def flat(*tensors: Tensor) -> list[Tensor]:
-        made = tree.leaves(call(tensors[: num_state + num_inputs]))
-        for result, tensor in zip(tensors[num_state + num_inputs :], made, strict=True):
+    leaves = tree.leaves(state)
+    recorder = _Recorder(leaves[0].device)
+    carried = [recorder.argument(tensor).requires_grad_(tensor.requires_grad) for tensor in leaves]
+    given = [recorder.argument(tensor) for tensor in tree.leaves(inputs)]
+    with recorder:
+        made = function(tree.replace(state, carried), *tree.replace(inputs, given))
+    tensors = tree.leaves(made)
+    results = [recorder.argument(torch.zeros(t.shape, dtype=t.dtype)) for t in tensors]
+    with recorder:
+        for result, tensor in zip(results, tensors, strict=True):
             result.copy_(tensor.detach())
-        return []
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about names it deprecated
-        # Clones: a tensor that is given twice would be taken for one input.
-        example = [mode.from_tensor(t.detach()) for t in tree.leaves(state)]
-        example += [mode.from_tensor(t).clone() for t in tree.leaves(inputs)]
-        made = call(example)
-        results = [t.detach().new_empty(t.shape) for t in tree.leaves(made)]
-        module = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            *example, *results
-        )
-    return Graph(module, tree.replace(made, results), lift_constants(module))
+    num_arguments = len(carried) + len(given) + len(results)
+    # Constants were found before the last arguments were made.
+    constants = [tensor for tensor, _ in recorder.constants.values()]
+    _constants_last(recorder.graph)
+    shapes = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors]
+    return Graph(recorder.graph, num_arguments, tree.replace(made, shapes), constants)
 
 
-def lift_constants(graph: torch.fx.GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph holds into its last inputs; return the tensors."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    last = placeholders[-1] if placeholders else None
-    lifted: dict[str, torch.fx.Node] = {}
-    constants: list[Tensor] = []
-    for node in list(graph.graph.nodes):
-        name = str(node.target)
-        if node.op != "get_attr" or not isinstance(value := getattr(graph, name), Tensor):
-            continue
-        if name not in lifted:
-            constants.append(value.detach())
-            with graph.graph.inserting_after(last):
-                last = lifted[name] = graph.graph.placeholder(f"constant_{len(constants)}")
-            last.meta["val"] = value.detach()
-        node.replace_all_uses_with(lifted[name])
-        graph.graph.erase_node(node)
-    for name in lifted:
-        delattr(graph, name)
-    return constants
+def _constants_last(graph: torch.fx.Graph) -> None:
+    """Move the placeholders of constants behind those of arguments."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    last = [node for node in placeholders if node.name.startswith("argument")][-1]
+    for node in placeholders:
+        if node.name.startswith("constant"):
+            last.append(node)
+            last = node
