@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index
-from dqn_fast.engines.fused.planner import Kernel, Operand, Program
+from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Program
 
 TYPES = {
     torch.float32: "float",
@@ -53,6 +53,7 @@ class Printer:
         self.lines: list[str] = []
         self._indent = 0
         self._count = 0
+        self._block: Block | None = None
 
     def _line(self, text: str) -> None:
         self.lines.append("  " * self._indent + text if text else "")
@@ -62,25 +63,56 @@ class Printer:
         program = self._program
         self._line(f"void {program.name}(char* const* a, char* const* c, char* s) {{")
         self._indent += 1
+        local = set().union(*(block.local for block in program.blocks), set())
         used = set().union(*(k.reads() | k.writes() for k in program.kernels), set())
         for buffer in sorted(
             {b.root for b in used}, key=lambda b: (b.role, b.position, b.offset, b.name)
         ):
-            if buffer.role == "scratch" and buffer.offset < 0:
+            if buffer.offset < 0 and buffer.role == "scratch" or buffer in local:
                 continue
             kind = TYPES[buffer.dtype]
             source = f"s + {buffer.offset}"
             if buffer.role != "scratch":
                 source = f"{buffer.role[0]}[{buffer.position}]"
             self._line(f"{kind}* const {buffer.name} = ({kind}*)({source});")
+        starts = {block.first: block for block in program.blocks}
+        ends = {block.last for block in program.blocks}
         for number, kernel in enumerate(program.kernels):
             self._line("")
+            if number in starts:
+                self._open(starts[number])
             self._kernel(number, kernel)
+            if number in ends:
+                self._indent -= 1
+                self._line("}")
+                self._block = None
         self._indent -= 1
         self._line("}")
         return self.lines
 
     # --------------------------------------------------------------------------------- kernels
+
+    def _open(self, block: Block) -> None:
+        """Begin a loop over blocks of rows; local buffers seem to have all rows."""
+        self._block = block
+        step, rows = block.rows_at_once, block.rows
+        self._line(f"for (int64_t first = 0; first < {rows}; first += {step}) {{")
+        self._indent += 1
+        self._line(f"const int64_t last = first + {step} < {rows} ? first + {step} : {rows};")
+        for buffer, stride in block.local.items():
+            kind = TYPES[buffer.dtype]
+            self._line(
+                f"{kind}* const {buffer.name} = ({kind}*)(s + {buffer.offset}) - first * {stride};"
+            )
+
+    def _for(self, depth: int, extent: int) -> None:
+        """Begin the loop at `depth` of a nest."""
+        i = f"i{depth}"
+        begin, end = "0", str(extent)
+        if depth == 0 and self._block is not None:
+            begin, end = "first", "last"
+        self._line(f"for (int64_t {i} = {begin}; {i} < {end}; ++{i}) {{")
+        self._indent += 1
 
     def _kernel(self, number: int, kernel: Kernel) -> None:
         for line in _wrapped(", ".join(o for o in kernel.origins if o), 90):
@@ -100,10 +132,15 @@ class Printer:
     def _product(self, kernel: Kernel) -> None:
         p = kernel.product
         assert p is not None
-        bias = "nullptr"
+        bias = "nullptr" if p.bias is None else _pointer(p.bias)
         room = f"(float*)(s + {self._program.scratch_bytes})"
         x, y, out = (f"{_pointer(o)}, {o.row}, {o.column}" for o in (p.x, p.y, p.out))
-        self._line(f"product<End::NOTHING>({p.rows}, {p.columns}, {p.depth}, {x}, {y}, {out},")
+        rows = str(p.rows)
+        if self._block is not None:
+            rows = "last - first"
+            x = f"{_pointer(p.x)} + first * {p.x.row}, {p.x.row}, {p.x.column}"
+            out = f"{_pointer(p.out)} + first * {p.out.row}, {p.out.row}, {p.out.column}"
+        self._line(f"product<End::{p.end.upper()}>({rows}, {p.columns}, {p.depth}, {x}, {y}, {out},")
         self._line(f"    {bias}, {room});")
 
     def _loop(self, kernel: Kernel) -> None:
@@ -146,9 +183,7 @@ class Printer:
             if depth < len(extents):
                 if depth == len(extents) - 1 and independent:
                     self._line("#pragma GCC ivdep")
-                i = f"i{depth}"
-                self._line(f"for (int64_t {i} = 0; {i} < {extents[depth]}; ++{i}) {{")
-                self._indent += 1
+                self._for(depth, extents[depth])
         for statement in statements:
             self._line(statement())
         for _ in extents:
@@ -169,9 +204,7 @@ class Printer:
         for depth in range(len(kept)):
             for expr in by_depth.get(depth, ()):
                 body.emit(expr)
-            i = f"i{depth}"
-            self._line(f"for (int64_t {i} = 0; {i} < {kept[depth]}; ++{i}) {{")
-            self._indent += 1
+            self._for(depth, kept[depth])
         for expr in by_depth.get(len(kept), ()):
             body.emit(expr)
         if r.what in ("sum", "any", "all"):
@@ -182,11 +215,9 @@ class Printer:
             term = TYPES[r.term.dtype]
             self._line(f"{term} {total} = 0; int64_t {total}_at = 0; bool {total}_first = true;")
         for depth in range(len(kept), len(kernel.extents)):
-            i, extent = f"i{depth}", kernel.extents[depth]
             if depth == len(kernel.extents) - 1 and r.what in ("sum", "any", "all"):
                 self._line(f"#pragma omp simd reduction({sign}:{total})")
-            self._line(f"for (int64_t {i} = 0; {i} < {extent}; ++{i}) {{")
-            self._indent += 1
+            self._for(depth, kernel.extents[depth])
             for expr in by_depth.get(depth + 1, ()):
                 body.emit(expr)
         term_name = body.name(r.term)
@@ -496,6 +527,7 @@ extern "C" void many_NAME(
     const Argument* arguments, char* const* constants, int64_t num_steps, int64_t first,
     int64_t last, char* scratch) {
   char* at[COUNT];
+  const FlushDenormals flush;
   for (int64_t m = first; m < last; ++m)
     for (int64_t k = 0; k < num_steps; ++k) {
       place(at, arguments, COUNT, k, m);
@@ -509,6 +541,7 @@ extern "C" void chunk(
     const Argument* steps, char* const* step_constants, const Argument* updates,
     char* const* update_constants, const int64_t* counts, int64_t num_steps, int64_t first,
     int64_t last, char* scratch) {
+  const FlushDenormals flush;
   char *step_at[STEPS], *update_at[UPDATES];
   for (int64_t m = first; m < last; ++m) {
     int64_t u = 0;

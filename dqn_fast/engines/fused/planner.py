@@ -89,9 +89,16 @@ class Operand:
     column: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Product:
-    """out = x y, [rows, depth] times [depth, columns]."""
+    """out = x y, [rows, depth] times [depth, columns], or more.
+
+    Attributes:
+        rows, columns, depth: sizes.
+        x, y, out: matrices.
+        end: what is done with each sum: "nothing", "bias" is added, or "relu" of that is taken.
+        bias: row of `columns` numbers.
+    """
 
     rows: int
     columns: int
@@ -99,6 +106,8 @@ class Product:
     x: Operand
     y: Operand
     out: Operand
+    end: str = "nothing"
+    bias: Operand | None = None
 
 
 @dataclass(eq=False)
@@ -139,6 +148,8 @@ class Kernel:
         found |= _searched(self.expressions())
         if self.product is not None:
             found |= {self.product.x.buffer, self.product.y.buffer}
+            if self.product.bias is not None:
+                found.add(self.product.bias.buffer)
         return found
 
     def writes(self) -> set[Buffer]:
@@ -151,6 +162,25 @@ class Kernel:
         return found
 
 
+@dataclass(frozen=True)
+class Block:
+    """Kernels that run for some rows at a time, so that what they pass on stays in the cache.
+
+    Attributes:
+        first, last: positions of the kernels, both included.
+        rows: of the whole, the extent of every kernel's first axis.
+        rows_at_once: of a block.
+        local: scratch buffers that only these kernels touch, with their elements per row; they
+            have memory for one block.
+    """
+
+    first: int
+    last: int
+    rows: int
+    rows_at_once: int
+    local: dict[Buffer, int]
+
+
 @dataclass
 class Program:
     """A planned function.
@@ -161,6 +191,7 @@ class Program:
         arguments, constants: buffers, by position.
         scratch: buffers with their offsets.
         scratch_bytes: memory of the scratch buffers.
+        blocks: of kernels, in order.
     """
 
     name: str
@@ -169,6 +200,7 @@ class Program:
     constants: list[Buffer]
     scratch: list[Buffer]
     scratch_bytes: int
+    blocks: list[Block]
 
 
 def plan(name: str, lowered: Lowered) -> Program:
@@ -209,15 +241,23 @@ class _Planner:
         stores = sorted(lowered.stores, key=lambda store: store[0] in read)
         for buffer, strides, value in stores:
             self._store(value, buffer, strides, value.origin)
+        self._merge_ends()
         self._drop_dead_stores()
         kept = {
             store.buffer for kernel in self._kernels for store in kernel.stores if store.is_kept
         }
         kept |= {b for kernel in self._kernels if not kernel.stores for b in kernel.writes()}
         scratch = [buffer for buffer in self._scratch if buffer in kept]
-        num_bytes = _place_in_memory(self._kernels, scratch)
+        blocks = _find_blocks(self._kernels)
+        num_bytes = _place_in_memory(self._kernels, scratch, blocks)
         return Program(
-            self._name, self._kernels, lowered.arguments, lowered.constants, scratch, num_bytes
+            self._name,
+            self._kernels,
+            lowered.arguments,
+            lowered.constants,
+            scratch,
+            num_bytes,
+            blocks,
         )
 
     # --------------------------------------------------------------------------- what gets memory
@@ -243,8 +283,9 @@ class _Planner:
         buffer = Buffer(f"s{len(self._scratch)}", node.dtype, node.size, "scratch")
         strides = contiguous(node.shape)
         if node.kind == "product":
-            if node.shape[-1] <= UNROLL_LAST < node.shape[-2]:
-                # Long rows in memory: as the weights of a last layer lie, see `QNetwork.init`.
+            x = self._operand(node.inputs[0])
+            if node.shape[-1] <= UNROLL_LAST < node.shape[-2] and x.column != 1:
+                # Gradients of a last layer lie as its weights do, see `QNetwork.init`.
                 strides = (*strides[:-2], 1, node.shape[-2])
             self._product(node, buffer, strides)
         elif node.kind == "reduce":
@@ -448,6 +489,27 @@ class _Planner:
         other.origins += [origin for origin in kernel.origins if origin not in other.origins]
         return True
 
+    def _merge_ends(self) -> None:
+        """Let products add their bias, and take the relu, before they store their results."""
+        for kernel in list(self._kernels):
+            product = kernel.product
+            if product is None or product.out.column != 1:
+                continue
+            readers = [each for each in self._kernels if product.out.buffer in each.reads()]
+            if len(readers) != 1 or readers[0].kind != "loop":
+                continue
+            (loop,) = readers
+            stores = [s for s in loop.stores if product.out.buffer in _buffers_of(s)]
+            if len(stores) != 1 or (found := _end_of(stores[0], product)) is None:
+                continue
+            product.end, bias = found
+            product.bias = Operand(bias, Index(), 0, 1)
+            product.out = Operand(stores[0].buffer, Index(), product.columns, 1)
+            kernel.origins += [o for o in loop.origins if o not in kernel.origins]
+            loop.stores.remove(stores[0])
+            if not loop.stores:
+                self._kernels.remove(loop)
+
     def _drop_dead_stores(self) -> None:
         """Mark stores that only their own iteration reads: they stay in registers."""
         needed: set[Buffer] = set()
@@ -456,6 +518,30 @@ class _Planner:
         for kernel in self._kernels:
             for store in kernel.stores:
                 store.is_kept = store.buffer.role != "scratch" or store.buffer in needed
+
+
+def _buffers_of(store: Store) -> set[Buffer]:
+    return {load.args[0] for load in _loads([store.value])}
+
+
+def _end_of(store: Store, product: Product) -> tuple[str, Buffer] | None:
+    """What a store does with the results of a product: "bias" or "relu", and the bias."""
+    value, end = store.value, "bias"
+    if value.op == "max" and value.args[1].op == "const" and value.args[1].args[0] == 0.0:
+        value, end = value.args[0], "relu"
+    if value.op != "add" or not all(arg.op == "load" for arg in value.args):
+        return None
+    result, bias = value.args
+    if result.args[0] is not product.out.buffer:
+        result, bias = bias, result
+    row, column = (ex.var(n, size) for n, size in enumerate((product.rows, product.columns)))
+    if product.rows == 1:
+        row, column = Index(), ex.var(0, product.columns)
+    place = row * product.columns + column
+    same = result.args[1].same(place) and store.offset.same(place)
+    if not same or store.buffer.role != "scratch" or not bias.args[1].same(column):
+        return None
+    return end, bias.args[0]
 
 
 def _makes(written: Buffer, reads: set[Buffer]) -> bool:
@@ -585,15 +671,129 @@ def _searched(roots: Iterable[Expr]) -> set[Buffer]:
     return {expr.args[0] for expr in _walk(roots) if expr.op in ("upper_bound", "lower_bound")}
 
 
-def _place_in_memory(kernels: Sequence[Kernel], buffers: Sequence[Buffer]) -> int:
+# --------------------------------------------------------------------------------------- blocks
+
+BLOCK_BYTES = 2**18
+"""Memory that a block of rows may pass from kernel to kernel: a quarter of a usual L2 cache."""
+
+
+def _find_blocks(kernels: Sequence[Kernel]) -> list[Block]:
+    """The longest sequences of kernels that treat each row by itself, where they pay."""
+    blocks: list[Block] = []
+    first = 0
+    while first < len(kernels):
+        rows = _rows_of(kernels[first])
+        last = first
+        while rows and last < len(kernels) and _rows_of(kernels[last]) == rows:
+            if not _by_rows(kernels[first : last + 1], rows):
+                break
+            last += 1
+        if rows and (block := _block(kernels, first, last - 1, rows)) is not None:
+            blocks.append(block)
+        first = max(last, first + 1)
+    return blocks
+
+
+def _rows_of(kernel: Kernel) -> int:
+    """Extent of the axis that a kernel treats row by row; 0: there is none."""
+    if kernel.product is not None:
+        p = kernel.product
+        return p.rows if p.x.start.is_const and p.out.column == 1 and p.x.row else 0
+    if kernel.reduction is not None:
+        kept = len(kernel.extents) - len(kernel.reduction.extents)
+        return kernel.extents[0] if kept and not kernel.reduction.outer else 0
+    return kernel.extents[0] if kernel.extents else 0
+
+
+def _by_rows(kernels: Sequence[Kernel], rows: int) -> bool:
+    """Whether what some of the kernels write is touched by all of them in its own row only."""
+    strides: dict[Buffer, int] = {}
+    scattered: set[Buffer] = set()
+    for kernel in kernels:
+        for buffer, stride in _row_strides(kernel, rows, writes=True):
+            if kernel.kind == "scatter":
+                scattered.add(buffer.root)
+            elif strides.setdefault(buffer.root, stride) != stride or stride == 0:
+                return False
+    for kernel in kernels:
+        for buffer, stride in _row_strides(kernel, rows, writes=False):
+            if buffer.root in scattered or strides.get(buffer.root, stride) != stride:
+                return False
+        if any(buffer.root in strides or buffer.root in scattered for buffer in _whole(kernel)):
+            return False
+    return True
+
+
+def _whole(kernel: Kernel) -> set[Buffer]:
+    """Buffers that every row of a kernel reads as a whole."""
+    found = _searched(kernel.expressions())
+    if kernel.product is not None:
+        found.add(kernel.product.y.buffer)
+        found |= {kernel.product.bias.buffer} if kernel.product.bias else set()
+    return found
+
+
+def _row_strides(kernel: Kernel, rows: int, writes: bool) -> Iterator[tuple[Buffer, int]]:
+    """Each access with the distance of rows in memory; 0: it is not in its own row only."""
+    if kernel.product is not None:
+        p = kernel.product
+        operand, width = (p.out, p.columns) if writes else (p.x, p.depth)
+        inside = operand.start.const + (width - 1) * operand.column < operand.row
+        yield operand.buffer, operand.row if inside else 0
+        return
+    accesses: list[tuple[Buffer, Index]] = []
+    if writes:
+        accesses += [(s.buffer, s.offset) for s in kernel.stores if s.is_kept]
+        if kernel.reduction is not None:
+            accesses.append((kernel.reduction.buffer, kernel.reduction.offset))
+    else:
+        accesses += [load.args for load in kernel.loads()]
+    (row,) = ex.var(0, rows).terms
+    for buffer, index in accesses:
+        stride = index.terms.get(row, 0)
+        rest = Index({a: c for a, c in index.terms.items() if a is not row}, index.const)
+        low, high = rest.range()
+        yield buffer, stride if 0 <= low and high < stride else 0
+
+
+def _block(kernels: Sequence[Kernel], first: int, last: int, rows: int) -> Block | None:
+    """The block of kernels first .. last; None if it does not pay."""
+    inside = kernels[first : last + 1]
+    others = [*kernels[:first], *kernels[last + 1 :]]
+    touched = set().union(*(k.reads() | k.writes() for k in others), set())
+    local = {
+        buffer: stride
+        for kernel in inside
+        for buffer, stride in _row_strides(kernel, rows, writes=True)
+        if buffer.role == "scratch" and buffer not in touched and buffer.size == rows * stride
+    }
+    per_row = sum(buffer.dtype.itemsize * stride for buffer, stride in local.items())
+    if last == first or per_row * rows <= BLOCK_BYTES:
+        return None
+    at_once = 64
+    while 2 * at_once * per_row <= BLOCK_BYTES:
+        at_once *= 2
+    return Block(first, last, rows, at_once, local) if at_once < rows else None
+
+
+def _place_in_memory(
+    kernels: Sequence[Kernel], buffers: Sequence[Buffer], blocks: Sequence[Block]
+) -> int:
     """Give each scratch buffer an offset, such that those alive at once do not overlap."""
     life: dict[Buffer, tuple[int, int]] = {}
     for position, kernel in enumerate(kernels):
         dropped = {store.buffer for store in kernel.stores if not store.is_kept}
+        span = position, position
+        for block in blocks:  # whose kernels run again and again
+            if block.first <= position <= block.last:
+                span = block.first, block.last
         for buffer in (kernel.reads() | kernel.writes()) - dropped:
             if buffer.role == "scratch":
-                first, _ = life.get(buffer, (position, position))
-                life[buffer] = first, position
+                first, _ = life.get(buffer, span)
+                life[buffer] = first, span[1]
+    for block in blocks:
+        for buffer, stride in block.local.items():
+            buffer.size = block.rows_at_once * stride
     placed: list[Buffer] = []
     total = 0
     for buffer in sorted(buffers, key=lambda b: -b.num_bytes):

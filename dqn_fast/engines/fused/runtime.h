@@ -17,6 +17,29 @@ inline void place(char** at, const Argument* arguments, int64_t count, int64_t k
     at[i] = arguments[i].base + k * arguments[i].per_step + m * arguments[i].per_member;
 }
 
+// While it lives, this thread takes numbers below 1.2e-38 for 0. Adam's mean of a weight whose
+// gradient is 0 falls below that within 800 steps, and arithmetic with such numbers takes 100 cycles.
+struct FlushDenormals {
+#if defined(__x86_64__)
+  const unsigned before = __builtin_ia32_stmxcsr();
+  FlushDenormals() {
+    __builtin_ia32_ldmxcsr(before | 0x8040);
+  }
+  ~FlushDenormals() {
+    __builtin_ia32_ldmxcsr(before);
+  }
+#elif defined(__aarch64__)
+  uint64_t before;
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" : : "r"(before | 1u << 24));
+  }
+  ~FlushDenormals() {
+    asm volatile("msr fpcr, %0" : : "r"(before));
+  }
+#endif
+};
+
 // Keeps the loop around it from being vectorised.
 #define SCALAR(x) asm("" : "+r"(x))
 
