@@ -10,7 +10,10 @@ rate that the floor is computed with.
 
 A compiled vector step is one function without parts, so engines are compared by whole vector steps,
 with one gradient step each. "x work" is over max(arithmetic, bytes) alone: what launching costs is
-an engine's to avoid.
+an engine's to avoid. The program of the engine `fused` is then measured loop by loop and product by
+product, see `benchmarks.phases`:
+
+    python -m benchmarks.components --engines fused
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from benchmarks.floors import (
     time_in_turns,
     work_of,
 )
+from benchmarks.phases import show_phases, try_phases
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast import tree
 from dqn_fast.algorithm import StepInputs, UpdateInputs
@@ -57,7 +61,7 @@ from dqn_fast.settings import UsageError
 from dqn_fast.setup import Training, setup
 from dqn_fast.train import Args
 
-NamedEngine = Literal["eager", "compile", "graph"]
+NamedEngine = Literal["eager", "fused", "compile", "graph"]
 
 
 @dataclass
@@ -76,7 +80,7 @@ class ComponentsArgs:
     """Widths of the hidden layers; each >= 1."""
     chunk_steps: int = 32
     """Vector steps that an engine runs at a time; >= 1."""
-    engines: tuple[NamedEngine, ...] = ("eager", "compile", "graph")
+    engines: tuple[NamedEngine, ...] = ("eager", "fused", "compile", "graph")
     """Engines whose whole vector step is timed; one that cannot be had here is left out."""
     repeats: int = 5
     """Rounds; >= 1."""
@@ -265,6 +269,10 @@ def _measure(args: ComponentsArgs, stack: ExitStack) -> dict[str, Any]:
     def rate(key: Any, shape: Shape, num_members: int) -> float:
         return median(gflops(seconds[key], shape, num_members) for seconds in rounds)
 
+    phases = None
+    if any(engine.name == "fused" for engine in engines):
+        counted = stack.enter_context(closing(eager_training(args)))
+        phases = try_phases(counted, learning_chunk(counted), args.repeats, args.seconds)
     large = LARGE[device.type]
     return {
         "args": vars(args),
@@ -290,6 +298,7 @@ def _measure(args: ComponentsArgs, stack: ExitStack) -> dict[str, Any]:
             }
             for engine in engines
         ],
+        "phases": phases,
     }
 
 
@@ -342,6 +351,8 @@ def show(result: dict[str, Any]) -> None:
             f"{row['engine']:<14}{_cells(row)}{row['over_work']:>9.2f}{over:>9}"
             f"{row['startup_s']:>14.1f}"
         )
+    if result["phases"] is not None:
+        show_phases(result["phases"])
 
 
 def _cells(row: dict[str, Any]) -> str:

@@ -52,6 +52,7 @@ MAY_CHANGE: dict[str, str] = {
     "stop_when_optimal": "",
     "device": ROUNDING,
     "engine": ROUNDING,
+    "keep_generated": "",
     "chunk_steps": "",
     "num_threads": ROUNDING,
     "matmul_precision": ROUNDING,

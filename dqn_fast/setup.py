@@ -5,15 +5,18 @@
         ...
 
 `setup` checks the settings and makes environment, algorithm, state, plan and engine; it writes no
-file. `train` runs the chunks; tests, benchmarks and notebooks may do so too.
+file but that of --keep-generated. `train` runs the chunks; tests, benchmarks and notebooks may do
+so too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.algorithm import ChunkRecord, StepInputs, UpdateInputs
-from dqn_fast.device import choose_device, upload
+from dqn_fast.device import choose_device, first_line, upload
 from dqn_fast.dqn import DQN, Hyper, QFunction, State
 from dqn_fast.engines import (
     RECORDED_STEPS,
@@ -154,6 +157,8 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
     """
     args = settle(args)
     device = device_of(args)
+    if args.keep_generated is not None:
+        make_folder("keep_generated", args.keep_generated)
     with ExitStack() as stack:
         try:
             if env is None:
@@ -205,11 +210,28 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
         position = (
             (resumed.global_step // args.num_envs, resumed.num_updates) if resumed else (0, 0)
         )
-        runner = Runner(dqn, state, plan, noise, choice)
+        runner = Runner(dqn, state, plan, noise, choice, args.keep_generated)
         stack.callback(runner.close)
         parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
         return Training(args, *parts, probe, *position, cut, on_close=stack.pop_all())
     raise AssertionError  # for mypy: the stack suppresses no exception
+
+
+def make_folder(name: str, path: Path) -> None:
+    """Make the folder that a setting names.
+
+    Raises:
+        UsageError: files cannot be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        why = error.strerror or first_line(error)
+        raise UsageError(
+            f"{flag(name)} {path}: must be a folder that can be written: {why}"
+        ) from error
 
 
 def device_of(args: Args) -> torch.device:

@@ -161,6 +161,8 @@ class Args:
     the shapes of this run (2 s, kept for the next run); compile, by torch's compiler (30 to 40 s,
     kept too); graph, captured in CUDA graphs. auto compares the gradient steps to come with the
     time to compile, and prints its choice. Results differ only by rounding."""
+    keep_generated: Path | None = None
+    """Folder to write the program of the engine fused to, as readable C++."""
     chunk_steps: Count = 256
     """Maximum number of vector steps per chunk; never changes the result."""
     num_threads: Annotated[int, between(0, 1_024, note="0: torch's own choice")] = 1

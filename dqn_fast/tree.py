@@ -21,6 +21,12 @@ def leaves(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def paths(tree: Any) -> list[str]:
+    """Where each tensor is in a tree, such as "params[0]", in the order of `leaves`."""
+    found = pytree.tree_leaves_with_path(tree)
+    return [pytree.keystr(path).lstrip(".") for path, leaf in found if isinstance(leaf, Tensor)]
+
+
 def replace(tree: Tree, tensors: Iterable[Tensor]) -> Tree:
     """The tree with `tensors` in place of its own, in the order of `leaves`."""
     flat, spec = pytree.tree_flatten(tree)

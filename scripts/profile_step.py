@@ -132,7 +132,9 @@ class ProfiledLoop:
         return sum(chunk.num_steps for chunk in self._chunks)
 
     def _runner(self, dqn: DQN, choice: EngineChoice) -> Runner:
-        return Runner(dqn, self._training.state, self._plan, self._training.noise, choice)
+        made = self._training
+        keep = made.args.keep_generated
+        return Runner(dqn, made.state, self._plan, made.noise, choice, keep)
 
     def _warm_up(self) -> Chunk:
         """Run until learning has begun, and for some chunks more."""

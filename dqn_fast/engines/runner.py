@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -191,6 +192,7 @@ class CompiledChunk:
 
 
 NO_GRAPHS, NOT_FUSED = "no CUDA graphs", "cannot be fused"
+NOT_KEPT = "no program is generated that could be kept"
 _STEP = ("step", "step-update")
 """Names of the compiled vector step, without and with a gradient step after it."""
 
@@ -221,6 +223,7 @@ class Runner:
         plan: Plan,
         noise: Noise,
         choice: EngineChoice,
+        keep_generated: Path | None = None,
     ) -> None:
         """Start compiling if the choice asks for it.
 
@@ -230,6 +233,7 @@ class Runner:
             plan: of the run.
             noise: of the members.
             choice: which engine.
+            keep_generated: folder to write the generated source to; `reason` says where it is.
         """
         self.engine: str = choice.engine
         self.reason, self.compile_s = choice.reason, 0.0
@@ -252,6 +256,8 @@ class Runner:
             if choice.engine == "fused":
                 self.engine = "compile"
             self._start(CompiledChunk, algorithm, state, plan, noise)
+        if keep_generated is not None:
+            self.reason = f"{self.reason}; {self._keep(keep_generated)}"
 
     def _start(self, kind: type[CompiledChunk] | type[FusedChunk], *parts: Any) -> None:
         """Start what makes compiled functions, or drop it."""
@@ -260,6 +266,10 @@ class Runner:
             self.reason = "; ".join([self.reason, *self._compiled.notes])
         except EngineUnavailableError as error:
             self._drop_compiler(error)
+
+    def _keep(self, folder: Path) -> str:
+        """Write the generated source; says where it is, or why it is not."""
+        return self._compiled.keep(folder) if isinstance(self._compiled, FusedChunk) else NOT_KEPT
 
     def __call__(
         self, steps: StepInputs, updates: UpdateInputs, update_counts: tuple[int, ...]

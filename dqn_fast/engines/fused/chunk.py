@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +32,9 @@ from dqn_fast.engines.fused import expr
 from dqn_fast.engines.fused.build import Build, find, key_of, load
 from dqn_fast.engines.fused.cpp import print_program, room_bytes
 from dqn_fast.engines.fused.lower import UnknownOperationError, lower
+from dqn_fast.engines.fused.planner import Program
 from dqn_fast.engines.fused.planner import plan as plan_function
-from dqn_fast.engines.fused.trace import trace
+from dqn_fast.engines.fused.trace import Graph, trace
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Plan
 
@@ -94,10 +97,24 @@ class FusedChunk:
 
     Attributes:
         notes: what is wrong with the cache of compiled programs, for the user.
+        source: the C++ program.
+        programs: its functions, if it counts; else empty.
+        library: the loaded program, after `finish`.
     """
 
-    def __init__(self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise) -> None:
+    library: ctypes.CDLL
+
+    def __init__(
+        self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, counted: bool = False
+    ) -> None:
         """Generate the program and start its compiler.
+
+        Args:
+            algorithm: describes a vector step.
+            state: of the algorithm; written by every chunk.
+            plan: of the run.
+            noise: of the members.
+            counted: whether the program counts the time of its parts, see `print_program`.
 
         Raises:
             EngineUnavailableError: the functions cannot be traced or fused.
@@ -109,8 +126,10 @@ class FusedChunk:
         self._keys, self._counters = noise.keys, noise.counters
         self._build: Build | None = None
         self.notes: list[str] = []
+        self.programs: list[Program] = []
         try:
-            self._generate(algorithm.one_member(), tree.member(state, 0, self._members), noise)
+            alone = algorithm.one_member()
+            self._generate(alone, tree.member(state, 0, self._members), noise, counted)
         except EngineUnavailableError:
             raise
         except UnknownOperationError as error:
@@ -125,13 +144,16 @@ class FusedChunk:
         ]
         self._buffers: dict[str, list[Tensor]] = {}
 
-    def _generate(self, alone: Algorithm, state: Any, noise: Noise) -> None:
+    def _generate(self, alone: Algorithm, state: Any, noise: Noise, counted: bool) -> None:
         """Trace all functions for one member, plan and print them, and start the compiler."""
         programs, described, constants = [], dict[str, Any](), list[Tensor]()
         self._results: dict[str, list[Tensor]] = {}
         for function in functions_of(alone, noise):
             graph = trace(function.call, state, function.inputs)
             lowered = lower(graph.graph, graph.num_arguments)
+            buffers = [*lowered.arguments, *lowered.constants]
+            for buffer, name in zip(buffers, names_of(function, state, graph), strict=True):
+                buffer.note = name
             programs.append(plan_function(function.name, lowered))
             described[function.name] = {
                 "axes": function.axes,
@@ -140,9 +162,10 @@ class FusedChunk:
             constants += graph.constants
             self._results[function.name] = tree.leaves(graph.results)
         expr.forget()
-        self.source = print_program(programs)
+        self.source = print_program(programs, counted)
+        self.programs = programs if counted else []
         self._scratch_bytes = max(p.scratch_bytes + room_bytes(p) for p in programs)
-        key = key_of(self.source)
+        key = self._key = key_of(self.source)
         self._package, note = find(key)
         self.notes += [note] if note else []
         self._described, self._constants = described, constants
@@ -160,7 +183,7 @@ class FusedChunk:
         if self._build is not None:
             self._package = self._build.finish(should_stop)
         assert self._package is not None
-        self._library = load(self._package)
+        self.library = load(self._package)
         constants = [c.contiguous() for c in self._constants]
         self._tables = {}
         for name, described in self._described.items():
@@ -170,6 +193,15 @@ class FusedChunk:
             if name.startswith("draw"):
                 state = self._state
             self._tables[name] = Table(state, self._members, mine)
+
+    def keep(self, folder: Path) -> str:
+        """Write the source to a folder; returns where it is, or why it is not, in a few words."""
+        path = folder / f"{self._key[:12]}.cpp"
+        try:
+            path.write_text(self.source)
+        except OSError as error:
+            return f"{path} cannot be written: {error.strerror or first_line(error)}"
+        return f"source in {path}"
 
     def close(self) -> None:
         """Stop the compiler if it still runs."""
@@ -200,7 +232,7 @@ class FusedChunk:
         step, update = self._tables["step"], self._tables["update"]
 
         def run(first: int, last: int, scratch: Tensor) -> None:
-            self._library.chunk(
+            self.library.chunk(
                 *map(_address, (step.rows, step.constants, update.rows, update.constants, counts)),
                 ctypes.c_int64(num_steps),
                 ctypes.c_int64(first),
@@ -296,7 +328,7 @@ class FusedChunk:
     ) -> None:
         """Run one function for `count` steps of all members."""
         kept = self._enter(name, inputs, results, same)
-        table, function = self._tables[name], getattr(self._library, f"many_{name}")
+        table, function = self._tables[name], getattr(self.library, f"many_{name}")
 
         def run(first: int, last: int, scratch: Tensor) -> None:
             function(
@@ -350,6 +382,30 @@ def functions_of(alone: Algorithm, noise: Noise) -> list[Function]:
     else:
         functions += [Function("step", alone.vector_step_, (step, []), _axes(step))]
     return [*functions, Function("update", alone.learn_, ([update],), _axes(update))]
+
+
+def names_of(function: Function, state: Any, graph: Graph) -> list[str]:
+    """Name and shape of each argument and constant of a function, for comments.
+
+    What all members share has no shape: its length may be that of the run.
+    """
+    names = tree.paths(state)
+    parameters = [*inspect.signature(function.call).parameters][1:]
+    for parameter, inputs in zip(parameters, function.inputs, strict=False):
+        names += _below(parameter, inputs)
+    names += _below("result", graph.results)
+    names += ["constant"] * len(graph.constants)
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    shapes = [f" {list(node.meta['val'].shape)}" for node in nodes]
+    for i, axis in enumerate(function.axes, len(tree.paths(state))):
+        shapes[i] = "" if axis is None else shapes[i]
+    return [name + shape for name, shape in zip(names, shapes, strict=True)]
+
+
+def _below(name: str, inputs: Any) -> list[str]:
+    """Paths of the tensors of a tree that has a name."""
+    paths = tree.paths(inputs)
+    return [name + path if path[:1] in ("", "[") else f"{name}.{path}" for path in paths]
 
 
 def _axes(inputs: Any) -> list[int | None]:

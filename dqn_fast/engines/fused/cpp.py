@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ class Printer:
         lines: so far.
     """
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
+    def __init__(self, program: Program, first_phase: int = 0) -> None:
+        """Prepare; the kernels are phases from `first_phase` on."""
+        self._program, self._first_phase = program, first_phase
         self.lines: list[str] = []
         self._indent = 0
         self._count = 0
@@ -74,14 +76,15 @@ class Printer:
             source = f"s + {buffer.offset}"
             if buffer.role != "scratch":
                 source = f"{buffer.role[0]}[{buffer.position}]"
-            self._line(f"{kind}* const {buffer.name} = ({kind}*)({source});")
+            note = f" // {buffer.note}" if buffer.note else ""
+            self._line(f"{kind}* const {buffer.name} = ({kind}*)({source});{note}")
         starts = {block.first: block for block in program.blocks}
         ends = {block.last for block in program.blocks}
         for number, kernel in enumerate(program.kernels):
             self._line("")
             if number in starts:
                 self._open(starts[number])
-            self._kernel(number, kernel)
+            self._kernel(self._first_phase + number, kernel)
             if number in ends:
                 self._indent -= 1
                 self._line("}")
@@ -115,8 +118,9 @@ class Printer:
         self._indent += 1
 
     def _kernel(self, number: int, kernel: Kernel) -> None:
-        for line in _wrapped(", ".join(o for o in kernel.origins if o), 90):
-            self._line(f"// {line}")
+        origins = (origin.replace(" ", "\xa0") for origin in kernel.origins if origin)
+        for line in textwrap.wrap(", ".join(origins), 90):
+            self._line(f"// {line.replace(chr(0xA0), ' ')}")
         self._line("{")
         self._indent += 1
         self._line(f"PHASE({number});")
@@ -484,27 +488,28 @@ def _pointer(operand: Operand) -> str:
     return f"{operand.buffer.name} + {start}" if start else operand.buffer.name
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)
-
-
 def room_bytes(program: Program) -> int:
     """Memory that products need behind the scratch memory, see product.h."""
     depths = [k.product.depth for k in program.kernels if k.product is not None]
     return 4 * 32 * (max(depths) + 18) if depths else 0
 
 
-def print_program(programs: Sequence[Program]) -> str:
+def print_program(programs: Sequence[Program], counted: bool = False) -> str:
     """One C++ file with all functions.
 
     `many_NAME` runs a function for K steps of members; `chunk` runs `step`, each followed by its
-    number of `update`.
+    number of `update`. If `counted`, `phases` has the ticks and the runs of each kernel, in the
+    order of the file, since they were set to 0; `ticks` is the clock.
     """
-    parts = [(PACKAGE / "runtime.h").read_text(), (PACKAGE / "product.h").read_text(), PHASES]
+    parts = [(PACKAGE / name).read_text() for name in ("runtime.h", "product.h")]
+    num_phases = 0
+    if counted:
+        parts.append(COUNTED.replace("PHASES", str(sum(len(p.kernels) for p in programs))))
+    parts.append(UNCOUNTED)
     for program in programs:
-        parts += ["namespace {", *Printer(program).function(), "} // namespace", ""]
+        function = Printer(program, num_phases).function()
+        parts += ["namespace {", *function, "} // namespace", ""]
+        num_phases += len(program.kernels)
         parts.append(
             MANY.replace("NAME", program.name).replace("COUNT", str(len(program.arguments) or 1))
         )
@@ -516,7 +521,40 @@ def print_program(programs: Sequence[Program]) -> str:
     return "\n".join(parts)
 
 
-PHASES = """
+COUNTED = """
+#include <time.h>
+
+extern "C" {
+int64_t phases[PHASES][2]; // ticks and runs; for one thread
+
+int64_t ticks() {
+#if defined(__x86_64__) || defined(__i386__)
+  return __builtin_ia32_rdtsc();
+#else
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1000000000 + now.tv_nsec;
+#endif
+}
+}
+
+namespace {
+
+struct Phase {
+  const int64_t number, began;
+  Phase(int64_t number) : number(number), began(ticks()) {}
+  ~Phase() {
+    phases[number][0] += ticks() - began;
+    ++phases[number][1];
+  }
+};
+
+} // namespace
+
+#define PHASE(number) Phase phase(number)
+"""
+
+UNCOUNTED = """
 #ifndef PHASE
 #define PHASE(number)
 #endif

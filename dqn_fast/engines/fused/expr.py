@@ -26,6 +26,7 @@ class Buffer:
         position: among the arguments or constants; -1 for scratch.
         root: the buffer whose memory this is at a later time, after a scatter; itself at first.
         offset: bytes from the start of the scratch memory, once planned.
+        note: what it holds, for a comment.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Buffer:
     position: int = -1
     root: Buffer = None  # type: ignore[assignment]
     offset: int = -1
+    note: str = ""
 
     def __post_init__(self) -> None:
         self.root = self.root or self

@@ -195,9 +195,10 @@ _OWN = {__file__, tree.__file__}
 
 
 def source_line() -> str:
-    """File and line of the innermost call outside torch, such as "dqn.py:234"."""
+    """File and line of the innermost call outside torch, such as "dqn.py:234"; "" if `trace` itself
+    calls."""
     frame: Any = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not trace.__code__:
         path = frame.f_code.co_filename
         if not path.startswith(_TORCH) and path not in _OWN and path[:1] != "<":
             return f"{os.path.basename(path)}:{frame.f_lineno}"

@@ -1,0 +1,311 @@
+"""What each part of the generated program costs, beside the least that it could cost.
+
+`python -m benchmarks.components` prints this for the engine `fused`. A phase is one loop nest or
+one matrix product of the program. The program is compiled once more with a counter around each
+phase, which adds some 20 ns to it, and runs all members on one thread. The floor of a phase is
+
+    product    its FLOPs / the rate of independent multiply-adds on this core
+    any other  bytes that it reads and writes, each element once / the copy rate of the second cache
+
+A loop may be below its floor: what is still in the first cache moves faster, and reading is faster
+than copying.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.floors import stretch
+from dqn_fast.algorithm import StepInputs, UpdateInputs
+from dqn_fast.engines import EngineUnavailableError
+from dqn_fast.engines.fused import FusedChunk
+from dqn_fast.engines.fused.build import Build, find, key_of, load
+from dqn_fast.engines.fused.cpp import PACKAGE
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index
+from dqn_fast.engines.fused.planner import Kernel, Program
+from dqn_fast.plan import Chunk
+from dqn_fast.setup import Training
+
+CPU = torch.device("cpu")
+
+COPIED_BYTES = 2**16
+"""Copied from one place to another: together they are too large for the first cache."""
+
+PROBES = """
+// Independent multiply-adds, more of them than a core has in flight; returns their FLOPs.
+extern "C" int64_t multiply_adds(int64_t rounds, float x, float y, float* out) {
+  using namespace products;
+  constexpr int CHAINS = 12;
+  Vector sum[CHAINS]; // from memory: chains that are equal would be one
+  for (int i = 0; i < CHAINS; ++i)
+    sum[i] = load(out + i * WIDTH);
+  const Vector a = copies(x), b = copies(y);
+  for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; ++i)
+      sum[i] = multiply_add(a, b, sum[i]);
+  for (int i = 0; i < CHAINS; ++i)
+    store(out + i * WIDTH, sum[i]);
+  return 2 * rounds * CHAINS * WIDTH;
+}
+
+extern "C" void copy(float* to, const float* from, int64_t count) {
+  using namespace products;
+  for (int64_t i = 0; i < count; i += WIDTH)
+    store(to + i, load(from + i));
+}
+"""
+
+
+class Phase(NamedTuple):
+    """A kernel of the program.
+
+    Attributes:
+        function: that it is part of: draw_step and step run once for each vector step; draw_update
+            and update once for each gradient step.
+        what: "64x128x2" (rows, depth, columns of a product), or loop, reduce, scatter.
+        origins: operations with their source lines.
+        flops: of a product; else 0.
+        num_bytes: that it reads and writes, each element once.
+    """
+
+    function: str
+    what: str
+    origins: str
+    flops: int
+    num_bytes: int
+
+
+def phases_of(programs: Sequence[Program]) -> list[Phase]:
+    """All kernels, in the order in which the program numbers them."""
+    return [_phase(program.name, kernel) for program in programs for kernel in program.kernels]
+
+
+def _phase(function: str, kernel: Kernel) -> Phase:
+    what, flops, num_bytes = kernel.kind, 0, 0
+    if (p := kernel.product) is not None:
+        what = f"{p.rows}x{p.depth}x{p.columns}"
+        flops = 2 * p.rows * p.depth * p.columns
+        num_bytes = 4 * (p.rows * p.depth + p.depth * p.columns + p.rows * p.columns)
+    else:
+        num_bytes = _bytes_read(kernel) + _bytes_written(kernel)
+    return Phase(function, what, ", ".join(filter(None, kernel.origins)), flops, num_bytes)
+
+
+def _bytes_read(kernel: Kernel) -> int:
+    """What is stored in the same iteration is still in a register."""
+    own = {store.buffer for store in kernel.stores if store.buffer.role == "scratch"}
+    loads = [load.args for load in kernel.loads() if load.args[0] not in own]
+    searched = kernel.reads() - own - {buffer for buffer, _ in loads}
+    return _num_bytes(loads) + sum(buffer.num_bytes for buffer in searched)
+
+
+def _bytes_written(kernel: Kernel) -> int:
+    written = [(store.buffer, store.offset) for store in kernel.stores if store.is_kept]
+    if (r := kernel.reduction) is not None:
+        written.append((r.buffer, r.offset))
+    return _num_bytes(written)
+
+
+def _num_bytes(places: Iterable[tuple[Buffer, Index]]) -> int:
+    """Bytes of the elements at these places, in all iterations."""
+    counts = Counter[Buffer]()
+    for buffer, index in places:
+        counts[buffer] += math.prod(_extents(index.terms).values())
+    return sum(min(n, buffer.size) * buffer.dtype.itemsize for buffer, n in counts.items())
+
+
+def _extents(roots: Iterable[Expr]) -> dict[int, int]:
+    """Extents of the loops that expressions depend on, by their position."""
+    found: dict[int, int] = {}
+    stack = list(roots)
+    while stack:
+        expr = stack.pop()
+        if expr.op == "var":
+            found[expr.args[0]] = expr.args[1]
+        stack += expr.operands()
+    return found
+
+
+class Rates(NamedTuple):
+    """Of this core: FLOP/s of multiply-adds; bytes read and written per second in its second
+    cache."""
+
+    flops: float
+    copying: float
+
+    def floor(self, phase: Phase) -> float:
+        """Seconds."""
+        return phase.flops / self.flops if phase.flops else phase.num_bytes / self.copying
+
+
+def probes() -> Callable[[float], Rates]:
+    """What measures the rates for about so many seconds each.
+
+    Raises:
+        EngineUnavailableError: there is no working C++ compiler.
+    """
+    source = "\n".join([(PACKAGE / "product.h").read_text(), PROBES])
+    key = key_of(source)
+    package, _ = find(key)
+    if package is None:
+        with closing(Build(source, key, {}, [])) as build:
+            package = build.finish()
+    library = load(package)
+    library.multiply_adds.restype = ctypes.c_int64
+    numbers = [ctypes.c_float(0.5)] * 2
+    memory = [torch.zeros(COPIED_BYTES // 4) for _ in range(2)]
+    to, source_address = (ctypes.c_void_p(tensor.data_ptr()) for tensor in memory)
+
+    def multiply_add() -> int:
+        flops: int = library.multiply_adds(ctypes.c_int64(10_000), *numbers, to)
+        return flops
+
+    def copy() -> None:
+        library.copy(to, source_address, ctypes.c_int64(COPIED_BYTES // 4))
+
+    def measure(seconds: float) -> Rates:
+        flops_s = _fastest(multiply_add, seconds)
+        return Rates(multiply_add() / flops_s, 2 * COPIED_BYTES / _fastest(copy, seconds))
+
+    return measure
+
+
+def _fastest(job: Callable[[], Any], seconds: float) -> float:
+    """Least seconds of a call, of ten stretches."""
+    calls = max(1, round(seconds / 10 / stretch(job, 1, CPU)))
+    return min(stretch(job, calls, CPU) for _ in range(10)) / calls
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_phases(
+    training: Training,
+    inputs: tuple[Chunk, StepInputs, UpdateInputs],
+    repeats: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Cost and floor of each phase.
+
+    Args:
+        training: that learns, on a CPU; its state is written.
+        inputs: a chunk with one gradient step per vector step, and its inputs.
+        repeats: rounds.
+        seconds: length of a stretch.
+
+    Raises:
+        EngineUnavailableError: the step cannot be fused here.
+    """
+    parts = training.dqn, training.state, training.plan, training.noise
+    with one_thread(), closing(FusedChunk(*parts, counted=True)) as fused:
+        fused.finish(lambda: False)
+        phases, rates_in = phases_of(fused.programs), probes()
+        array = (ctypes.c_int64 * (2 * len(phases))).in_dll(fused.library, "phases")
+        counts = np.ctypeslib.as_array(array).reshape(-1, 2)
+        ticks = fused.library.ticks
+        ticks.restype = ctypes.c_int64
+        chunk, steps, updates = inputs
+        num_steps = chunk.num_steps * training.dqn.num_members
+
+        def job() -> None:
+            fused.draw(training.noise, chunk.num_steps, chunk.num_updates, 0, 0)
+            fused(training.dqn, training.state, steps, updates, chunk.update_counts)
+
+        job()
+        calls = max(1, round(seconds / stretch(job, 1, CPU)))
+        rounds: list[Any] = []
+        for _ in range(repeats):
+            counts[:] = 0
+            began, whole = time.perf_counter(), -ticks()
+            stretch(job, calls, CPU)
+            whole += ticks()
+            us_per_tick = 1e6 * (time.perf_counter() - began) / whole
+            spent, runs = counts.T.copy()
+            rounds.append(
+                (us_per_tick * spent / runs, spent / whole, us_per_tick * whole / calls / num_steps)
+            )
+        rates = [rates_in(seconds) for _ in range(repeats)]
+    times, shares, wholes = (np.array(each) for each in zip(*rounds, strict=True))
+    floor_of = partial(Rates(*map(max, zip(*rates, strict=True))).floor)
+    rows = [
+        {
+            **phase._asdict(),
+            "us": median(times[:, i]),
+            "us_min": min(times[:, i]),
+            "us_max": max(times[:, i]),
+            "share": median(shares[:, i]),
+            "floor_us": 1e6 * floor_of(phase),
+        }
+        for i, phase in enumerate(phases)
+    ]
+    return {
+        "gflops": 1e-9 * max(rate.flops for rate in rates),
+        "copy_gb_per_s": 1e-9 * max(rate.copying for rate in rates),
+        "chunk_steps": chunk.num_steps,
+        "whole_us": median(wholes),
+        "phases_share": median(shares.sum(1)),
+        "rows": [
+            {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+            for row in rows
+        ],
+    }
+
+
+def try_phases(*args: Any) -> dict[str, Any] | None:
+    """`measure_phases`, or None and one line that says why."""
+    try:
+        return measure_phases(*args)
+    except EngineUnavailableError as error:
+        print(f"fused, by phase: left out, {error}", file=sys.stderr)
+        return None
+
+
+def show_phases(result: dict[str, Any]) -> None:
+    """The table."""
+    print(
+        "\nfused, by phase: us of one member on one thread, for each vector step or gradient step; "
+        f"floors at {result['gflops']:.3g} GFLOP/s and {result['copy_gb_per_s']:.3g} GB/s"
+    )
+    head = f"{'us':>8}{'(min .. max)':>18}{'share':>8}{'floor':>9}{'x floor':>9}"
+    print(f"{'function':<13}{'what':<14}{head}  operations")
+    functions: dict[str, list[float]] = {}
+    for row in result["rows"]:
+        spread = f"{row['us_min']:.2f} .. {row['us_max']:.2f}"
+        over = f"{row['us'] / row['floor_us']:.2f}" if row["floor_us"] else "-"
+        print(
+            f"{row['function']:<13}{row['what']:<14}{row['us']:>8.2f}{spread:>18}"
+            f"{row['share']:>8.1%}{row['floor_us']:>9.3f}{over:>9}  {row['origins'][:70]}"
+        )
+        sums = functions.setdefault(row["function"], [0.0, 0.0, 0.0])
+        functions[row["function"]] = [
+            a + b for a, b in zip(sums, (row["us"], row["share"], row["floor_us"]), strict=True)
+        ]
+    for name, (us, share, floor) in functions.items():
+        print(
+            f"{name:<13}{'all':<14}{us:>8.2f}{'':>18}{share:>8.1%}{floor:>9.3f}{us / floor:>9.2f}"
+        )
+    print(
+        f"{'whole':<27}{result['whole_us']:>8.2f}   of which phases are {result['phases_share']:.1%}"
+        f"; the rest is Python, once for {result['chunk_steps']} vector steps"
+    )
