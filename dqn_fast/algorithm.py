@@ -107,6 +107,10 @@ class Algorithm(Protocol):
     @property
     def on_host(self) -> bool: ...
 
+    def identity(self) -> Any | None:
+        """JSON values that these functions follow from, with the sources of this package. None:
+        they follow from other sources too, such as a user's environment."""
+
     def one_member(self) -> Algorithm:
         """The same for one member, whose state is `tree.member` of the whole. Its functions are
         traced by an engine that goes through members, and through blocks of copies, by itself."""

@@ -15,9 +15,9 @@ functions as they are, compiled, or captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from dqn_fast import tree
 from dqn_fast.algorithm import StepInputs, StepRecord, UpdateInputs
 from dqn_fast.envs import EnvError, Outcome, TensorEnv, VectorState
-from dqn_fast.heads import Head
+from dqn_fast.heads import Head, describe_head
 from dqn_fast.networks import Params, QNetwork
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.plan import ADAM_BETAS
@@ -151,6 +151,18 @@ class DQN:
     @property
     def on_host(self) -> bool:
         return self.env.on_host
+
+    def identity(self) -> Any | None:
+        """JSON values that these functions follow from, with the sources of this package; None: they
+        follow from other sources too."""
+        env = self.env.identity()
+        parts = (self.network, self.head, self.replay)
+        if env is None or not all(type(p).__module__.startswith("dqn_fast.") for p in parts):
+            return None
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.type in ("int", "bool")}
+        network, head = self.network, describe_head(self.head)
+        replay = type(self.replay).__name__, self.replay.capacity
+        return own, env, network.sizes, network.num_outputs, head, replay
 
     def one_member(self) -> DQN:
         """The same for one member, with its copies as a whole."""

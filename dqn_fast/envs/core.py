@@ -143,6 +143,12 @@ class TensorEnv(ABC):
         """The parameters by name, as JSON can hold them."""
         return plain(dataclasses.asdict(self)) if dataclasses.is_dataclass(self) else {}
 
+    def identity(self) -> Any | None:
+        """JSON values that this environment's functions of tensors follow from, with the sources of
+        this package; None: they follow from other sources too."""
+        known = type(self).__module__.startswith("dqn_fast.envs.") and not self.on_host
+        return [type(self).__name__, self.params] if known else None
+
     @property
     def observation_space(self) -> gymnasium.Space[Any]:
         """Gymnasium's space of one copy's observation: a Box of its features, or Discrete for the

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,7 @@ from dqn_fast.device import first_line
 from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.chunk import chunk_
 from dqn_fast.engines.fused import expr
-from dqn_fast.engines.fused.build import Build, find, key_of, load
+from dqn_fast.engines.fused.build import Build, Package, find, key_of, load
 from dqn_fast.engines.fused.cpp import print_program, room_bytes
 from dqn_fast.engines.fused.lower import UnknownOperationError, lower
 from dqn_fast.engines.fused.planner import Program
@@ -37,6 +39,9 @@ from dqn_fast.engines.fused.planner import plan as plan_function
 from dqn_fast.engines.fused.trace import Graph, trace
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Plan
+
+PACKAGE = Path(__file__).parents[2]
+"""Folder of all sources."""
 
 
 class Function(NamedTuple):
@@ -97,7 +102,6 @@ class FusedChunk:
 
     Attributes:
         notes: what is wrong with the cache of compiled programs, for the user.
-        source: the C++ program.
         programs: its functions, if it counts; else empty.
         library: the loaded program, after `finish`.
     """
@@ -127,9 +131,13 @@ class FusedChunk:
         self._build: Build | None = None
         self.notes: list[str] = []
         self.programs: list[Program] = []
+        self._key: str | None = None
+        self._package: Package | None = None
+        self._tables: dict[str, Table] = {}
         try:
-            alone = algorithm.one_member()
-            self._generate(alone, tree.member(state, 0, self._members), noise, counted)
+            alone, own = algorithm.one_member(), tree.member(state, 0, self._members)
+            if counted or not self._find(alone, own):
+                self._generate(alone, own, noise, counted)
         except EngineUnavailableError:
             raise
         except UnknownOperationError as error:
@@ -140,14 +148,27 @@ class FusedChunk:
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._num_threads = threads
         self._scratch = [
-            torch.empty(self._scratch_bytes, dtype=torch.uint8) for _ in range(threads)
+            torch.empty(self._described["scratch"], dtype=torch.uint8) for _ in range(threads)
         ]
         self._buffers: dict[str, list[Tensor]] = {}
 
+    def _find(self, alone: Algorithm, state: Any) -> bool:
+        """Take the program from the cache, where what it follows from is known."""
+        identity = alone.identity()
+        if identity is None:
+            return False
+        layout = [(str(t.dtype), list(t.shape), _strides(t)) for t in tree.leaves(state)]
+        self._key = key_of(digest_of_sources(), torch.__version__, identity, layout)
+        self._package, note = find(self._key)
+        self.notes += [note] if note else []
+        if self._package is not None:
+            self._described = self._package.described
+            self._constants = self._package.constants
+        return self._package is not None
+
     def _generate(self, alone: Algorithm, state: Any, noise: Noise, counted: bool) -> None:
         """Trace all functions for one member, plan and print them, and start the compiler."""
-        programs, described, constants = [], dict[str, Any](), list[Tensor]()
-        self._results: dict[str, list[Tensor]] = {}
+        programs, functions, constants = [], dict[str, Any](), list[Tensor]()
         for function in functions_of(alone, noise):
             graph = trace(function.call, state, function.inputs)
             lowered = lower(graph.graph, graph.num_arguments)
@@ -155,23 +176,32 @@ class FusedChunk:
             for buffer, name in zip(buffers, names_of(function, state, graph), strict=True):
                 buffer.note = name
             programs.append(plan_function(function.name, lowered))
-            described[function.name] = {
+            results = [(list(t.shape), str(t.dtype)) for t in tree.leaves(graph.results)]
+            functions[function.name] = {
                 "axes": function.axes,
-                "constants": [len(constants), len(graph.constants)],
+                "constants": [len(constants), len(constants) + len(graph.constants)],
+                "results": results,
             }
             constants += graph.constants
-            self._results[function.name] = tree.leaves(graph.results)
         expr.forget()
-        self.source = print_program(programs, counted)
+        source = print_program(programs, counted)
         self.programs = programs if counted else []
-        self._scratch_bytes = max(p.scratch_bytes + room_bytes(p) for p in programs)
-        key = self._key = key_of(self.source)
-        self._package, note = find(key)
-        self.notes += [note] if note else []
-        self._described, self._constants = described, constants
+        scratch = max(p.scratch_bytes + room_bytes(p) for p in programs)
+        self._described = {"functions": functions, "scratch": scratch, "source": source}
+        self._constants = [constant.contiguous() for constant in constants]
+        if self._key is None or counted:
+            self._key = key_of(source)
+            self._package, note = find(self._key)
+            self.notes += [note] if note else []
         if self._package is None:
-            self._build = Build(self.source, key, described, [c.contiguous() for c in constants])
+            self._build = Build(source, self._key, self._described, self._constants)
             self.notes += self._build.notes
+
+    @property
+    def source(self) -> str:
+        """The C++ program."""
+        source: str = self._described["source"]
+        return source
 
     def finish(self, should_stop: Callable[[], bool]) -> None:
         """Wait for the compiler.
@@ -184,18 +214,13 @@ class FusedChunk:
             self._package = self._build.finish(should_stop)
         assert self._package is not None
         self.library = load(self._package)
-        constants = [c.contiguous() for c in self._constants]
-        self._tables = {}
-        for name, described in self._described.items():
-            start, count = described["constants"]
-            mine = constants[start : start + count]
-            state = [] if name.startswith("draw") else self._state
-            if name.startswith("draw"):
-                state = self._state
-            self._tables[name] = Table(state, self._members, mine)
+        for name, function in self._described["functions"].items():
+            first, last = function["constants"]
+            self._tables[name] = Table(self._state, self._members, self._constants[first:last])
 
     def keep(self, folder: Path) -> str:
         """Write the source to a folder; returns where it is, or why it is not, in a few words."""
+        assert self._key is not None
         path = folder / f"{self._key[:12]}.cpp"
         try:
             path.write_text(self.source)
@@ -286,10 +311,12 @@ class FusedChunk:
 
     def _make(self, name: str, count: int) -> list[Tensor]:
         """Results of `count` steps of all members, member after member."""
-        return [
-            torch.empty((count, self._members * len(_rows(t)), *_rows(t).shape[1:]), dtype=t.dtype)
-            for t in self._results[name]
-        ]
+        made = []
+        for shape, dtype in self._described["functions"][name]["results"]:
+            rows, *rest = shape or [1]
+            size = count, self._members * rows, *rest
+            made.append(torch.empty(size, dtype=getattr(torch, dtype.removeprefix("torch."))))
+        return made
 
     def _take(self, name: str, count: int) -> list[Tensor]:
         """The same from memory that is used again."""
@@ -305,7 +332,7 @@ class FusedChunk:
 
         The first `same` inputs are those of every step.
         """
-        axes = self._described[name]["axes"]
+        axes = self._described["functions"][name]["axes"]
         inputs = [tensor.contiguous() for tensor in inputs]
         entered = [
             (t.expand(1, *t.shape) if i < same else t, axis)
@@ -414,9 +441,20 @@ def _axes(inputs: Any) -> list[int | None]:
     return [MEMBER_AXIS.get(name, 0) for name, tensor in pairs if tensor is not None]
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """A result of one member with an axis of rows."""
-    return tensor if tensor.ndim else tensor[None]
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides of the axes along which anything lies."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride if size > 1 else 0 for size, stride in pairs]
+
+
+@functools.cache
+def digest_of_sources() -> str:
+    """Digest of all that a program follows from, besides an algorithm's identity."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".h"):
+            digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _address(array: NDArray[np.int64]) -> ctypes.c_void_p:
