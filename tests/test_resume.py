@@ -305,15 +305,14 @@ def test_an_environment_of_ones_own_has_to_be_given_again(tmp_path):
     assert content(run_dir) == content(tmp_path / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["compile", "auto"])
-def test_a_compiled_run_is_resumed_bit_for_bit(engine, tmp_path, monkeypatch):
-    """Also across the gradient step at which `auto` changes over, wherever a chunk ends."""
-    monkeypatch.setattr("dqn_fast.engines.choice.AUTO_SWITCH", 50)
+@pytest.mark.parametrize("engine", ["fused", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_compiled_run_is_resumed_bit_for_bit(engine, tmp_path):
+    """Also across the first gradient step, at which compiled functions take over, wherever a chunk
+    ends."""
     more: dict[str, Any] = {"engine": engine, "num_seeds": 2, "train_freq": 8}
     train(settings(tmp_path / "whole", **more))
     expected = content(tmp_path / "whole")
-    assert "compile" in expected["summary"]["engine"]
+    assert expected["summary"]["engine"] == engine
     generator = random.Random(engine)
     for i in range(4):
         run_dir = tmp_path / str(i)

@@ -221,6 +221,12 @@ class Counting:
     num_envs: int = 3
     on_host: bool = False
 
+    def identity(self) -> None:
+        """Its sources are these tests."""
+
+    def one_member(self) -> Counting:
+        return replace(self, num_members=1)
+
     def init(self, kind: type) -> Any:
         m, n = self.num_members, self.num_envs
         more = [torch.zeros(m, n, dtype=torch.int64)] if kind is CountsAndPeak else []

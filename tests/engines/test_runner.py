@@ -70,21 +70,6 @@ def test_a_second_run_finds_what_the_first_compiled(compiled):
     assert_equal((again.metrics, again.state), (compiled.metrics, compiled.state))
 
 
-def test_auto_changes_over_in_mid_run(compiled, tmp_path, monkeypatch, capsys):
-    """Eager first, compiled from a gradient step on that does not depend on the clock; the log, the
-    summary and the losses know nothing else of it."""
-    monkeypatch.setattr("dqn_fast.engines.choice.AUTO_SWITCH", 100)
-    args = replace(SMALL, total_timesteps=2_400, quiet=False)
-    auto = [train(replace(args, run_dir=tmp_path / str(i))).summary for i in range(2)]
-    assert "compile from global_step" in capsys.readouterr().out
-    assert auto[0]["engine"].startswith("eager, compile from ")
-    for name in ("engine", "eval_return_mean", "q_error_max"):
-        assert auto[0][name] == auto[1][name]
-    eager = train(replace(args, engine="eager", run_dir=tmp_path / "eager")).summary
-    assert auto[0]["num_updates"] == eager["num_updates"]
-    assert auto[0]["q_error_max"] == pytest.approx(eager["q_error_max"], rel=1e-3)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != "members"])
 def test_every_kind_of_run_compiles(case):
@@ -212,6 +197,7 @@ def test_a_run_after_a_failed_capture(captured_on, monkeypatch):
 # --------------------------------------------------------------------------- another algorithm
 
 PLAIN, COMPILED = EngineChoice("eager", False, "test"), EngineChoice("compile", True, "test")
+FUSED = EngineChoice("fused", False, "test")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +205,7 @@ PLAIN, COMPILED = EngineChoice("eager", False, "test"), EngineChoice("compile", 
     [
         pytest.param(PLAIN, None, id="eager"),
         pytest.param(EngineChoice("graph", False, "test"), 2, id="graph"),
+        pytest.param(FUSED, None, id="fused"),
         # 25 s; the test of a new buffer compiles this algorithm too.
         pytest.param(COMPILED, None, id="compile", marks=pytest.mark.slow),
     ],
@@ -236,21 +223,28 @@ def test_engines_run_an_algorithm_that_is_not_dqn(choice, recordings, graphs_on_
     assert_equal((record, state), (expected, expected_state))
 
 
-@pytest.mark.slow
-def test_another_algorithm_on_the_host_compiles():
+EACH = [
+    pytest.param(FUSED, id="fused"),
+    pytest.param(COMPILED, id="compile", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("choice", EACH)
+def test_another_algorithm_on_the_host_is_compiled(choice):
     """Its actions and its updates are compiled, its vector step is called as it is."""
     expected = count(Counting(), Counts, None)[:2]
-    *counted, runner = count(Counting(on_host=True), Counts, COMPILED)
-    assert runner.engine == "compile", runner.reason
+    *counted, runner = count(Counting(on_host=True), Counts, choice)
+    assert runner.engine == choice.engine, runner.reason
     assert_equal(tuple(counted), expected)
 
 
-def test_a_new_buffer_in_a_state_is_compiled():
+@pytest.mark.parametrize("choice", EACH)
+def test_a_new_buffer_in_a_state_is_compiled(choice):
     """A field more, which the step writes, and nobody else is told of: it is carried, compiled and
     equal."""
     expected, expected_state, _ = count(Counting(), CountsAndPeak, None, gradient_steps=1)
-    record, state, runner = count(Counting(), CountsAndPeak, COMPILED, gradient_steps=1)
-    assert runner.engine == "compile", runner.reason
+    record, state, runner = count(Counting(), CountsAndPeak, choice, gradient_steps=1)
+    assert runner.engine == choice.engine, runner.reason
     assert (state.peak > 0).all()
     assert_equal((record, state), (expected, expected_state))
 
@@ -269,16 +263,15 @@ def test_a_run_without_gradient_steps_is_not_in_the_compilers_way(changes, tmp_p
 # ---------------------------------------------------------------------- while the loop waits
 
 
-@pytest.mark.parametrize("behind", [0, 20, 50])
-def test_a_run_that_waits_for_the_compiler_can_be_stopped(behind, tmp_path, monkeypatch):
-    """Before the chunk that waits has run, at the gradient step at which compiled functions take
-    over, whether the run began at the first one or goes on."""
+@pytest.mark.parametrize("engine", ["fused", "compile"])
+def test_a_run_that_waits_for_the_compiler_can_be_stopped(engine, tmp_path, monkeypatch):
+    """Before the first chunk with gradient steps, which waits, has run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    algorithm, switch = Counting(), 50
+    algorithm = Counting()
     plan = plan_of(algorithm)
     state, noise = algorithm.init(Counts), Noise(5, algorithm.num_members)
-    choice = EngineChoice("compile", True, "test", switch)
-    runner = Runner(algorithm, state, plan, noise, choice, num_updates=behind)
+    runner = Runner(algorithm, state, plan, noise, EngineChoice(engine, True, "test"))
+    assert runner.engine == engine
     runner.should_stop = lambda: True
     for _, chunk in plan.chunks():
         before = copy_of(state)
@@ -287,8 +280,10 @@ def test_a_run_that_waits_for_the_compiler_can_be_stopped(behind, tmp_path, monk
             runner(*inputs, chunk.update_counts)
         except StopRequested:
             break
+    else:
+        raise AssertionError("it never waited")
     assert_equal(before, state)
-    assert switch <= behind + int(state.num_updates[0]) < switch + 2 * 4
+    assert int(state.num_updates[0]) == 0
     assert list((tmp_path / "dqn_fast").glob("work-*")) == []
     runner.close()
 
