@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from dqn_fast.engines.fused import expr as ex
-from dqn_fast.engines.fused.expr import Buffer, Expr, Index, bounded
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index, bounded, cast
 from dqn_fast.engines.fused.lower import (
     Lowered,
     NeedsMemory,
     Node,
-    cast,
     contiguous,
     offset_of,
 )
@@ -210,7 +209,9 @@ class _Planner:
         for buffer, strides, value in stores:
             self._store(value, buffer, strides, value.origin)
         self._drop_dead_stores()
-        kept = {store.buffer for kernel in self._kernels for store in kernel.stores if store.is_kept}
+        kept = {
+            store.buffer for kernel in self._kernels for store in kernel.stores if store.is_kept
+        }
         kept |= {b for kernel in self._kernels if not kernel.stores for b in kernel.writes()}
         scratch = [buffer for buffer in self._scratch if buffer in kept]
         num_bytes = _place_in_memory(self._kernels, scratch)
@@ -369,7 +370,9 @@ class _Planner:
         """A matrix in memory; one that is computed is stored first."""
         for attempt in range(2):
             lead = [Index()] * (len(node.shape) - 2)
-            places = [ex.var(n, size) if size > 1 else Index() for n, size in enumerate(node.shape[-2:])]
+            places = [
+                ex.var(n, size) if size > 1 else Index() for n, size in enumerate(node.shape[-2:])
+            ]
             try:
                 probe = node.at([*lead, *places])
             except NeedsMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -65,10 +66,28 @@ def trace(function: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> 
         example += [mode.from_tensor(t).clone() for t in tree.leaves(inputs)]
         made = call(example)
         results = [t.detach().new_empty(t.shape) for t in tree.leaves(made)]
-        module = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(
+        module = make_fx(flat, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
             *example, *results
         )
     return Graph(module, tree.replace(made, results), lift_constants(module))
+
+
+DECOMPOSED = (
+    "nan_to_num", "softplus", "softplus_backward", "leaky_relu", "leaky_relu_backward", "elu",
+    "elu_backward", "hardtanh", "hardtanh_backward", "silu", "gelu", "hardsigmoid", "linspace",
+    "tril", "triu", "_softmax", "_softmax_backward_data", "_log_softmax",
+    "_log_softmax_backward_data", "logsumexp", "heaviside", "xlogy",
+    "logit", "huber_loss", "sigmoid_backward", "tanh_backward", "select_backward",
+    "slice_backward", "aminmax", "sinc", "log_sigmoid_forward", "count_nonzero", "trace",
+)  # fmt: skip
+"""Operations that are traced as torch's own compositions of simpler ones."""
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import get_decompositions
+
+    return dict(get_decompositions([getattr(torch.ops.aten, name) for name in DECOMPOSED]))
 
 
 def lift_constants(graph: torch.fx.GraphModule) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Small functions, compiled together as one generated program, and torch's own answers to compare.
 
-    CASES = [Case("double", lambda x: 2 * x, [floats(3, 4)])]
-    compiled = compile_cases(CASES)
-    compiled.check(CASES[0])
+CASES = [Case("double", lambda x: 2 * x, [floats(3, 4)])]
+compiled = compile_cases(CASES)
+compiled.check(CASES[0])
 """
 
 from __future__ import annotations
@@ -166,9 +166,7 @@ class Compiled:
             k, m = tensor.stride()[:2]
             rows.append((tensor.data_ptr(), k * tensor.itemsize, m * tensor.itemsize))
         table = np.array(rows, np.int64).reshape(-1, 3)
-        addresses = np.array(
-            [t.data_ptr() for t in self.constants[case.name]] or [0], np.int64
-        )
+        addresses = np.array([t.data_ptr() for t in self.constants[case.name]] or [0], np.int64)
         # Not zeros: whatever is read before it is written is found.
         scratch = torch.full((self.scratch_bytes + 64,), 0xA5, dtype=torch.uint8)
         getattr(self.library, f"many_{case.name}")(
