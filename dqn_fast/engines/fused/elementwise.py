@@ -85,7 +85,10 @@ def _pow(dtype: torch.dtype, a: Any, b: Any) -> Expr:
         for _ in range(int(b) - 1):
             power = op("mul", dtype, power, a)
         return power
-    return op("pow", dtype, a, const(b, dtype))
+    if not dtype.is_floating_point:
+        return op("pow", dtype, a, const(b, dtype))
+    wide = torch.float64  # torch does not round the exponent
+    return cast(op("pow", wide, cast(a, wide), const(b, wide)), dtype)
 
 
 def _shift(name: str) -> Function:
