@@ -300,7 +300,11 @@ class _Planner:
                 stores.append(Store(buffer, offset_of(index, strides, start), value))
             return Kernel("loop", extents, stores, origins=[origin])
 
-        self._add(self._with_memory(attempt))
+        kernel = self._with_memory(attempt)
+        if buffer.role != "scratch" and not _touch_equally(kernel, kernel):
+            self._realise(node)  # it reads what earlier iterations overwrite
+            kernel = attempt()
+        self._add(kernel)
 
     def _scatter(self, node: Node) -> None:
         version, strides, offset = node.info["into"]
@@ -476,12 +480,9 @@ def _touch_equally(writer: Kernel, other: Kernel) -> bool:
                 return False
     if any(buffer.root in places for buffer in _searched(other.expressions())):
         return False
-    if writer.kind == "scatter":
-        return True
-    for store in other.stores:
-        if store.buffer.root in places and store.buffer.role != "scratch" and writer is not other:
-            return False
-    return True
+    return writer is other or not any(
+        store.buffer.root in places and store.buffer.role != "scratch" for store in other.stores
+    )
 
 
 # ------------------------------------------------------------------------------------- helpers

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +58,8 @@ def trace(function: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> 
         return function(tree.replace(state, carried), *tree.replace(inputs, given))
 
     def flat(*tensors: Tensor) -> list[Tensor]:
-        made = tree.leaves(call(tensors[: num_state + num_inputs]))
+        with _source_lines():
+            made = tree.leaves(call(tensors[: num_state + num_inputs]))
         for result, tensor in zip(tensors[num_state + num_inputs :], made, strict=True):
             result.copy_(tensor.detach())
         return []
@@ -70,6 +75,36 @@ def trace(function: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> 
             *example, *results
         )
     return Graph(module, tree.replace(made, results), lift_constants(module))
+
+
+def _source_lines() -> AbstractContextManager[Any]:
+    """A context in which each node of the graph being traced gets meta "source", such as
+    "dqn.py:234": the innermost line outside of torch that called it."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    proxy_mode = get_proxy_mode()
+    assert proxy_mode is not None
+    graph = proxy_mode.tracer.graph
+    skipped = os.path.dirname(torch.__file__), __file__, "<"  # "<string>": of a NamedTuple
+
+    class Lines(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = function(*args, **(kwargs or {}))
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code.co_filename.startswith(skipped):
+                frame = frame.f_back
+            if frame is not None:
+                line = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+                for node in reversed(graph.nodes):  # all that this call made
+                    if node.op == "placeholder" or "source" in node.meta:
+                        break
+                    node.meta["source"] = line
+            return made
+
+    return Lines()
 
 
 DECOMPOSED = (

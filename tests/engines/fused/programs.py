@@ -43,6 +43,7 @@ class Spec:
         nasty: whether the third try has NaN, infinities and extremes.
         order: axes from the outermost in memory to the innermost; None: as they are.
         learns: whether it requires a gradient.
+        exact: whether floats are multiples of 1/16.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class Spec:
     nasty: bool = True
     order: tuple[int, ...] | None = None
     learns: bool = False
+    exact: bool = False
 
     def values(self, attempt: int) -> Tensor:
         """Numbers of all members [M, *shape]; the members' tensors do not overlap."""
@@ -62,6 +64,7 @@ class Spec:
             made = torch.rand(shape, generator=generator) < 0.5
         elif self.dtype.is_floating_point:
             made = torch.randn(shape, generator=generator) * self.high
+            made = (made * 16).round() / 16 if self.exact else made
             if nasty:
                 which = torch.randint(len(NASTY_FLOATS), shape, generator=generator)
                 made = torch.tensor(NASTY_FLOATS)[which]
