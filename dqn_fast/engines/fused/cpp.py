@@ -39,7 +39,7 @@ MATH = {
     "fma", "hypot", "copysign",
 }  # fmt: skip
 
-COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "not", "isfinite", "beats_max", "beats_min"}
+COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "not", "beats_max", "beats_min"}
 """Operations whose result is a bool. G++ 12 loads from a wrong place, in a vectorised loop, if the
 place follows from a bool, so `SCALAR` keeps such loops from being vectorised."""
 
@@ -408,10 +408,6 @@ class _Body:
             return f"{args[0]} < 0 ? ({kind})(0 - ({UNSIGNED[expr.dtype]}){args[0]}) : {args[0]}"
         if op == "round":
             return f"__builtin_rint{_suffix(expr.dtype)}({args[0]})"
-        if op == "isfinite":
-            if not expr.args[0].dtype.is_floating_point:
-                return "true"
-            return f"__builtin_isfinite({args[0]})"
         if op == "remainder":
             return f"remainder_of({args[0]}, {args[1]})"
         if op == "floor_divide":

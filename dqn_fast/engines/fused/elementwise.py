@@ -186,10 +186,6 @@ def _threshold_backward(dtype: torch.dtype, grad: Expr, a: Expr, threshold: floa
     return chosen(below, const(0, dtype), grad)
 
 
-def _isfinite(_: torch.dtype | None, a: Expr) -> Expr:
-    return op("isfinite", torch.bool, a)
-
-
 def _isnan(_: torch.dtype | None, a: Expr) -> Expr:
     return op("ne", torch.bool, a, a) if a.dtype.is_floating_point else const(False, torch.bool)
 
@@ -285,7 +281,6 @@ POINTWISE: dict[str, tuple[Function, str]] = {
     "logical_or": (_logical("or"), "own"),
     "logical_xor": (_logical("xor"), "own"),
     "logical_not": (_logical_not, "own"),
-    "isfinite": (_isfinite, "own"),
     "isnan": (_isnan, "own"),
     "isinf": (_isinf, "own"),
     "isposinf": (_is(math.inf), "own"),

@@ -221,7 +221,7 @@ class Lowering:
             self._check_types(node.meta.get("val"))
             return self._lower(target, self._bound(node, target), node.meta.get("val"))
         except UnknownOperationError as error:
-            raise UnknownOperationError(f"{error}") from None
+            raise UnknownOperationError(f"{error} ({self._origin})") from None
 
     def _bound(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
         """Arguments by name, in the order of the schema; defaults where none is given."""
@@ -302,7 +302,7 @@ class Lowering:
                 for start, size in zip(starts, sizes, strict=False)
             ]
         new = tuple(value.shape)
-        if base in ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten"):
+        if base in ("view", "_unsafe_view", "unsqueeze", "squeeze"):
             forward, backward = _reshape(new, origin), _reshape(old, origin)
             return seen(View(forward, lambda _, written: backward(written)))
         if base == "expand":
@@ -414,7 +414,7 @@ class Lowering:
     def _make_clone(self, value: Any, source: Node) -> Node:
         return source
 
-    _make_contiguous = _make_lift_fresh_copy = _make_clone
+    _make_lift_fresh_copy = _make_clone
 
     def _make_flip(self, value: Any, source: Node, dims: Sequence[int]) -> Node:
         flipped = {dim % len(source.shape) for dim in dims}
@@ -1113,7 +1113,7 @@ RUNNING = 64
 """Longest running sums; each element is written out."""
 
 VIEWS = {
-    "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute",
+    "view", "_unsafe_view", "unsqueeze", "squeeze", "transpose", "permute",
     "t", "expand", "select", "slice", "split", "split_with_sizes", "unbind", "diagonal",
 }  # fmt: skip
 

@@ -22,8 +22,8 @@ from dqn_fast.engines.fused import expr
 from dqn_fast.engines.fused.build import Build, key_of, load
 from dqn_fast.engines.fused.cpp import print_program, room_bytes
 from dqn_fast.engines.fused.lower import lower
-from dqn_fast.engines.fused.planner import plan
-from dqn_fast.engines.fused.trace import trace
+from dqn_fast.engines.fused.planner import Program, plan
+from dqn_fast.engines.fused.trace import Graph, trace
 
 MEMBERS, STEPS = 2, 2
 
@@ -242,19 +242,25 @@ def _order(numbers: Tensor) -> Tensor:
     return torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
 
 
+def build_plan(case: Case) -> tuple[Graph, Program]:
+    """Trace, lower and plan."""
+    graph = trace(case.call, case.example(), ())
+    placeholders = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
+    lowered = lower(graph.module, len(placeholders) - len(graph.constants))
+    return graph, plan(case.name, lowered)
+
+
 def compile_cases(cases: Sequence[Case], sanitize: bool = False) -> Compiled:
     """Trace, lower, plan, print, compile and load."""
     assert len({case.name for case in cases}) == len(cases), "names are not unique"
     programs, constants, results, seen = [], {}, {}, set()
     for case in cases:
         try:
-            graph = trace(case.call, case.example(), ())
-            placeholders = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
-            lowered = lower(graph.module, len(placeholders) - len(graph.constants))
-            programs.append(plan(case.name, lowered))
+            graph, program = build_plan(case)
         except Exception as error:
             error.add_note(f"in case {case.name}")
             raise
+        programs.append(program)
         constants[case.name] = [c.contiguous() for c in graph.constants]
         results[case.name] = tree.leaves(graph.results)
         seen |= operations(graph.module)

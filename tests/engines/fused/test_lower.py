@@ -3,8 +3,11 @@ whatever else is rounded once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqn_fast.engines.fused import lower
+from dqn_fast.engines.fused.build import sanitizer_preload
+from dqn_fast.engines.fused.elementwise import POINTWISE
+from dqn_fast.engines.fused.lower import UnknownOperationError
 from tests.engines.fused.programs import (
+    MEMBERS,
     Case,
     Compiled,
     Spec,
+    build_plan,
     compile_cases,
     flags,
     floats,
@@ -355,6 +363,7 @@ REDUCED = [
     Case("prod_ints", lambda x: (x.prod(), x.prod(1)), [integers(3, 9)]),
     Case("cumsum", lambda x: (x.cumsum(0), x.cumsum(1)), [floats(4, 6, nasty=False)], ulp=8,
          atol=1e-5),
+    Case("cumprod", lambda x: (x.cumprod(0), x.cumprod(1)), [floats(3, 5, nasty=False)], ulp=8),
     Case("cumsum_ints", lambda x: (x.cumsum(0), x.cumsum(-1)), [integers(4, 6)]),
     Case("norm", lambda x: (x.norm(), x.norm(dim=1), torch.linalg.vector_norm(x, dim=0)),
          [floats(9, 3, nasty=False)], ulp=8),
@@ -518,12 +527,29 @@ SIZED = [
     Case("zero_dim", lambda x, y: (x + y, x * 2, x.unsqueeze(0), -y), [floats(), floats()]),
 ]  # fmt: skip
 
-GROUPS = {
-    "unary": UNARY, "binary": BINARY, "more": MORE, "types": TYPES, "created": CREATED,
-    "viewed": VIEWED, "reduced": REDUCED, "places": PLACES, "products": PRODUCTS, "lists": LISTS,
-    "sized": SIZED,
-}  # fmt: skip
-CASES = [case for group in GROUPS.values() for case in group]
+# Torch stops at an index outside; a program that cannot stop reads the last row instead.
+OUTSIDE = [
+    Case("outside_rows", lambda x, i: x[i], [floats(9, 3), integers(17)]),
+    Case("outside_select", lambda x, i: x.index_select(0, i), [floats(9, 3), integers(17)]),
+    Case("outside_gather", lambda x, i: x.gather(1, i), [floats(17, 9), integers(17, 1)]),
+    Case("outside_few", lambda x, i: (x * 2)[i], [floats(3), integers(17)]),
+    Case("outside_pairs", lambda x, i: x[i, i], [floats(9, 3), integers(17)]),
+    Case("outside_write", lambda x, i, y: x.index_copy_(0, i, y),
+         [floats(9, 3), integers(1), floats(1, 3)]),
+    Case("division_by_zero", lambda i, j: (i // j, i % j, torch.fmod(i, j),
+                                           torch.div(i, j, rounding_mode="trunc")),
+         [integers(17), integers(17)]),
+]  # fmt: skip
+
+CASES = [
+    *UNARY, *BINARY, *MORE, *TYPES, *CREATED, *VIEWED, *REDUCED, *PLACES, *PRODUCTS, *LISTS, *SIZED,
+    *OUTSIDE,
+]  # fmt: skip
+
+TRACING = (
+    torch._subclasses.fake_tensor.DataDependentOutputException,
+    torch._subclasses.fake_tensor.DynamicOutputShapeException,
+)
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +561,179 @@ def of(group: list[Case]) -> Callable[[Any], Any]:
     return pytest.mark.parametrize("case", group, ids=lambda case: case.name)
 
 
-@of(CASES)
-def test_case(compiled, case):
-    """As torch computes it."""
+@of(UNARY)
+def test_functions_of_one_number(compiled, case):
+    """NaN, infinities and negative zeros included."""
     compiled.check(case)
+
+
+@of(BINARY)
+def test_functions_of_two_numbers(compiled, case):
+    """Integers wrap, divide towards the side that torch does, and are shifted as by torch."""
+    compiled.check(case)
+
+
+@of(MORE)
+def test_other_functions_of_elements(compiled, case):
+    """Choices, bounds, losses and their gradients."""
+    compiled.check(case)
+
+
+@of(TYPES)
+def test_types_are_promoted(compiled, case):
+    """Results have torch's types and the numbers that follow from them."""
+    compiled.check(case)
+
+
+@of(CREATED)
+def test_new_tensors(compiled, case):
+    """Constants, ranges and tables of the function itself."""
+    compiled.check(case)
+
+
+@of(VIEWED)
+def test_moves(compiled, case):
+    """Views and joins move the right elements."""
+    compiled.check(case)
+
+
+@of(REDUCED)
+def test_reductions(compiled, case):
+    """All dims, kept dims and several dims of few and of many elements; the first of equals."""
+    compiled.check(case)
+
+
+@of(PLACES)
+def test_computed_places(compiled, case):
+    """Gathers, table look-ups, scatters and searches."""
+    compiled.check(case)
+
+
+@of(PRODUCTS)
+def test_products(compiled, case):
+    """Of matrices as they are, of views and of computed ones."""
+    compiled.check(case)
+
+
+@of(LISTS)
+def test_lists_of_tensors(compiled, case):
+    """`_foreach_*`."""
+    compiled.check(case)
+
+
+@of(SIZED)
+def test_sizes_and_broadcasts(compiled, case):
+    """Around the widths of vectors, and nothing at all."""
+    compiled.check(case)
+
+
+def test_every_known_operation_is_tried(compiled):
+    """The cases above leave out no operation of the tables."""
+    known = {*POINTWISE, *lower.CREATE, *lower.VIEWS}
+    known |= {n.removeprefix("_make_") for n in dir(lower.Lowering) if n.startswith("_make_")}
+    tried = {name.rstrip("_") for name in compiled.operations} | compiled.operations
+    tried |= {name.removeprefix("_foreach_").rstrip("_") for name in compiled.operations}
+    assert known <= tried, known - tried
+
+
+def _mask(x: Tensor) -> Tensor:
+    return x[x > 0]
+
+
+REFUSED = {
+    "nonzero": lambda x: torch.nonzero(x),
+    "index": _mask,
+    "unfold": lambda x: x.unfold(0, 2, 1),
+    "sort": lambda x: x.sort()[0],
+    "topk": lambda x: x.topk(2)[0],
+    "median": lambda x: x.median(),
+    "float64": lambda x: (x.double() + 1).float(),
+    "float16": lambda x: (x.half() + 1).float(),
+    "bfloat16": lambda x: (x.bfloat16() + 1).float(),
+    "int16": lambda x: x.to(torch.int16) + 1,
+    "int8": lambda x: x.to(torch.int8).sum(),
+    "complex64": lambda x: torch.complex(x, x).abs(),
+    "as_strided": lambda x: x.as_strided((2, 2), (1, 2)),
+    "rand": lambda x: x + torch.rand(9),
+    "bernoulli": lambda x: torch.bernoulli(x.clamp(0, 1)),
+    "item": lambda x: x + x[0].item(),
+    "if": lambda x: x if x.sum() > 0 else -x,
+    "rounding": lambda x: x.round(decimals=2),
+    "norm": lambda x: torch.linalg.vector_norm(x, ord=1),
+    "nothing": lambda x: x[:0][x[:2].long()],
+    "median_of": lambda x: x.kthvalue(1)[0],
+    "scatter": lambda x: x.scatter(0, x[:9].long(), x * 2),
+    "repeats": lambda x: x[:1].expand(9).add_(1),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_known_is_refused(what):
+    """While the function is traced, lowered or planned: never a wrong number."""
+    case = Case("refused", REFUSED[what], [floats(9, nasty=False)])
+    with pytest.raises(Exception) as raised:
+        build_plan(case)
+    assert isinstance(raised.value, (UnknownOperationError, *TRACING)), raised.value
+
+
+def test_a_refusal_names_the_operation_and_its_line():
+    """The innermost line outside of torch that calls it."""
+    with pytest.raises(UnknownOperationError) as raised:
+        build_plan(Case("refused", REFUSED["unfold"], [floats(9)]))
+    line = _line_of('"unfold": lambda')
+    assert f"test_lower.py:{line} unfold" in str(raised.value)
+
+
+def _line_of(text: str) -> int:
+    lines = Path(__file__).read_text().splitlines()
+    return next(i for i, line in enumerate(lines, 1) if text in line)
+
+
+@pytest.mark.parametrize("case", OUTSIDE, ids=lambda case: case.name)
+def test_indices_outside_touch_no_foreign_memory(compiled, case):
+    """The memory around each tensor stays as it is, and no number comes from there."""
+    for attempt in range(3):
+        values = [spec.values(attempt) for spec in case.state]
+        rooms = [torch.full((3, *v.shape), 77, dtype=v.dtype) for v in values]
+        for room, value in zip(rooms, values, strict=True):
+            room[1] = value
+        made = compiled.run(case, [room[1] for room in rooms])
+        for room in rooms:
+            assert (room[[0, 2]] == 77).all()
+        if case.name not in ("outside_write", "division_by_zero"):
+            own = values[0].flatten().tolist()
+            own += [2 * number for number in own]
+            assert all(number in own or number != number for number in made[0].flatten().tolist())
+
+
+def test_an_index_outside_reads_the_last_row(compiled):
+    """Also one that is negative, where torch counts none from the end."""
+    case = next(case for case in OUTSIDE if case.name == "outside_select")
+    x = torch.randn(MEMBERS, 9, 3)
+    i = torch.randint(-(2**62), 2**62, (MEMBERS, 17))
+    (made,) = compiled.run(case, [x, i])
+    assert torch.equal(made[0], x[:, -1:].expand(MEMBERS, 17, 3))
+
+
+@pytest.mark.slow
+def test_no_case_does_what_cplusplus_forbids(tmp_path):
+    """Neither memory outside nor undefined arithmetic, says the compiler's sanitizer."""
+    environ = {**os.environ, "LD_PRELOAD": ":".join(sanitizer_preload())}
+    environ["ASAN_OPTIONS"] = "detect_leaks=0"
+    made = subprocess.run(
+        [sys.executable, "-c", SANITIZED], env=environ, capture_output=True, text=True
+    )
+    assert made.stdout.strip().endswith("done"), (made.stdout + made.stderr)[-3000:]
+
+
+SANITIZED = """
+from tests.engines.fused import test_lower, test_planner
+from tests.engines.fused.programs import compile_cases
+cases = [*test_lower.CASES, *test_planner.CASES]
+compiled = compile_cases(cases, sanitize=True)
+for case in cases:
+    print(case.name, flush=True)
+    for attempt in range(3):
+        compiled.run(case, [spec.values(attempt) for spec in case.state])
+print("done")
+"""
