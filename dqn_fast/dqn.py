@@ -153,8 +153,8 @@ class DQN:
         return self.env.on_host
 
     def identity(self) -> Any | None:
-        """JSON values that these functions follow from, with the sources of this package; None: they
-        follow from other sources too."""
+        """JSON values that these functions follow from, with the sources of this package; None:
+        they follow from other sources too."""
         env = self.env.identity()
         parts = (self.network, self.head, self.replay)
         if env is None or not all(type(p).__module__.startswith("dqn_fast.") for p in parts):

@@ -29,15 +29,23 @@ INFIX = {
     "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
 }  # fmt: skip
 
+UNSIGNED = {torch.int64: "uint64_t", torch.int32: "uint32_t"}
+"""Types in which sums and products wrap, as torch's do; in signed ones C++ forbids that."""
+
+WRAPPING = {"add", "sub", "mul", "shl"}
+
 MATH = {
     "sqrt", "exp", "log", "sin", "cos", "tan", "tanh", "asin", "acos", "atan", "floor", "ceil",
     "trunc", "log2", "log10", "log1p", "exp2", "expm1", "sinh", "cosh", "atan2", "fmod", "pow",
-    "fma",
+    "fma", "hypot", "copysign",
 }  # fmt: skip
 
-COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "not", "isfinite", "beats_max", "beats_min"}
+COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "not", "beats_max", "beats_min"}
 """Operations whose result is a bool. G++ 12 loads from a wrong place, in a vectorised loop, if the
 place follows from a bool, so `SCALAR` keeps such loops from being vectorised."""
+
+SIGNS = {"sum": ("0", "+"), "prod": ("1", "*"), "any": ("0", "|"), "all": ("1", "&")}
+"""Start and operator of reductions that are no search."""
 
 PACKAGE = Path(__file__).parent
 
@@ -70,7 +78,7 @@ class Printer:
         for buffer in sorted(
             {b.root for b in used}, key=lambda b: (b.role, b.position, b.offset, b.name)
         ):
-            if buffer.offset < 0 and buffer.role == "scratch" or buffer in local:
+            if (buffer.offset < 0 and buffer.role == "scratch") or buffer in local:
                 continue
             kind = TYPES[buffer.dtype]
             source = f"s + {buffer.offset}"
@@ -144,7 +152,8 @@ class Printer:
             rows = "last - first"
             x = f"{_pointer(p.x)} + first * {p.x.row}, {p.x.row}, {p.x.column}"
             out = f"{_pointer(p.out)} + first * {p.out.row}, {p.out.row}, {p.out.column}"
-        self._line(f"product<End::{p.end.upper()}>({rows}, {p.columns}, {p.depth}, {x}, {y}, {out},")
+        call, sizes = f"product<End::{p.end.upper()}>", f"{rows}, {p.columns}, {p.depth}"
+        self._line(f"{call}({sizes}, {x}, {y}, {out},")
         self._line(f"    {bias}, {room});")
 
     def _loop(self, kernel: Kernel) -> None:
@@ -211,21 +220,21 @@ class Printer:
             self._for(depth, kept[depth])
         for expr in by_depth.get(len(kept), ()):
             body.emit(expr)
-        if r.what in ("sum", "any", "all"):
-            start, sign = {"sum": ("0", "+"), "any": ("0", "|"), "all": ("1", "&")}[r.what]
+        if r.what in SIGNS:
+            start, sign = SIGNS[r.what]
             accumulator = "int" if r.buffer.dtype == torch.bool else kind
             self._line(f"{accumulator} {total} = {start};")
         else:
             term = TYPES[r.term.dtype]
             self._line(f"{term} {total} = 0; int64_t {total}_at = 0; bool {total}_first = true;")
         for depth in range(len(kept), len(kernel.extents)):
-            if depth == len(kernel.extents) - 1 and r.what in ("sum", "any", "all"):
+            if depth == len(kernel.extents) - 1 and r.what in SIGNS:
                 self._line(f"#pragma omp simd reduction({sign}:{total})")
             self._for(depth, kernel.extents[depth])
             for expr in by_depth.get(depth + 1, ()):
                 body.emit(expr)
         term_name = body.name(r.term)
-        if r.what in ("sum", "any", "all"):
+        if r.what in SIGNS:
             self._line(f"{total} {sign}= {term_name};")
         else:
             more = r.what in ("max", "argmax")
@@ -396,7 +405,13 @@ class _Body:
         if op in ("upper_bound", "lower_bound"):
             buffer, size, key = expr.args
             return f"{op}<{TYPES[buffer.dtype]}>({buffer.name}, {size}, {self.name(key)})"
-        args = [self.name(arg) for arg in expr.args]
+        args = [self.name(arg) for arg in expr.operands()]
+        if op in WRAPPING and expr.dtype in UNSIGNED:
+            unsigned = UNSIGNED[expr.dtype]
+            return f"({kind})(({unsigned}){args[0]} {INFIX[op]} ({unsigned}){args[1]})"
+        if op == "inside":
+            last = f"UINT64_C({expr.args[1] - 1})"
+            return f"(uint64_t){args[0]} < {last} ? (uint64_t){args[0]} : {last}"
         if op in INFIX:
             return f"{args[0]} {INFIX[op]} {args[1]}"
         if op == "cast":
@@ -409,11 +424,13 @@ class _Body:
             b = expr.args[1]
             sign = "<" if op == "max" else ">"
             nan = f" || {args[1]} != {args[1]}"
-            if b.op == "const" or not expr.dtype.is_floating_point:
+            if not expr.dtype.is_floating_point or (b.op == "const" and b.args[0] == b.args[0]):
                 nan = ""
             return f"({args[0]} {sign} {args[1]}{nan}) ? {args[1]} : {args[0]}"
         if op in ("beats_max", "beats_min"):
             return _beats(args[0], args[1], op == "beats_max", expr.args[0].dtype.is_floating_point)
+        if op == "neg" and expr.dtype in UNSIGNED:
+            return f"({kind})(0 - ({UNSIGNED[expr.dtype]}){args[0]})"
         if op == "neg":
             return f"-{args[0]}"
         if op == "not":
@@ -423,22 +440,21 @@ class _Body:
         if op == "abs":
             if expr.dtype.is_floating_point:
                 return f"__builtin_fabs{_suffix(expr.dtype)}({args[0]})"
-            return f"{args[0]} < 0 ? -{args[0]} : {args[0]}"
+            if expr.dtype not in UNSIGNED:
+                return args[0]
+            return f"{args[0]} < 0 ? ({kind})(0 - ({UNSIGNED[expr.dtype]}){args[0]}) : {args[0]}"
         if op == "round":
             return f"__builtin_rint{_suffix(expr.dtype)}({args[0]})"
-        if op == "isfinite":
-            if not expr.args[0].dtype.is_floating_point:
-                return "true"
-            return f"__builtin_isfinite({args[0]})"
         if op == "remainder":
             return f"remainder_of({args[0]}, {args[1]})"
         if op == "floor_divide":
             return f"floor_divide({args[0]}, {args[1]})"
         if op == "trunc_divide":
-            text = f"{args[0]} / {args[1]}"
-            if expr.dtype.is_floating_point:
-                text = f"__builtin_trunc{_suffix(expr.dtype)}({text})"
-            return text
+            if not expr.dtype.is_floating_point:
+                return f"quotient_of({args[0]}, {args[1]})"
+            return f"__builtin_trunc{_suffix(expr.dtype)}({args[0]} / {args[1]})"
+        if op in ("fmod", "pow") and not expr.dtype.is_floating_point:
+            return f"{'rest_of' if op == 'fmod' else 'power'}({args[0]}, {args[1]})"
         if op in MATH:
             return f"__builtin_{op}{_suffix(expr.dtype)}({', '.join(args)})"
         raise AssertionError(op)

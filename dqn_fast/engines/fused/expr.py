@@ -76,7 +76,10 @@ class Expr:
 
 _unique: dict[Any, Expr] = {}
 
-EXPENSIVE = {"sin", "cos", "exp", "log", "tan", "tanh", "pow", "remainder", "floor_divide"}
+EXPENSIVE = {
+    "sin", "cos", "exp", "log", "tan", "tanh", "pow", "remainder", "floor_divide", "fmod",
+    "trunc_divide",
+}  # fmt: skip
 """Operations that count as twenty."""
 
 
@@ -119,6 +122,34 @@ def const(value: float | int | bool, dtype: torch.dtype) -> Expr:
     else:
         value = int(value)
     return make("const", (value,), dtype)
+
+
+def op(name: str, dtype: torch.dtype, *args: Expr) -> Expr:
+    """An operation; all operands have the type that it computes in."""
+    return make(name, args, dtype)
+
+
+def cast(value: Expr, dtype: torch.dtype) -> Expr:
+    """The scalar in another type, as torch converts it."""
+    if value.dtype == dtype:
+        return value
+    if value.op == "const" and not (value.dtype.is_floating_point and dtype != torch.bool):
+        return const(value.args[0], dtype)
+    return make("cast", (value,), dtype)
+
+
+def chosen(condition: Expr, yes: Expr, no: Expr) -> Expr:
+    """One of two scalars; both are computed."""
+    if condition.op == "const":
+        return yes if condition.args[0] else no
+    return yes if yes is no else make("where", (condition, yes, no), yes.dtype)
+
+
+def as_expr(index: Index) -> Expr:
+    """An index as a scalar of the program."""
+    if index.is_const:
+        return const(index.const, torch.int64)
+    return make("index", (index,), torch.int64)
 
 
 def var(position: int, extent: int) -> Index:
@@ -194,8 +225,8 @@ class Index:
         low, high = remainder.range()
         if low >= 0 and high < divisor:
             return Index(whole, quotient), remainder
-        if not self.terms:
-            return Index({}, quotient), Index({}, const)
+        if low < 0:  # C++ rounds towards zero; all of the index is not negative
+            whole, quotient, remainder = {}, 0, self
         atoms = [make(op, (remainder, divisor), torch.int64) for op in ("quotient", "rest")]
         return Index(whole, quotient) + Index({atoms[0]: 1}), Index({atoms[1]: 1})
 
@@ -228,7 +259,59 @@ def _atom_range(atom: Expr) -> tuple[float, float]:
 
 
 def bounded(expr: Expr, extent: int) -> Index:
-    """A scalar of the program as an index in 0 .. extent - 1."""
+    """A scalar of the program as an index in 0 .. extent - 1.
+
+    One that is outside stands for the last place: torch would stop, which a compiled loop cannot.
+    """
     if expr.op == "const":
-        return Index({}, int(expr.args[0]))
+        return Index({}, int(expr.args[0]) if 0 <= expr.args[0] < extent else extent - 1)
+    low, high = range_of(expr)
+    if low < 0 or high >= extent:
+        expr = make("inside", (expr, extent), torch.int64)
     return Index({make("bounded", (expr, extent), torch.int64): 1})
+
+
+def range_of(expr: Expr, patience: int = 12) -> tuple[float, float]:
+    """Bounds of a scalar that is a whole number.
+
+    Args:
+        expr: the scalar.
+        patience: how many operations to look into.
+    """
+    everything = -math.inf, math.inf
+    if expr.dtype == torch.bool:
+        return 0, 1
+    if expr.dtype == torch.uint8:
+        return 0, 255
+    if expr.dtype.is_floating_point or not patience:
+        return everything
+    if expr.op == "const":
+        return expr.args[0], expr.args[0]
+    if expr.op == "index":
+        return expr.args[0].range()
+    if expr.op in ("lower_bound", "upper_bound"):
+        return 0, expr.args[1]
+    if expr.op == "inside":
+        return 0, expr.args[1] - 1
+    args = [range_of(arg, patience - 1) for arg in expr.operands()]
+    if expr.op == "cast" and not expr.args[0].dtype.is_floating_point:
+        info = torch.iinfo(expr.dtype)
+        return args[0] if info.min <= args[0][0] and args[0][1] <= info.max else everything
+    if expr.op == "where":
+        return min(args[1][0], args[2][0]), max(args[1][1], args[2][1])
+    if expr.op in ("max", "min"):
+        best = max if expr.op == "max" else min
+        return best(args[0][0], args[1][0]), best(args[0][1], args[1][1])
+    if expr.op == "remainder" and expr.args[1].op == "const" and expr.args[1].args[0] > 0:
+        return 0, expr.args[1].args[0] - 1
+    if expr.op == "and" and min(args[0][0], args[1][0]) >= 0:
+        return 0, min(args[0][1], args[1][1])
+    made = everything
+    if expr.op == "add":
+        made = args[0][0] + args[1][0], args[0][1] + args[1][1]
+    elif expr.op == "sub":
+        made = args[0][0] - args[1][1], args[0][1] - args[1][0]
+    elif expr.op == "mul" and min(args[0][0], args[1][0]) >= 0:
+        made = args[0][0] * args[1][0], args[0][1] * args[1][1]
+    # A number that may be larger may have wrapped.
+    return made if max(-made[0], made[1]) < 2**31 else everything

@@ -19,7 +19,20 @@ import torch
 from torch import Tensor
 
 from dqn_fast.engines.fused import expr as ex
-from dqn_fast.engines.fused.expr import Buffer, Expr, Index, bounded, const, make
+from dqn_fast.engines.fused.elementwise import POINTWISE
+from dqn_fast.engines.fused.expr import (
+    Buffer,
+    Expr,
+    Index,
+    as_expr,
+    bounded,
+    cast,
+    chosen,
+    const,
+    make,
+    op,
+    range_of,
+)
 
 UNROLL = 8
 """Reductions of at most this many elements are written out; see `planner.py` for loops."""
@@ -84,10 +97,15 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class View:
-    """A way to look at a tensor: at another shape, and back if that is possible."""
+    """A way to look at a tensor.
+
+    Attributes:
+        forward: the view of a tensor.
+        backward: the tensor from its old value and the view's new one; None: it cannot be written.
+    """
 
     forward: Callable[[Node], Node]
-    backward: Callable[[Node], Node] | None = None
+    backward: Callable[[Node, Node], Node] | None = None
 
 
 @dataclass(eq=False)
@@ -110,14 +128,14 @@ class Ref:
             node = view.forward(node)
         return node
 
-    def write(self, value: Node, what: str) -> None:
+    def write(self, value: Node) -> None:
         chain = [self.box.value]
         for view in self.views:
             chain.append(view.forward(chain[-1]))
-        for view in reversed(self.views):
+        for view, old in zip(reversed(self.views), reversed(chain[:-1]), strict=True):
             if view.backward is None:
-                raise UnknownOperationError(f"{what} into a part of a tensor")
-            value = view.backward(value)
+                raise UnknownOperationError("a write into a tensor that repeats elements")
+            value = view.backward(old, value)
         self.box.value = value
 
 
@@ -135,40 +153,6 @@ class Lowered:
     scatters: list[Node]
     arguments: list[Buffer]
     constants: list[Buffer]
-
-
-# ------------------------------------------------------------------------------------ expressions
-
-
-def cast(value: Expr, dtype: torch.dtype) -> Expr:
-    """The scalar in another type, as torch converts it."""
-    if value.dtype == dtype:
-        return value
-    if value.op == "const" and not (value.dtype.is_floating_point and dtype != torch.bool):
-        return const(value.args[0], dtype)
-    return make("cast", (value,), dtype)
-
-
-def op(name: str, dtype: torch.dtype, *args: Expr) -> Expr:
-    """An operation; all operands have the type that it computes in."""
-    return make(name, args, dtype)
-
-
-def number(value: float | int | bool, dtype: torch.dtype) -> Expr:
-    return const(value, dtype)
-
-
-def chosen(condition: Expr, yes: Expr, no: Expr) -> Expr:
-    if condition.op == "const":
-        return yes if condition.args[0] else no
-    return yes if yes is no else make("where", (condition, yes, no), yes.dtype)
-
-
-def as_expr(index: Index) -> Expr:
-    """An index as a scalar of the program."""
-    if index.is_const:
-        return const(index.const, torch.int64)
-    return make("index", (index,), torch.int64)
 
 
 # ------------------------------------------------------------------------------------- the lowering
@@ -220,21 +204,34 @@ class Lowering:
         for box, memory in boxes:
             written = box.value
             assert memory.place is not None
-            if written.kind == "memory" and written.place is not None:
-                if written.place[0].root is memory.place[0]:
-                    continue
+            if written.place is not None and written.place[0].root is memory.place[0]:
+                continue
             stores.append((memory.place[0], memory.place[1], written))
         return Lowered(stores, self._scatters, arguments, constants)
 
     def _call(self, node: torch.fx.Node) -> Any:
         if node.target is operator.getitem:
             return self._values[node.args[0]][node.args[1]]  # type: ignore[index]
-        name = str(node.target).removeprefix("aten.")
-        self._origin = f"{_where(node)}{name}"
-        args = [self._argument(arg) for arg in node.args]
-        kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
-        made = self._lower(name, args, kwargs, node.meta.get("val"))
-        return made
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            raise UnknownOperationError(str(target))
+        name = target.name().removeprefix("aten::")
+        self._origin = f"{node.meta.get('source', '')} {name}".strip()
+        try:
+            self._check_types(node.meta.get("val"))
+            return self._lower(target, self._bound(node, target), node.meta.get("val"))
+        except UnknownOperationError as error:
+            raise UnknownOperationError(f"{error} ({self._origin})") from None
+
+    def _bound(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
+        """Arguments by name, in the order of the schema; defaults where none is given."""
+        bound = {}
+        for i, parameter in enumerate(target._schema.arguments):
+            value = node.kwargs.get(parameter.name, parameter.default_value)
+            value = node.args[i] if i < len(node.args) else value
+            if parameter.name not in LAYOUT:
+                bound[parameter.name] = self._argument(value)
+        return bound
 
     def _argument(self, arg: Any) -> Any:
         if isinstance(arg, torch.fx.Node):
@@ -243,100 +240,108 @@ class Lowering:
             return [self._argument(item) for item in arg]
         return arg
 
-    def _lower(self, name: str, args: list[Any], kwargs: dict[str, Any], value: Any) -> Any:
-        base, _, overload = name.partition(".")
-        if base.startswith("_foreach_"):
-            return self._foreach(base.removeprefix("_foreach_"), overload, args, kwargs, value)
-        if base in VIEWS:
-            return self._view(base, args, kwargs, value)
-        if base in ("index_copy_",):
-            return self._index_copy(args)
-        if base.endswith("_") and not base.startswith("_"):
-            target = args[0]
-            made = self._pure(base[:-1], overload, args, kwargs, _val_of(target))
-            target.write(made, base)
-            return target
-        if base in ("clone", "detach", "alias", "lift_fresh_copy"):
-            if base in ("detach", "alias"):
-                return args[0]
-            return Ref(Box(args[0].read()))
-        made = self._pure(base, overload, args, kwargs, value)
-        if isinstance(made, tuple):
-            return [Ref(Box(item)) for item in made]
-        return Ref(Box(made))
+    def _check_types(self, value: Any) -> None:
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(each, Tensor) and each.dtype not in DTYPES:
+                raise UnknownOperationError(f"tensors of {each.dtype}")
 
-    def _foreach(
-        self, base: str, overload: str, args: list[Any], kwargs: dict[str, Any], value: Any
-    ) -> Any:
-        """`_foreach_*`, tensor by tensor."""
+    def _lower(self, target: torch._ops.OpOverload, bound: dict[str, Any], value: Any) -> Any:
+        base = target.name().removeprefix("aten::").partition(".")[0]
+        into = bound.pop("out", None)
+        args = list(bound.values())
+        if base.startswith("_foreach_"):
+            return self._foreach(base.removeprefix("_foreach_"), args)
+        if base in VIEWS:
+            return self._view(base, args, value)
+        if base == "index_copy_":
+            return self._index_copy(*args)
+        if base in ("detach", "alias"):
+            return args[0]
+        if base.startswith("__i") or (base.endswith("_") and not base.startswith("_")):
+            base = f"__{base[3:]}" if base.startswith("__i") else base[:-1]
+            into = args[0]
+        made = self._pure(base, args, value if into is None else _like(into), into is not None)
+        if into is not None:
+            into.write(made)
+            return into
+        return [Ref(Box(item)) for item in made] if isinstance(made, tuple) else Ref(Box(made))
+
+    def _foreach(self, base: str, args: list[Any]) -> Any:
+        """`_foreach_*`, tensor by tensor: a list has one item for each of them."""
         in_place = base.endswith("_")
-        lists = [arg if isinstance(arg, list) else None for arg in args]
-        results = []
-        for i in range(len(args[0])):
-            row = [arg if each is None else each[i] for arg, each in zip(args, lists, strict=True)]
-            val = _val_of(row[0])
-            made = self._pure(base.rstrip("_"), overload, row, kwargs, val)
-            if in_place:
-                row[0].write(made, f"_foreach_{base}")
-            results.append(Ref(Box(made)))
-        return args[0] if in_place else results
+        base = FOREACH.get(base, base.rstrip("_"))
+        made = []
+        for i, ref in enumerate(args[0]):
+            row = [arg[i] if isinstance(arg, list) else arg for arg in args]
+            like = _Like((), ref.read().dtype) if base in FOREACH.values() else _like(ref)
+            made.append(self._pure(base, row, like, in_place))
+        if in_place:
+            for ref, node in zip(args[0], made, strict=True):
+                ref.write(node)
+            return args[0]
+        return [Ref(Box(node)) for node in made]
 
     # ------------------------------------------------------------------------------------- views
 
-    def _view(self, base: str, args: list[Any], kwargs: dict[str, Any], value: Any) -> Any:
+    def _view(self, base: str, args: list[Any], value: Any) -> Any:
         ref, rest, origin = args[0], args[1:], self._origin
-        if base in ("split", "split_with_sizes", "unbind", "chunk"):
-            shape = ref.read().shape
-            dim = rest[-1] if len(rest) > (base != "unbind") else kwargs.get("dim", 0)
-            dim %= len(shape)
-            if base == "unbind":
-                return [
-                    Ref(ref.box, (*ref.views, _select(dim, i, origin))) for i in range(shape[dim])
-                ]
-            starts = itertools.accumulate((v.shape[dim] for v in value), initial=0)
+        old = ref.read().shape
+
+        def seen(view: View) -> Ref:
+            return Ref(ref.box, (*ref.views, view))
+
+        if base == "unbind":
+            dim = rest[0] % len(old)
+            return [seen(_select(dim, i, origin)) for i in range(old[dim])]
+        if base in ("split", "split_with_sizes"):
+            dim = rest[1] % len(old)
+            sizes = [part.shape[dim] for part in value]
+            starts = itertools.accumulate(sizes, initial=0)
             return [
-                Ref(ref.box, (*ref.views, _slice(dim, start, v.shape[dim], 1, origin)))
-                for start, v in zip(starts, value, strict=False)
+                seen(_slice(dim, start, size, 1, origin))
+                for start, size in zip(starts, sizes, strict=False)
             ]
-        old, new = ref.read().shape, tuple(value.shape)
-        if base in ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten"):
-            view = View(_reshape(new, origin), _reshape(old, origin))
-        elif base in ("transpose", "permute", "t"):
-            order = list(range(len(old)))
-            if base == "permute":
-                order = [dim % len(old) for dim in rest[0]]
-            else:
-                a, b = (dim % len(old) for dim in (rest if base == "transpose" else (0, -1)))
+        new = tuple(value.shape)
+        if base in ("view", "_unsafe_view", "unsqueeze", "squeeze"):
+            forward, backward = _reshape(new, origin), _reshape(old, origin)
+            return seen(View(forward, lambda _, written: backward(written)))
+        if base == "expand":
+            return seen(View(_expand(new, origin)))
+        if base == "select":
+            dim = rest[0] % len(old)
+            return seen(_select(dim, rest[1] % old[dim], origin))
+        if base == "slice":
+            dim, start, _, step = rest
+            dim, start = dim % len(old), start or 0
+            start = max(start + old[dim], 0) if start < 0 else min(start, old[dim])
+            return seen(_slice(dim, start, new[dim], step, origin))
+        if base == "diagonal":
+            offset, a, b = rest
+            return seen(_diagonal(new, offset, a % len(old), b % len(old), origin))
+        order = list(range(len(old)))
+        if base == "permute":
+            order = [dim % len(old) for dim in rest[0]]
+        elif len(old) > 1 or base == "transpose":
+            a, b = (dim % max(len(old), 1) for dim in (rest if base == "transpose" else (0, -1)))
+            if old:
                 order[a], order[b] = order[b], order[a]
-            back = [order.index(i) for i in range(len(order))]
-            view = View(_permute(order, origin), _permute(back, origin))
-        elif base == "expand":
-            view = View(_expand(new, origin))
-        elif base == "select":
-            view = _select(rest[0] % len(old), rest[1] % old[rest[0]], origin)
-        else:  # slice
-            dim = (rest[0] if rest else 0) % len(old)
-            start = rest[1] if len(rest) > 1 and rest[1] is not None else 0
-            step = rest[3] if len(rest) > 3 else 1
-            start = min(start + old[dim] if start < 0 else start, old[dim])
-            view = _slice(dim, start, new[dim], step, origin)
-        return Ref(ref.box, (*ref.views, view))
+        there = _permute(order, origin)
+        back = _permute([order.index(i) for i in range(len(order))], origin)
+        return seen(View(there, lambda _, written: back(written)))
 
     # ------------------------------------------------------------------------------- pure functions
 
-    def _pure(
-        self, base: str, overload: str, args: list[Any], kwargs: dict[str, Any], value: Any
-    ) -> Any:
+    def _pure(self, base: str, args: list[Any], value: Any, in_place: bool = False) -> Any:
         """A new node, or a tuple of them."""
-        nodes = [arg.read() if isinstance(arg, Ref) else arg for arg in args]
+        nodes = [_read(arg) for arg in args]
         if base in POINTWISE:
-            return self._pointwise(base, nodes, kwargs, value)
+            return self._pointwise(base, nodes, value, in_place)
         if base in CREATE:
-            return self._create(base, nodes, kwargs, value)
+            return self._create(base, nodes, value)
         method = getattr(self, f"_make_{base}", None)
         if method is None:
-            raise UnknownOperationError(f"{base} ({self._origin})")
-        return method(nodes, kwargs, value)
+            raise UnknownOperationError(base)
+        return method(value, *nodes)
 
     def _node(
         self,
@@ -349,86 +354,146 @@ class Lowering:
     ) -> Node:
         return Node(kind, tuple(shape), dtype, list(inputs), element, self._origin, info)
 
-    def _pointwise(self, base: str, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        function, compute = POINTWISE[base]
-        shape, dtype = tuple(value.shape), value.dtype
-        inputs = [arg for arg in args if isinstance(arg, Node)]
-        settings = {k: v for k, v in kwargs.items() if k not in LAYOUT}
-        if compute == "inputs":  # comparisons
-            numbers = [a for a in args if a is not None]
-            kind = _promoted(numbers)
-        elif compute == "same":
-            kind = None
-        else:
-            kind = dtype
+    def _pointwise(self, base: str, args: list[Any], value: Any, in_place: bool) -> Node:
+        function, types = POINTWISE[base]
+        dtype = value.dtype
+        if base.endswith(("_loss", "_loss_backward")) and args[-1 - ("l1" in base)] != 0:
+            raise UnknownOperationError("a loss with a reduction")
+        if base == "round" and args[1:] not in ([], [0]):
+            raise UnknownOperationError("rounding to decimals")
+        args = args[:1] if base == "round" else args
+        compute = None if types == "own" else dtype
+        if types == "inputs" or (types == "result" and in_place):
+            compute = _promoted(args)
 
         def element(index: Sequence[Index]) -> Expr:
-            exprs: list[Any] = []
+            operands = []
             for i, arg in enumerate(args):
                 if isinstance(arg, Node):
-                    each = arg.at(_broadcast(index, arg.shape))
-                    keep = kind is None or (base == "where" and i == 0)
-                    exprs.append(each if keep else cast(each, kind))
-                else:
-                    exprs.append(arg)
-            made: Expr = function(kind or dtype, *exprs, **settings)
-            return cast(made, dtype)
+                    arg = arg.at(_broadcast(index, arg.shape))
+                    is_mask = base == "where" and i == 0
+                    arg = arg if compute is None or is_mask else cast(arg, compute)
+                operands.append(arg)
+            return cast(function(compute, *operands), dtype)
 
-        return self._node(shape, dtype, inputs, element)
+        return self._node(value.shape, dtype, [a for a in args if isinstance(a, Node)], element)
 
-    def _create(self, base: str, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        shape, dtype = tuple(value.shape), value.dtype
-        if base == "arange":
-            start = args[0] if len(args) > 1 else 0
-            step = args[2] if len(args) > 2 else 1
-            return self._node(
-                shape, dtype, [], lambda index: cast(as_expr(index[0] * step + start), dtype)
-            )
-        fill = {"zeros": 0, "ones": 1, "empty": 0}.get(base.removeprefix("new_").split("_")[0])
-        if fill is None:  # full, full_like, new_full, scalar_tensor
-            fill = args[0] if base == "scalar_tensor" else args[1]
-        if isinstance(fill, Node):
-            inner = fill
-            return self._node(shape, dtype, [inner], lambda _: cast(inner.at(()), dtype))
-        return self._node(shape, dtype, [], lambda _: const(fill, dtype))
-
-    # joins
-
-    def _make_cat(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        parts = [part.read() for part in args[0]]
-        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(value.shape)
-        return self._join([part for part in parts if part.size], dim, value)
-
-    def _make_stack(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(value.shape)
-        shape = list(value.shape)
-        shape[dim] = 1
-        return self._join([_reshape(shape, self._origin)(part.read()) for part in args[0]], dim, value)
-
-    def _join(self, parts: list[Node], dim: int, value: Any) -> Node:
-        ends = list(itertools.accumulate(part.shape[dim] for part in parts))
-        starts = [0, *ends[:-1]]
+    def _create(self, base: str, args: list[Any], value: Any) -> Node:
         dtype = value.dtype
+        if base == "scalar_tensor":
+            fill = args[0]
+        elif "full" in base:
+            fill = args[-1]
+        else:
+            fill = 1 if "ones" in base else 0
+        return self._node(value.shape, dtype, [], lambda _: const(fill, dtype))
+
+    def _make_arange(self, value: Any, *ends: float) -> Node:
+        start, step = (ends[0], ends[2] if len(ends) > 2 else 1) if len(ends) > 1 else (0, 1)
+        dtype = value.dtype
+        if isinstance(start, int) and isinstance(step, int):
+            return self._node(
+                value.shape, dtype, [], lambda index: cast(as_expr(index[0] * step + start), dtype)
+            )
 
         def element(index: Sequence[Index]) -> Expr:
-            low, high = index[dim].range()
-            for part, start, end in zip(parts, starts, ends, strict=True):
-                if start <= low and high < end:
-                    place = [*index]
-                    place[dim] = index[dim] + -start
-                    return cast(part.at(place), dtype)
-            raise NeedsMemory(node)
+            steps = cast(as_expr(index[0]), dtype)
+            return op("fma", dtype, steps, const(step, dtype), const(start, dtype))
 
-        node = self._node(
-            value.shape, dtype, parts, element, "join", parts=parts, starts=starts, dim=dim
-        )
-        return node
+        return self._node(value.shape, dtype, [], element)
+
+    def _make_eye(self, value: Any, *_: int) -> Node:
+        def element(index: Sequence[Index]) -> Expr:
+            i, j = (as_expr(each) for each in index)
+            return cast(op("eq", torch.bool, i, j), value.dtype)
+
+        return self._node(value.shape, value.dtype, [], element)
+
+    # moves
+
+    def _make_clone(self, value: Any, source: Node) -> Node:
+        return source
+
+    _make_lift_fresh_copy = _make_clone
+
+    def _make_flip(self, value: Any, source: Node, dims: Sequence[int]) -> Node:
+        flipped = {dim % len(source.shape) for dim in dims}
+
+        def element(index: Sequence[Index]) -> Expr:
+            return source.at(
+                [
+                    i * -1 + (size - 1) if dim in flipped else i
+                    for dim, (i, size) in enumerate(zip(index, source.shape, strict=True))
+                ]
+            )
+
+        return self._node(value.shape, value.dtype, [source], element)
+
+    def _make_repeat(self, value: Any, source: Node, repeats: Sequence[int]) -> Node:
+        def element(index: Sequence[Index]) -> Expr:
+            last = index[len(index) - len(source.shape) :]
+            pairs = zip(last, source.shape, strict=True)
+            return source.at([i.split(size)[1] for i, size in pairs])
+
+        return self._node(value.shape, value.dtype, [source], element)
+
+    def _make_roll(
+        self, value: Any, source: Node, shifts: Sequence[int], dims: Sequence[int]
+    ) -> Node:
+        if not dims:
+            flat = _reshape((source.size,), self._origin)(source)
+            rolled = self._make_roll(_Like(flat.shape, flat.dtype), flat, shifts, [0])
+            return _reshape(source.shape, self._origin)(rolled)
+        for shift, dim in zip(shifts, dims, strict=True):
+            dim %= len(source.shape)
+            size = source.shape[dim]
+            if size and shift % size:
+                first = size - shift % size
+                parts = [(first, size - first), (0, first)]
+                views = [_slice(dim, start, count, 1, self._origin) for start, count in parts]
+                source = self._join([view.forward(source) for view in views], dim)
+        return source
+
+    def _make_cat(self, value: Any, tensors: Sequence[Any], dim: int) -> Node:
+        nodes = [node for node in tensors if node.shape != (0,)]  # torch lets those pass
+        if not nodes:
+            return self._create("zeros", [], value)
+        return self._join(nodes, dim % len(value.shape), value.dtype)
+
+    def _make_stack(self, value: Any, tensors: Sequence[Any], dim: int) -> Node:
+        dim %= len(value.shape)
+        shape = list(value.shape)
+        shape[dim] = 1
+        widen = _reshape(shape, self._origin)
+        return self._join([widen(node) for node in tensors], dim, value.dtype)
+
+    def _join(self, parts: list[Node], dim: int, dtype: torch.dtype | None = None) -> Node:
+        return _joined(parts, dim, dtype or parts[0].dtype, self._origin)
+
+    def _make_cumsum(self, value: Any, source: Node, dim: int) -> Node:
+        return self._running("add", value, source, dim)
+
+    def _make_cumprod(self, value: Any, source: Node, dim: int) -> Node:
+        return self._running("mul", value, source, dim)
+
+    def _running(self, name: str, value: Any, source: Node, dim: int) -> Node:
+        """Running sums or products, written out."""
+        if not source.shape or not source.size:
+            return self._pointwise("_to_copy", [source], value, False)
+        dim %= len(source.shape)
+        if source.shape[dim] > RUNNING:
+            raise UnknownOperationError(f"running results of more than {RUNNING} elements")
+        parts: list[Node] = []
+        for i in range(source.shape[dim]):
+            part = _slice(dim, i, 1, 1, self._origin).forward(source)
+            like = _Like(part.shape, value.dtype)
+            pair = [parts[-1], part] if parts else [part]
+            parts.append(self._pointwise(name if parts else "_to_copy", pair, like, False))
+        return self._join(parts, dim)
 
     # reductions
 
-    def _reduce(
-        self, what: str, source: Node, dims: Sequence[int], value: Any, scale: float | None = None
-    ) -> Node:
+    def _reduce(self, what: str, source: Node, dims: Sequence[int], value: Any) -> Node:
         """A reduction over `dims`, whether or not they are kept in `value.shape`."""
         dims = sorted({dim % max(len(source.shape), 1) for dim in dims}) if source.shape else []
         dtype = value.dtype
@@ -448,7 +513,7 @@ class Lowering:
 
         def term(index: Sequence[Index], inner: Sequence[Index]) -> Expr:
             each = source.at(source_index(index, inner))
-            if what in ("sum", "mean", "norm"):
+            if what in ("sum", "mean", "norm", "prod"):
                 each = cast(each, dtype)
             if what == "norm":
                 each = op("mul", dtype, each, each)
@@ -460,9 +525,10 @@ class Lowering:
             return op("sqrt", dtype, total) if what == "norm" else total
 
         info = {"what": what, "extents": extents, "term": term, "finish": finish}
-        if count > UNROLL or count == 0:
-            if count == 0 and what not in ("sum", "norm"):
-                raise UnknownOperationError(f"{what} of nothing ({self._origin})")
+        if count == 0:
+            start = {"prod": 1, "all": True, "mean": math.nan}.get(what, 0)
+            return self._node(value.shape, dtype, [], lambda _: const(start, dtype))
+        if count > UNROLL:
             return Node("reduce", tuple(value.shape), dtype, [source], None, self._origin, info)
 
         def element(index: Sequence[Index]) -> Expr:
@@ -472,107 +538,203 @@ class Lowering:
 
         return self._node(value.shape, dtype, [source], element)
 
-    def _make_sum(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("sum", args[0], _dims(args, args[0]), value)
+    def _make_sum(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("sum", source, _dims(dims, source), value)
 
-    def _make_mean(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("mean", args[0], _dims(args, args[0]), value)
+    def _make_mean(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("mean", source, _dims(dims, source), value)
 
-    def _make_amax(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("max", args[0], _dims(args, args[0]), value)
+    def _make_prod(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("prod", source, _dims(dims, source), value)
 
-    def _make_amin(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("min", args[0], _dims(args, args[0]), value)
+    def _make_amax(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("max", source, _dims(dims, source), value)
 
-    def _make_any(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("any", args[0], _dims(args, args[0]), value)
+    def _make_amin(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("min", source, _dims(dims, source), value)
 
-    def _make_all(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("all", args[0], _dims(args, args[0]), value)
+    def _make_any(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("any", source, _dims(dims, source), value)
 
-    def _make_argmax(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("argmax", args[0], _dims(args, args[0]), value)
+    def _make_all(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("all", source, _dims(dims, source), value)
 
-    def _make_argmin(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._reduce("argmin", args[0], _dims(args, args[0]), value)
+    def _make_argmax(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("argmax", source, _dims(dims, source), value)
 
-    def _make_max(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Any:
+    def _make_argmin(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
+        return self._reduce("argmin", source, _dims(dims, source), value)
+
+    def _make_max(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Any:
+        return self._extreme("max", value, source, dims)
+
+    def _make_min(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Any:
+        return self._extreme("min", value, source, dims)
+
+    def _extreme(self, what: str, value: Any, source: Node, dims: Any) -> Any:
         if not isinstance(value, (tuple, list)):
-            return self._reduce("max", args[0], _dims([args[0]], args[0]), value)
-        dims = _dims(args, args[0])
-        return tuple(
-            self._reduce(what, args[0], dims, v)
-            for what, v in zip(("max", "argmax"), value, strict=True)
-        )
+            return self._reduce(what, source, _dims(dims, source), value)
+        pairs = zip((what, f"arg{what}"), value, strict=True)
+        return tuple(self._reduce(each, source, _dims(dims, source), v) for each, v in pairs)
 
     def _make_linalg_vector_norm(
-        self, args: list[Any], kwargs: dict[str, Any], value: Any
+        self, value: Any, source: Node, order: float = 2, dims: Any = None, *_: Any
     ) -> Node:
-        if len(args) > 1 and args[1] != 2:
-            raise UnknownOperationError(f"norm of order {args[1]} ({self._origin})")
-        return self._reduce("norm", args[0], _dims([args[0], *args[2:]], args[0]), value)
+        if order != 2:
+            raise UnknownOperationError(f"norm of order {order}")
+        return self._reduce("norm", source, _dims(dims, source), value)
 
     # loads and stores at computed places
 
-    def _make_gather(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        source, dim, which = args[0], args[1] % len(value.shape), args[2]
+    def _make_gather(
+        self, value: Any, source: Node, dim: int, which: Node, _: bool = False
+    ) -> Node:
+        if not source.shape:
+            return self._pointwise("_to_copy", [source], value, False)
+        dim %= len(source.shape)
 
         def element(index: Sequence[Index]) -> Expr:
             place = [*index]
-            place[dim] = bounded(cast(which.at(index), torch.int64), source.shape[dim])
+            place[dim] = _place(which.at(index), source.shape[dim])
             return _pick(source, place, dim)
 
-        return self._node(value.shape, value.dtype, [source, which], element)
+        return self._taken(value, source, dim, [which], element)
 
-    def _make_index_select(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        source, dim, which = args[0], args[1] % len(value.shape), args[2]
+    def _make_index_select(self, value: Any, source: Node, dim: int, which: Node) -> Node:
+        if not source.shape:
+            return self._pointwise("_to_copy", [source], value, False)
+        dim %= len(source.shape)
 
         def element(index: Sequence[Index]) -> Expr:
             place = [*index]
-            row = cast(which.at([index[dim]]), torch.int64)
-            place[dim] = bounded(row, source.shape[dim])
+            row = which.at([index[dim]] if which.shape else [])
+            place[dim] = _place(row, source.shape[dim])
             return _pick(source, place, dim)
 
-        return self._node(value.shape, value.dtype, [source, which], element)
+        return self._taken(value, source, dim, [which], element)
 
-    def _make_index(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        source, given = args[0], [a.read() if isinstance(a, Ref) else a for a in args[1]]
-        given += [None] * (len(source.shape) - len(given))
+    def _make_index(self, value: Any, source: Node, given: Sequence[Node | None]) -> Node:
+        given = [*given, *[None] * (len(source.shape) - len(given))]
         used = [i for i, each in enumerate(given) if each is not None]
-        if used != list(range(used[0], used[0] + len(used))) or any(
-            given[i].dtype == torch.bool for i in used
-        ):
-            raise UnknownOperationError(f"indexing by masks or separate axes ({self._origin})")
-        shape = torch.broadcast_shapes(*(given[i].shape for i in used))
+        which = [each for each in given if each is not None]
+        if any(each.dtype in (torch.bool, torch.uint8) for each in which):
+            raise UnknownOperationError("indexing by a mask; use torch.where")
+        shape = torch.broadcast_shapes(*(each.shape for each in which))
+        # Torch puts the indexed axes first if others are between them.
+        adjacent = used == list(range(used[0], used[0] + len(used)))
+        first = used[0] if adjacent else 0
 
         def element(index: Sequence[Index]) -> Expr:
-            first = used[0]
             shared = index[first : first + len(shape)]
-            place: list[Index] = [*index[:first]]
-            for i in used:
-                row = cast(given[i].at(_broadcast(shared, given[i].shape)), torch.int64)
-                size = source.shape[i]
-                below = op("lt", torch.bool, row, const(0, torch.int64))
-                row = chosen(below, op("add", torch.int64, row, const(size, torch.int64)), row)
-                place.append(bounded(row, size))
-            place += index[first + len(shape) :]
-            return _pick(source, place, first)
+            rest = iter([*index[:first], *index[first + len(shape) :]])
+            place = []
+            for each, size in zip(given, source.shape, strict=True):
+                if each is None:
+                    place.append(next(rest))
+                    continue
+                place.append(_place(each.at(_broadcast(shared, each.shape)), size, wraps=True))
+            return _pick(source, place, used[0]) if len(used) == 1 else source.at(place)
 
-        return self._node(value.shape, value.dtype, [source, *(given[i] for i in used)], element)
+        made = self._node(value.shape, value.dtype, [source, *which], element)
+        if made.size and any(source.shape[i] == 0 for i in used):
+            raise UnknownOperationError("an index into nothing")
+        return made
 
-    def _make_scatter_add(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._scatter_small(args, value, add=True)
+    def _make_take(self, value: Any, source: Node, which: Node) -> Node:
+        flat = _reshape((source.size,), self._origin)(source)
+        return self._make_index(value, flat, [which])
 
-    def _make_scatter(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._scatter_small(args, value, add=False)
+    def _taken(
+        self,
+        value: Any,
+        source: Node,
+        dim: int,
+        which: list[Node],
+        element: Callable[[Sequence[Index]], Expr],
+    ) -> Node:
+        made = self._node(value.shape, value.dtype, [source, *which], element)
+        if made.size and not source.shape[dim]:
+            raise UnknownOperationError("an index into nothing")
+        return made
 
-    def _scatter_small(self, args: list[Any], value: Any, add: bool) -> Node:
+    def _make_scatter_add(
+        self, value: Any, base: Node, dim: int, which: Node, source: Node
+    ) -> Node:
+        return self._scatter_small(value, base, dim, which, source, add=True)
+
+    def _make_scatter(
+        self, value: Any, base: Node, dim: int, which: Node, source: Any, reduce: Any = None
+    ) -> Node:
+        if reduce is not None:
+            raise UnknownOperationError("scatter that reduces")
+        return self._scatter_small(value, base, dim, which, source, add=False)
+
+    def _make_index_fill(self, value: Any, base: Node, dim: int, which: Node, fill: Any) -> Node:
+        return self._rows_small(value, base, dim, which, fill, add=False)
+
+    def _make_index_copy(self, value: Any, base: Node, dim: int, which: Node, rows: Node) -> Node:
+        return self._rows_small(value, base, dim, which, rows, add=False)
+
+    def _make_index_add(
+        self, value: Any, base: Node, dim: int, which: Node, rows: Node, alpha: float = 1
+    ) -> Node:
+        if alpha != 1:
+            raise UnknownOperationError("index_add with alpha")
+        return self._rows_small(value, base, dim, which, rows, add=True)
+
+    def _make_index_put(
+        self, value: Any, base: Node, given: Sequence[Node | None], rows: Node, add: bool = False
+    ) -> Node:
+        which = given[0]
+        if len(given) > 1 or which is None or len(which.shape) > 1:
+            raise UnknownOperationError("a write at several computed indices")
+        if which.dtype == torch.bool:
+            mask = _reshape((*which.shape, *(1 for _ in base.shape[1:])), self._origin)(which)
+            if math.prod(rows.shape) != 1 or add:
+                raise UnknownOperationError("a write at a mask; use torch.where")
+            rows = _reshape((), self._origin)(rows)
+            return self._pointwise("masked_fill", [base, mask, rows], value, False)
+        count = which.size
+        rows = _expand((count, *base.shape[1:]), self._origin)(rows)
+        return self._rows_small(value, base, 0, which, rows, add, wraps=True)
+
+    def _rows_small(
+        self,
+        value: Any,
+        base: Node,
+        dim: int,
+        which: Node,
+        source: Any,
+        add: bool,
+        wraps: bool = False,
+    ) -> Node:
+        """A write of few whole rows."""
+        dim %= len(base.shape)
+        shape = [1] * len(base.shape)
+        shape[dim] = which.size
+        full = [*base.shape]
+        full[dim] = which.size
+        which = _expand(full, self._origin)(_reshape(shape, self._origin)(which))
+        if isinstance(source, Node) and not source.shape:
+            source = _expand(full, self._origin)(source)
+        return self._scatter_small(value, base, dim, which, source, add, wraps)
+
+    def _scatter_small(
+        self,
+        value: Any,
+        base: Node,
+        dim: int,
+        which: Node,
+        source: Any,
+        add: bool,
+        wraps: bool = False,
+    ) -> Node:
         """A scatter along an axis on which few places are written: each element asks them all."""
-        base, dim, which, source = args[0], args[1] % len(value.shape), args[2], args[3]
+        dim %= len(value.shape)
         count, dtype = which.shape[dim], value.dtype
         others = [d for d in range(len(value.shape)) if d != dim]
         if count > UNROLL or any(which.shape[d] != value.shape[d] for d in others):
-            raise UnknownOperationError(f"scatter of more than {UNROLL} ({self._origin})")
+            raise UnknownOperationError(f"scatter of more than {UNROLL}")
 
         def element(index: Sequence[Index]) -> Expr:
             total = base.at(index)
@@ -580,28 +742,40 @@ class Lowering:
                 place = [*index]
                 place[dim] = Index({}, k)
                 row = cast(which.at(place), torch.int64)
+                row = _wrapped(row, base.shape[dim]) if wraps else row
                 here = op("eq", torch.bool, row, as_expr(index[dim]))
-                new = (
-                    cast(source.at(place), dtype)
-                    if isinstance(source, Node)
-                    else const(source, dtype)
-                )
-                if add:
-                    zero = total.op == "const" and total.args[0] == 0
-                    new = new if zero else op("add", dtype, total, new)
+                new = source.at(place) if isinstance(source, Node) else const(source, dtype)
+                new = cast(new, dtype)
+                if add and not (total.op == "const" and total.args[0] == 0):
+                    new = op("or" if dtype == torch.bool else "add", dtype, total, new)
                 total = chosen(here, new, total)
             return total
 
         inputs = [base, which, *([source] if isinstance(source, Node) else [])]
         return self._node(value.shape, dtype, inputs, element)
 
-    def _make_searchsorted(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        bounds, sought = args[0], args[1]
-        right = kwargs.get("right", False) or kwargs.get("side") == "right"
-        if len(bounds.shape) != 1 or bounds.place is None or kwargs.get("sorter") is not None:
-            raise UnknownOperationError(f"searchsorted in a computed tensor ({self._origin})")
-        buffer, size = bounds.place[0], bounds.shape[0]
-        name = "upper_bound" if right else "lower_bound"
+    def _make_bucketize(
+        self, value: Any, sought: Any, bounds: Node, int32: bool = False, right: bool = False
+    ) -> Node:
+        return self._make_searchsorted(value, bounds, sought, int32, right)
+
+    def _make_searchsorted(
+        self,
+        value: Any,
+        bounds: Node,
+        sought: Any,
+        _: bool = False,
+        right: bool = False,
+        side: str | None = None,
+        sorter: Any = None,
+    ) -> Node:
+        if len(bounds.shape) != 1 or bounds.place is None or sorter is not None:
+            raise UnknownOperationError("searchsorted in a computed tensor")
+        buffer, strides, offset = bounds.place
+        size = bounds.shape[0]
+        if size > 1 and (offset or strides != (1,)):
+            raise UnknownOperationError("searchsorted in a part of a tensor")
+        name = "upper_bound" if right or side == "right" else "lower_bound"
 
         def element(index: Sequence[Index]) -> Expr:
             if size == 0:
@@ -613,54 +787,71 @@ class Lowering:
         inputs = [bounds, *([sought] if isinstance(sought, Node) else [])]
         return self._node(value.shape, value.dtype, inputs, element)
 
-    def _index_copy(self, args: list[Any]) -> Ref:
-        ref, dim, which, source = args[0], args[1], args[2].read(), args[3].read()
-        old = ref.box.value
-        if ref.views or dim != 0 or old.kind != "memory" or old.place is None:
-            raise UnknownOperationError(f"index_copy_ into a computed tensor ({self._origin})")
+    def _index_copy(self, ref: Ref, dim: int, which: Any, source: Any) -> Ref:
+        """Rows of an argument, such as replay's: kept as a write. Others are computed anew."""
+        old, which, source = ref.box.value, which.read(), source.read()
+        dim %= len(ref.read().shape)
+        if (
+            ref.views
+            or dim != 0
+            or old.kind != "memory"
+            or old.place is None
+            or (old.place[0].role != "argument")
+        ):
+            ref.write(self._make_index_copy(_like(ref), ref.read(), dim, which, source))
+            return ref
         buffer, strides, offset = old.place
-        if buffer.role != "argument":
-            raise UnknownOperationError(f"index_copy_ into a computed tensor ({self._origin})")
         version = Buffer(
             buffer.name, buffer.dtype, buffer.size, buffer.role, buffer.position, buffer.root
         )
+        which = _reshape((which.size,), self._origin)(which)
         info = {"into": (version, strides, offset), "which": which, "source": source, "old": buffer}
         scatter = Node(
             "scatter", source.shape, old.dtype, [old, which, source], None, self._origin, info
         )
         self._scatters.append(scatter)
-        after = Node(
+        ref.box.value = Node(
             "memory", old.shape, old.dtype, [scatter], place=(version, strides, offset)
         )
-        ref.box.value = after
         return ref
 
     # products
 
-    def _make_bmm(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._product(args[0], args[1], value.dtype)
+    def _make_mm(self, value: Any, x: Node, y: Node) -> Node:
+        return self._product(x, y, value.dtype)
 
-    def _make_mm(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        return self._product(args[0], args[1], value.dtype)
+    def _make_bmm(self, value: Any, x: Node, y: Node) -> Node:
+        return self._product(x, y, value.dtype)
 
-    def _make_baddbmm(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> Node:
-        if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
-            raise UnknownOperationError(f"scaled product ({self._origin})")
-        made = self._product(args[1], args[2], value.dtype)
-        bias, shape, dtype = args[0], tuple(value.shape), value.dtype
-
-        def element(index: Sequence[Index]) -> Expr:
-            added = bias.at(_broadcast(index, bias.shape))
-            return op("add", dtype, made.at(index), added)
-
-        return self._node(shape, dtype, [made, bias], element)
+    def _make_baddbmm(
+        self, value: Any, bias: Node, x: Node, y: Node, beta: float = 1, alpha: float = 1
+    ) -> Node:
+        if beta != 1 or alpha != 1:
+            raise UnknownOperationError("a scaled product")
+        return self._pointwise("add", [self._product(x, y, value.dtype), bias], value, False)
 
     _make_addmm = _make_baddbmm
 
+    def _make_mv(self, value: Any, x: Node, y: Node) -> Node:
+        column = _reshape((y.size, 1), self._origin)(y)
+        return _reshape(value.shape, self._origin)(self._product(x, column, value.dtype))
+
+    def _make_dot(self, value: Any, x: Node, y: Node) -> Node:
+        terms = self._pointwise("mul", [x, y], _Like(x.shape, value.dtype), False)
+        return self._make_sum(value, terms)
+
     def _product(self, x: Node, y: Node, dtype: torch.dtype) -> Node:
-        if dtype != torch.float32 or (len(x.shape) == 3 and x.shape[0] != 1):
-            raise UnknownOperationError(f"product of {dtype}, {list(x.shape)} ({self._origin})")
         shape = (*x.shape[:-1], y.shape[-1])
+        if dtype != torch.float32:
+            raise UnknownOperationError(f"a product of {dtype}")
+        if x.size == 0 or y.size == 0:
+            return self._create("zeros", [], _Like(shape, dtype))
+        if len(x.shape) == 3 and x.shape[0] != 1:
+            parts = []
+            for i in range(x.shape[0]):
+                one = _slice(0, i, 1, 1, self._origin).forward
+                parts.append(self._product(one(x), one(y), dtype))
+            return self._join(parts, 0)
         info = {"rows": x.shape[-2], "depth": x.shape[-1], "columns": y.shape[-1]}
         return Node("product", shape, dtype, [x, y], None, self._origin, info)
 
@@ -676,13 +867,14 @@ class NeedsMemory(Exception):
 # ---------------------------------------------------------------------------------------- helpers
 
 
-def _where(node: torch.fx.Node) -> str:
-    """Source line of an operation, such as "dqn.py:234 "."""
-    source = node.meta.get("source") or ""
-    return f"{source} " if source else ""
+def _read(arg: Any) -> Any:
+    """The node of a tensor, of each in a list; other arguments as they are."""
+    if isinstance(arg, list):
+        return [_read(item) for item in arg]
+    return arg.read() if isinstance(arg, Ref) else arg
 
 
-def _val_of(ref: Any) -> Any:
+def _like(ref: Ref) -> _Like:
     node = ref.read()
     return _Like(node.shape, node.dtype)
 
@@ -703,6 +895,20 @@ def _broadcast(index: Sequence[Index], shape: Sequence[int]) -> list[Index]:
     return [Index() if size == 1 else i for i, size in zip(last, shape, strict=True)]
 
 
+def _wrapped(row: Expr, size: int) -> Expr:
+    """A row that is counted from the end if it is negative."""
+    if range_of(row)[0] >= 0:
+        return row
+    below = op("lt", torch.bool, row, const(0, torch.int64))
+    return chosen(below, op("add", torch.int64, row, const(size, torch.int64)), row)
+
+
+def _place(row: Expr, size: int, wraps: bool = False) -> Index:
+    """A computed index."""
+    row = cast(row, torch.int64)
+    return bounded(_wrapped(row, size) if wraps else row, size)
+
+
 def _pick(source: Node, place: Sequence[Index], dim: int) -> Expr:
     """An element whose place on axis `dim` is computed; of few, one is selected."""
     size = source.shape[dim]
@@ -710,28 +916,29 @@ def _pick(source: Node, place: Sequence[Index], dim: int) -> Expr:
         return source.at(place)
     (atom,) = place[dim].terms
     (row, _), each = atom.args, [*place]
-    chosen_one = None
-    for k in range(size):
+    each[dim] = Index({}, size - 1)
+    found = source.at(each)
+    for k in range(size - 1):
         each[dim] = Index({}, k)
-        value = source.at(each)
         here = op("eq", torch.bool, row, const(k, torch.int64))
-        chosen_one = value if chosen_one is None else chosen(here, value, chosen_one)
-    assert chosen_one is not None
-    return chosen_one
+        found = chosen(here, source.at(each), found)
+    return found
 
 
 def _promoted(args: Sequence[Any]) -> torch.dtype:
-    """The type in which torch compares its arguments."""
-    stand_ins = [
-        torch.empty(tuple(min(n, 1) for n in a.shape), dtype=a.dtype) if isinstance(a, Node) else a
-        for a in args
+    """The type in which torch computes with these arguments."""
+    operands = [
+        torch.empty([min(n, 1) for n in arg.shape], dtype=arg.dtype)
+        if isinstance(arg, Node)
+        else arg
+        for arg in args
+        if isinstance(arg, (Node, bool, int, float))
     ]
-    dtype: torch.dtype = torch.result_type(*stand_ins[:2]) if len(stand_ins) > 1 else stand_ins[0].dtype
-    return dtype
+    first, second = operands[:2] if len(operands) > 1 else operands * 2
+    return torch.result_type(first, second)
 
 
-def _dims(args: Sequence[Any], source: Node) -> list[int]:
-    dims = args[1] if len(args) > 1 else None
+def _dims(dims: Any, source: Node) -> list[int]:
     if dims is None or dims == []:
         return list(range(len(source.shape)))
     return [dims] if isinstance(dims, int) else list(dims)
@@ -746,7 +953,7 @@ def _fold(what: str, terms: Sequence[Expr], dtype: torch.dtype) -> Expr:
             at = chosen(better, const(i, torch.int64), at)
             best = chosen(better, each, best)
         return at
-    name = {"sum": "add", "mean": "add", "norm": "add", "max": "max", "min": "min",
+    name = {"sum": "add", "mean": "add", "norm": "add", "prod": "mul", "max": "max", "min": "min",
             "any": "or", "all": "and"}[what]  # fmt: skip
     total = terms[0]
     for each in terms[1:]:
@@ -766,7 +973,7 @@ def _reshape(shape: Sequence[int], origin: str) -> Callable[[Node], Node]:
         def element(index: Sequence[Index]) -> Expr:
             return node.at(_unravel(offset_of(index, strides), old))
 
-        return Node("view", new, node.dtype, [node], element, origin, {"place": element})
+        return Node("view", new, node.dtype, [node], element, origin)
 
     return forward
 
@@ -812,7 +1019,11 @@ def _select(dim: int, which: int, origin: str) -> View:
             lambda index: node.at([*index[:dim], Index({}, which), *index[dim:]]), origin,
         )  # fmt: skip
 
-    return View(forward)
+    def backward(old: Node, value: Node) -> Node:
+        widened = _reshape((*value.shape[:dim], 1, *value.shape[dim:]), origin)(value)
+        return _replaced(old, widened, dim, which, origin)
+
+    return View(forward, backward)
 
 
 def _slice(dim: int, start: int, size: int, step: int, origin: str) -> View:
@@ -828,271 +1039,88 @@ def _slice(dim: int, start: int, size: int, step: int, origin: str) -> View:
 
         return Node("view", shape, node.dtype, [node], element, origin)
 
+    def backward(old: Node, value: Node) -> Node:
+        if step != 1:
+            for i in range(size):
+                part = _slice(dim, i, 1, 1, origin).forward(value)
+                old = _replaced(old, part, dim, start + i * step, origin)
+            return old
+        return _replaced(old, value, dim, start, origin)
+
+    return View(forward, backward)
+
+
+def _diagonal(shape: Sequence[int], offset: int, a: int, b: int, origin: str) -> View:
+    def forward(node: Node) -> Node:
+        def element(index: Sequence[Index]) -> Expr:
+            place, rest = [Index()] * len(node.shape), iter(index[:-1])
+            for dim in range(len(node.shape)):
+                if dim == a:
+                    place[dim] = index[-1] + max(-offset, 0)
+                elif dim == b:
+                    place[dim] = index[-1] + max(offset, 0)
+                else:
+                    place[dim] = next(rest)
+            return node.at(place)
+
+        return Node("view", tuple(shape), node.dtype, [node], element, origin)
+
     return View(forward)
 
 
-LAYOUT = {"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking"}
+def _replaced(old: Node, value: Node, dim: int, start: int, origin: str) -> Node:
+    """A tensor with another part start .. on one axis."""
+    end = start + value.shape[dim]
+    before = _slice(dim, 0, start, 1, origin).forward(old)
+    after = _slice(dim, end, old.shape[dim] - end, 1, origin).forward(old)
+    return _joined([before, value, after], dim, old.dtype, origin)
+
+
+def _joined(parts: Sequence[Node], dim: int, dtype: torch.dtype, origin: str) -> Node:
+    """Parts one after the other on one axis."""
+    parts = [part for part in parts if part.shape[dim]] or list(parts[:1])
+    ends = list(itertools.accumulate(part.shape[dim] for part in parts))
+    starts = [0, *ends[:-1]]
+
+    def element(index: Sequence[Index]) -> Expr:
+        low, high = index[dim].range()
+        for part, start, end in zip(parts, starts, ends, strict=True):
+            if start <= low and high < end:
+                place = [*index]
+                place[dim] = index[dim] + -start
+                return cast(part.at(place), dtype)
+        raise NeedsMemory(node)
+
+    shape = [*parts[0].shape]
+    shape[dim] = ends[-1]
+    info = {"parts": parts, "starts": starts, "dim": dim}
+    node = Node("join", tuple(shape), dtype, [*parts], element, origin, info)
+    return node
+
+
+LAYOUT = {
+    "dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "implicit", "unsafe"
+}  # fmt: skip
 """Arguments that say nothing about the numbers; the result's type is known."""
 
+DTYPES = {torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool}
+"""Types of the program's tensors."""
+
+FOREACH = {"norm": "linalg_vector_norm"}
+"""Names of operations that are called otherwise for lists of tensors."""
+
+RUNNING = 64
+"""Longest running sums; each element is written out."""
+
 VIEWS = {
-    "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "transpose", "permute",
-    "t", "expand", "select", "slice", "split", "split_with_sizes", "unbind", "chunk",
+    "view", "_unsafe_view", "unsqueeze", "squeeze", "transpose", "permute",
+    "t", "expand", "select", "slice", "split", "split_with_sizes", "unbind", "diagonal",
 }  # fmt: skip
 
 CREATE = {
-    "arange", "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like",
-    "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor",
+    "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like",
+    "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor",
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------ element by element
-
-Function = Callable[..., Expr]
-
-
-def _given(value: Any, dtype: torch.dtype) -> Expr:
-    return value if isinstance(value, Expr) else const(value, dtype)
-
-
-def _binary(name: str) -> Function:
-    return lambda dtype, a, b: op(name, dtype, _given(a, dtype), _given(b, dtype))
-
-
-def _compare(name: str) -> Function:
-    return lambda dtype, a, b: op(name, torch.bool, _given(a, dtype), _given(b, dtype))
-
-
-def _unary(name: str) -> Function:
-    return lambda dtype, a: op(name, dtype, a)
-
-
-def _add(dtype: torch.dtype, a: Any, b: Any, alpha: float = 1) -> Expr:
-    a, b = _given(a, dtype), _given(b, dtype)
-    if alpha == 1:
-        return op("or" if dtype == torch.bool else "add", dtype, a, b)
-    return _scaled_add(dtype, a, b, alpha)
-
-
-def _scaled_add(dtype: torch.dtype, a: Expr, b: Expr, alpha: float) -> Expr:
-    factor = const(alpha, dtype)
-    if dtype.is_floating_point:  # as torch's kernels
-        return op("fma", dtype, b, factor, a)
-    return op("add", dtype, a, op("mul", dtype, b, factor))
-
-
-def _sub(dtype: torch.dtype, a: Any, b: Any, alpha: float = 1) -> Expr:
-    a, b = _given(a, dtype), _given(b, dtype)
-    return op("sub", dtype, a, b) if alpha == 1 else _scaled_add(dtype, a, b, -alpha)
-
-
-def _rsub(dtype: torch.dtype, a: Any, b: Any, alpha: float = 1) -> Expr:
-    return _sub(dtype, b, a, alpha)
-
-
-def _mul(dtype: torch.dtype, a: Any, b: Any) -> Expr:
-    return op("and" if dtype == torch.bool else "mul", dtype, _given(a, dtype), _given(b, dtype))
-
-
-def _div(dtype: torch.dtype, a: Any, b: Any, rounding_mode: str | None = None) -> Expr:
-    a, b = _given(a, dtype), _given(b, dtype)
-    if rounding_mode is None:
-        return op("div", dtype, a, b)
-    return op("floor_divide" if rounding_mode == "floor" else "trunc_divide", dtype, a, b)
-
-
-def _pow(dtype: torch.dtype, a: Any, b: Any) -> Expr:
-    if b in (2, 2.0) and not isinstance(b, Expr):
-        return op("mul", dtype, a, a)
-    if b in (3, 3.0) and not isinstance(b, Expr):
-        return op("mul", dtype, op("mul", dtype, a, a), a)
-    if b == 0.5 and not isinstance(b, Expr):
-        return op("sqrt", dtype, a)
-    return op("pow", dtype, _given(a, dtype), _given(b, dtype))
-
-
-def _clamp(dtype: torch.dtype, a: Expr, low: Any = None, high: Any = None, **more: Any) -> Expr:
-    low, high = more.get("min", low), more.get("max", high)
-    if low is not None:
-        a = op("max", dtype, a, _given(low, dtype))
-    return a if high is None else op("min", dtype, a, _given(high, dtype))
-
-
-def _relu(dtype: torch.dtype, a: Expr) -> Expr:
-    return op("max", dtype, a, const(0, dtype))
-
-
-def _addcmul(dtype: torch.dtype, a: Any, b: Any, c: Any, scalar: float = 1, value: float = 1) -> Expr:
-    value = scalar if scalar != 1 else value
-    product = op("mul", dtype, b, c) if value == 1 else op(
-        "mul", dtype, op("mul", dtype, const(value, dtype), b), c
-    )
-    return op("add", dtype, a, product)
-
-
-def _addcdiv(dtype: torch.dtype, a: Any, b: Any, c: Any, scalar: float = 1, value: float = 1) -> Expr:
-    value = scalar if scalar != 1 else value
-    share = op("div", dtype, op("mul", dtype, const(value, dtype), b), c)
-    return op("add", dtype, a, share)
-
-
-def _lerp(dtype: torch.dtype, a: Expr, b: Expr, weight: Any) -> Expr:
-    """As torch: from the nearer end."""
-    weight = _given(weight, dtype)
-    difference = op("sub", dtype, b, a)
-    near = op("fma", dtype, weight, difference, a)
-    rest = op("sub", dtype, weight, const(1, dtype))
-    far = op("fma", dtype, rest, difference, b)
-    if weight.op == "const":
-        return near if abs(weight.args[0]) < 0.5 else far
-    small = op("lt", torch.bool, op("abs", dtype, weight), const(0.5, dtype))
-    return chosen(small, near, far)
-
-
-def _where_(dtype: torch.dtype, condition: Expr, a: Any, b: Any) -> Expr:
-    return chosen(cast(condition, torch.bool), _given(a, dtype), _given(b, dtype))
-
-
-def _copy(dtype: torch.dtype, _: Expr, source: Any, *__: Any, **___: Any) -> Expr:
-    return cast(_given(source, dtype), dtype)
-
-
-def _to_copy(dtype: torch.dtype, a: Expr, **_: Any) -> Expr:
-    return a
-
-
-def _smooth_l1(dtype: torch.dtype, a: Expr, b: Expr, reduction: int = 1, beta: float = 1.0) -> Expr:
-    if reduction != 0:
-        raise UnknownOperationError("smooth_l1_loss with a reduction")
-    z = op("abs", dtype, op("sub", dtype, a, b))
-    half, edge = const(0.5, dtype), const(beta, dtype)
-    inner = op("div", dtype, op("mul", dtype, op("mul", dtype, half, z), z), edge)
-    outer = op("sub", dtype, z, op("mul", dtype, half, edge))
-    return chosen(op("lt", torch.bool, z, edge), inner, outer)
-
-
-def _smooth_l1_backward(
-    dtype: torch.dtype, grad: Expr, a: Expr, b: Expr, reduction: int = 1, beta: float = 1.0
-) -> Expr:
-    x, edge = op("sub", dtype, a, b), const(beta, dtype)
-    inside = op("div", dtype, op("mul", dtype, x, grad), edge)
-    low = op("le", torch.bool, x, op("neg", dtype, edge))
-    high = op("ge", torch.bool, x, edge)
-    return chosen(low, op("neg", dtype, grad), chosen(high, grad, inside))
-
-
-def _mse(dtype: torch.dtype, a: Expr, b: Expr, reduction: int = 1) -> Expr:
-    if reduction != 0:
-        raise UnknownOperationError("mse_loss with a reduction")
-    d = op("sub", dtype, a, b)
-    return op("mul", dtype, d, d)
-
-
-def _mse_backward(dtype: torch.dtype, grad: Expr, a: Expr, b: Expr, reduction: int = 1) -> Expr:
-    d = op("mul", dtype, const(2, dtype), op("sub", dtype, a, b))
-    return op("mul", dtype, d, grad)
-
-
-def _threshold_backward(dtype: torch.dtype, grad: Expr, a: Expr, threshold: float) -> Expr:
-    below = op("le", torch.bool, a, const(threshold, dtype))
-    return chosen(below, const(0, dtype), grad)
-
-
-def _isfinite(dtype: torch.dtype, a: Expr) -> Expr:
-    return op("isfinite", torch.bool, a)
-
-
-def _not(dtype: torch.dtype, a: Expr) -> Expr:
-    return op("not" if dtype == torch.bool else "invert", dtype, a)
-
-
-def _logical_not(dtype: torch.dtype, a: Expr) -> Expr:
-    return op("not", torch.bool, cast(a, torch.bool))
-
-
-def _sigmoid(dtype: torch.dtype, a: Expr) -> Expr:
-    one = const(1, dtype)
-    return op("div", dtype, one, op("add", dtype, one, op("exp", dtype, op("neg", dtype, a))))
-
-
-def _reciprocal(dtype: torch.dtype, a: Expr) -> Expr:
-    return op("div", dtype, const(1, dtype), a)
-
-
-def _rsqrt(dtype: torch.dtype, a: Expr) -> Expr:
-    return op("div", dtype, const(1, dtype), op("sqrt", dtype, a))
-
-
-def _sign(dtype: torch.dtype, a: Expr) -> Expr:
-    zero = const(0, dtype)
-    up, down = op("gt", torch.bool, a, zero), op("lt", torch.bool, a, zero)
-    return chosen(up, const(1, dtype), chosen(down, const(-1, dtype), a))
-
-
-def _logical(name: str) -> Function:
-    def function(dtype: torch.dtype, a: Any, b: Any) -> Expr:
-        pair = (cast(_given(each, torch.bool), torch.bool) for each in (a, b))
-        return op(name, torch.bool, *pair)
-
-    return function
-
-
-_UNARY = (
-    "neg", "abs", "exp", "log", "sqrt", "sin", "cos", "tan", "tanh", "asin", "acos", "atan",
-    "floor", "ceil", "round", "trunc", "log2", "log10", "log1p", "exp2", "expm1", "sinh", "cosh",
-)  # fmt: skip
-
-POINTWISE: dict[str, tuple[Function, str]] = {
-    **{name: (_unary(name), "result") for name in _UNARY},
-    **{name: (_compare(name), "inputs") for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-    "add": (_add, "result"),
-    "sub": (_sub, "result"),
-    "rsub": (_rsub, "result"),
-    "mul": (_mul, "result"),
-    "div": (_div, "result"),
-    "pow": (_pow, "result"),
-    "maximum": (_binary("max"), "result"),
-    "minimum": (_binary("min"), "result"),
-    "fmod": (_binary("fmod"), "result"),
-    "remainder": (_binary("remainder"), "result"),
-    "floor_divide": (_binary("floor_divide"), "result"),
-    "atan2": (_binary("atan2"), "result"),
-    "bitwise_and": (_binary("and"), "result"),
-    "bitwise_or": (_binary("or"), "result"),
-    "bitwise_xor": (_binary("xor"), "result"),
-    "bitwise_not": (_not, "result"),
-    "bitwise_left_shift": (_binary("shl"), "result"),
-    "bitwise_right_shift": (_binary("shr"), "result"),
-    "__lshift__": (_binary("shl"), "result"),
-    "__rshift__": (_binary("shr"), "result"),
-    "logical_and": (_logical("and"), "same"),
-    "logical_or": (_logical("or"), "same"),
-    "logical_xor": (_logical("xor"), "same"),
-    "logical_not": (_logical_not, "same"),
-    "isfinite": (_isfinite, "same"),
-    "where": (_where_, "result"),
-    "clamp": (_clamp, "result"),
-    "clamp_min": (_clamp, "result"),
-    "clamp_max": (lambda dtype, a, high: _clamp(dtype, a, None, high), "result"),
-    "relu": (_relu, "result"),
-    "sigmoid": (_sigmoid, "result"),
-    "reciprocal": (_reciprocal, "result"),
-    "rsqrt": (_rsqrt, "result"),
-    "sign": (_sign, "result"),
-    "addcmul": (_addcmul, "result"),
-    "addcdiv": (_addcdiv, "result"),
-    "lerp": (_lerp, "result"),
-    "copy": (_copy, "result"),
-    "fill": (_copy, "result"),
-    "zero": (lambda dtype, _: const(0, dtype), "result"),
-    "_to_copy": (_to_copy, "result"),
-    "smooth_l1_loss": (_smooth_l1, "result"),
-    "smooth_l1_loss_backward": (_smooth_l1_backward, "result"),
-    "mse_loss": (_mse, "result"),
-    "mse_loss_backward": (_mse_backward, "result"),
-    "threshold_backward": (_threshold_backward, "result"),
-}
-"""Expression of each element, and the type in which operands come: that of the result, that in
-which torch compares its inputs, or each its own."""
 
 
 def lower(graph: torch.fx.Graph, num_arguments: int) -> Lowered:
@@ -1100,4 +1128,13 @@ def lower(graph: torch.fx.Graph, num_arguments: int) -> Lowered:
     return Lowering(graph, num_arguments).run()
 
 
-__all__ = ["Lowered", "Node", "Tensor", "UnknownOperationError", "lower"]
+__all__ = [
+    "Lowered",
+    "NeedsMemory",
+    "Node",
+    "UnknownOperationError",
+    "cast",
+    "contiguous",
+    "lower",
+    "offset_of",
+]

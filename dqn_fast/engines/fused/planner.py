@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from dqn_fast.engines.fused import expr as ex
-from dqn_fast.engines.fused.expr import Buffer, Expr, Index, bounded
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index, bounded, cast
 from dqn_fast.engines.fused.lower import (
     Lowered,
     NeedsMemory,
     Node,
-    cast,
     contiguous,
     offset_of,
 )
@@ -342,7 +341,11 @@ class _Planner:
                 stores.append(Store(buffer, offset_of(index, strides, start), value))
             return Kernel("loop", extents, stores, origins=[origin])
 
-        self._add(self._with_memory(attempt))
+        kernel = self._with_memory(attempt)
+        if buffer.role != "scratch" and not _touch_equally(kernel, kernel):
+            self._realise(node)  # it reads what earlier iterations overwrite
+            kernel = attempt()
+        self._add(kernel)
 
     def _scatter(self, node: Node) -> None:
         version, strides, offset = node.info["into"]
@@ -563,12 +566,9 @@ def _touch_equally(writer: Kernel, other: Kernel) -> bool:
                 return False
     if any(buffer.root in places for buffer in _searched(other.expressions())):
         return False
-    if writer.kind == "scatter":
-        return True
-    for store in other.stores:
-        if store.buffer.root in places and store.buffer.role != "scratch" and writer is not other:
-            return False
-    return True
+    return writer is other or not any(
+        store.buffer.root in places and store.buffer.role != "scratch" for store in other.stores
+    )
 
 
 # ------------------------------------------------------------------------------------- helpers
@@ -753,7 +753,7 @@ def _row_strides(kernel: Kernel, rows: int, writes: bool) -> Iterator[tuple[Buff
         stride = index.terms.get(row, 0)
         rest = Index({a: c for a, c in index.terms.items() if a is not row}, index.const)
         low, high = rest.range()
-        yield buffer, stride if 0 <= low and high < stride else 0
+        yield buffer, stride if low >= 0 and high < stride else 0
 
 
 def _block(kernels: Sequence[Kernel], first: int, last: int, rows: int) -> Block | None:

@@ -43,10 +43,24 @@ struct FlushDenormals {
 // Keeps the loop around it from being vectorised.
 #define SCALAR(x) asm("" : "+r"(x))
 
+// Whole numbers: torch stops at a division by zero, which gives 0 here; the processor would end
+// the process, as it would at the least number divided by -1.
+template <class T>
+inline T quotient_of(T a, T b) {
+  if (b == 0)
+    return 0;
+  return b == (T)-1 && (T)-1 < 0 ? (T)(0 - (uint64_t)a) : a / b;
+}
+
+template <class T>
+inline T rest_of(T a, T b) {
+  return b == 0 || (b == (T)-1 && (T)-1 < 0) ? 0 : a % b;
+}
+
 // Modulo with the sign of the divisor, as in Python.
 template <class T>
 inline T remainder_of(T a, T b) {
-  const T rest = a % b;
+  const T rest = rest_of(a, b);
   return rest + ((rest != 0 && (rest ^ b) < 0) ? b : 0);
 }
 
@@ -57,20 +71,41 @@ inline float remainder_of(float a, float b) {
 
 template <class T>
 inline T floor_divide(T a, T b) {
-  const T quotient = a / b;
-  return quotient - (a % b != 0 && (a < 0) != (b < 0));
+  return quotient_of(a, b) - (rest_of(a, b) != 0 && (a < 0) != (b < 0));
 }
 
+// As torch and Python: the quotient of what the remainder leaves.
 inline float floor_divide(float a, float b) {
-  return __builtin_floorf(a / b);
+  if (b == 0.0f)
+    return a / b;
+  const float rest = __builtin_fmodf(a, b);
+  float quotient = (a - rest) / b;
+  if (rest != 0.0f && (b < 0.0f) != (rest < 0.0f))
+    quotient -= 1.0f;
+  if (quotient == 0.0f)
+    return __builtin_copysignf(0.0f, a / b);
+  const float floor = __builtin_floorf(quotient);
+  return quotient - floor > 0.5f ? floor + 1.0f : floor;
 }
 
-// Number of bounds below or at the key; below only.
+template <class T>
+inline T power(T a, T b) {
+  if (b < 0)
+    return a == 1 ? 1 : a == (T)-1 ? (b % 2 ? (T)-1 : 1) : 0;
+  uint64_t made = 1, factor = (uint64_t)a;
+  for (; b > 0; b /= 2) {
+    made *= b % 2 ? factor : 1;
+    factor *= factor;
+  }
+  return (T)made;
+}
+
+// Number of bounds below or at the key; below only. NaN is above all.
 template <class T>
 inline int64_t upper_bound(const T* bounds, int64_t size, T key) {
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i)
-    count += bounds[i] <= key;
+    count += !(bounds[i] > key);
   return count;
 }
 
@@ -78,7 +113,7 @@ template <class T>
 inline int64_t lower_bound(const T* bounds, int64_t size, T key) {
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i)
-    count += bounds[i] < key;
+    count += !(bounds[i] >= key);
   return count;
 }
 

@@ -7,6 +7,7 @@ what a run needs to begin.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import operator
 import os
@@ -74,7 +75,7 @@ class StandIn(Tensor):
     ) -> Any:
         raise UntraceableError(f"{func} outside a trace")
 
-    def __repr__(self, **_: Any) -> str:  # torch's own would read the numbers
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # torch's own reads the numbers
         return f"StandIn({tuple(self.shape)}, {self.dtype})"
 
 
@@ -125,6 +126,9 @@ class _Recorder(TorchDispatchMode):
         flat, spec = pytree.tree_flatten((args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default:
             raise UntraceableError(f"a number of a tensor is read {source_line()}".strip())
+        if func.overloadpacket.__name__ in DECOMPOSED:
+            with self:
+                return _decompositions()[func](*args, **kwargs)
         nodes, likes = [], []
         for each in flat:
             if isinstance(each, StandIn):
@@ -204,6 +208,24 @@ def source_line() -> str:
             return f"{os.path.basename(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+DECOMPOSED = (
+    "nan_to_num", "softplus", "softplus_backward", "leaky_relu", "leaky_relu_backward", "elu",
+    "elu_backward", "hardtanh", "hardtanh_backward", "silu", "gelu", "hardsigmoid", "linspace",
+    "tril", "triu", "_softmax", "_softmax_backward_data", "_log_softmax",
+    "_log_softmax_backward_data", "logsumexp", "heaviside", "xlogy",
+    "logit", "huber_loss", "sigmoid_backward", "tanh_backward", "select_backward",
+    "slice_backward", "aminmax", "sinc", "log_sigmoid_forward", "count_nonzero", "trace",
+)  # fmt: skip
+"""Operations that are traced as torch's own compositions of simpler ones."""
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import get_decompositions
+
+    return dict(get_decompositions([getattr(torch.ops.aten, name) for name in DECOMPOSED]))
 
 
 def trace(function: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> Graph:
