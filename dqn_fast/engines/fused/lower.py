@@ -1103,7 +1103,7 @@ LAYOUT = {
 }  # fmt: skip
 """Arguments that say nothing about the numbers; the result's type is known."""
 
-DTYPES = {torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool}
+DTYPES = {torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool}
 """Types of the program's tensors."""
 
 FOREACH = {"norm": "linalg_vector_norm"}
