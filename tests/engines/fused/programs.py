@@ -148,7 +148,6 @@ class Compiled:
 
     Attributes:
         operations: names of all operations in the traced graphs.
-        source: the C++ program.
     """
 
     library: ctypes.CDLL
@@ -156,7 +155,6 @@ class Compiled:
     results: dict[str, list[Tensor]]
     scratch_bytes: int
     operations: set[str]
-    source: str
 
     def run(self, case: Case, state: Sequence[Tensor]) -> list[Tensor]:
         """Run all steps of all members on `state` in place; returns results [K, M, ...]."""
@@ -265,7 +263,8 @@ def compile_cases(cases: Sequence[Case], sanitize: bool = False) -> Compiled:
         results[case.name] = tree.leaves(graph.results)
         seen |= operations(graph.module)
     expr.forget()
-    source = print_program(programs)
+    # Two files, compiled at once.
+    source = [print_program(programs[::2]), print_program(programs[1::2])]
     scratch = max(p.scratch_bytes + room_bytes(p) for p in programs)
     package = Build(source, key_of(source), {}, [], sanitize).finish()
-    return Compiled(load(package), constants, results, scratch, seen, source)
+    return Compiled(load(package), constants, results, scratch, seen)
