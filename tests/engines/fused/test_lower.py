@@ -1,5 +1,5 @@
-"""Each operation, alone, against torch: integers, bools and moves exactly, as are sums, products and
-whatever else is rounded once."""
+"""Each operation, alone, against torch: integers, bools and moves exactly, as is whatever is
+rounded once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ TRANSCENDENTAL = {
 }  # fmt: skip
 ROUNDED_ONCE = {
     "neg", "abs", "floor", "ceil", "round", "trunc", "sign", "reciprocal", "square",
-    "relu", "isfinite", "isnan", "isinf", "isposinf", "isneginf", "logical_not", "frac", "positive", "signbit",
+    "relu", "isfinite", "isnan", "isinf", "isposinf", "isneginf", "logical_not",
+    "frac", "positive", "signbit",
 }  # fmt: skip
 
 UNARY = [
@@ -401,11 +402,13 @@ PLACES = [
          [floats(9, 5), indices(4, below=9), indices(4, below=5)]),
     Case("index_apart", lambda x, i, j: x[i, :, j],
          [floats(9, 5, 3), indices(4, below=9), indices(4, below=3)]),
-    Case("index_negative", lambda x, i: (x[i], (x + 1)[i]), [floats(9), indices(5, below=9, low=-9)]),
+    Case("index_negative", lambda x, i: (x[i], (x + 1)[i]),
+         [floats(9), indices(5, below=9, low=-9)]),
     Case("index_few_negative", lambda x, i: (x[i], (x + 1)[i]),
          [floats(3), indices(5, below=3, low=-3)]),
     Case("index_matrix", lambda x, i: x[i], [floats(9, 2), indices(3, 4, below=9)]),
-    Case("index_zero_dim", lambda x, i: (x[i[None]], x.index_select(0, i)), [floats(9), indices(below=9)]),
+    Case("index_zero_dim", lambda x, i: (x[i[None]], x.index_select(0, i)),
+         [floats(9), indices(below=9)]),
     Case("index_computed", lambda x, i: (x * 2)[i] + (x - 1).t()[:, i].t(),
          [floats(9, 9), indices(5, below=9)]),
     Case("index_int32", lambda x, i: x[i], [floats(9), indices(5, below=9, dtype=int32)]),
@@ -446,7 +449,8 @@ PLACES = [
 # --------------------------------------------------------------------------------------- products
 
 PRODUCTS = [
-    Case(f"mm_{a}_{b}_{c}", lambda x, y: x @ y, [floats(a, b, nasty=False), floats(b, c, nasty=False)],
+    Case(f"mm_{a}_{b}_{c}", lambda x, y: x @ y,
+         [floats(a, b, nasty=False), floats(b, c, nasty=False)],
          ulp=8, atol=1e-4)
     for a, b, c in ((1, 1, 1), (9, 4, 17), (64, 8, 3), (16, 33, 64))
 ] + [
