@@ -67,7 +67,7 @@ def trace(function: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about names it deprecated
         # Clones: a tensor that is given twice would be taken for one input.
-        example = [mode.from_tensor(t.detach()) for t in tree.leaves(state)]
+        example: list[Tensor] = [mode.from_tensor(t.detach()) for t in tree.leaves(state)]
         example += [mode.from_tensor(t).clone() for t in tree.leaves(inputs)]
         made = call(example)
         results = [t.detach().new_empty(t.shape) for t in tree.leaves(made)]
