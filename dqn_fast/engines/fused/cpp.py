@@ -222,7 +222,8 @@ class Printer:
             body.emit(expr)
         if r.what in SIGNS:
             start, sign = SIGNS[r.what]
-            accumulator = "int" if r.buffer.dtype == torch.bool else kind
+            accumulator = UNSIGNED.get(r.buffer.dtype, kind)
+            accumulator = "int" if r.buffer.dtype == torch.bool else accumulator
             self._line(f"{accumulator} {total} = {start};")
         else:
             term = TYPES[r.term.dtype]
@@ -293,8 +294,13 @@ class Printer:
         place = f"{r.buffer.name}[{body.index(r.offset)}]"
         over_kept(lambda: self._line(f"{place} = 0;"))
         body = _Body(self, {})
+        wraps = UNSIGNED.get(r.buffer.dtype, TYPES[r.buffer.dtype])
         self._nest(
-            kernel.extents, body, [r.term], [lambda: f"{place} += {body.name(r.term)};"], True
+            kernel.extents,
+            body,
+            [r.term],
+            [lambda: f"{place} = ({wraps}){place} + ({wraps}){body.name(r.term)};"],
+            True,
         )
         from dqn_fast.engines.fused.expr import load
 

@@ -255,7 +255,7 @@ class Lowering:
             return self._view(base, args, value)
         if base == "index_copy_":
             return self._index_copy(*args)
-        if base in ("detach", "alias"):
+        if base in ("detach", "alias", "lift_fresh"):
             return args[0]
         if base.startswith("__i") or (base.endswith("_") and not base.startswith("_")):
             base = f"__{base[3:]}" if base.startswith("__i") else base[:-1]
@@ -413,8 +413,6 @@ class Lowering:
 
     def _make_clone(self, value: Any, source: Node) -> Node:
         return source
-
-    _make_lift_fresh_copy = _make_clone
 
     def _make_flip(self, value: Any, source: Node, dims: Sequence[int]) -> Node:
         flipped = {dim % len(source.shape) for dim in dims}

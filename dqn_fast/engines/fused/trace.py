@@ -129,6 +129,11 @@ class _Recorder(TorchDispatchMode):
         if func.overloadpacket.__name__ in DECOMPOSED:
             with self:
                 return _decompositions()[func](*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):  # called by a decomposition
+            with self:
+                return func.decompose(*args, **kwargs)
         nodes, likes = [], []
         for each in flat:
             if isinstance(each, StandIn):
