@@ -165,16 +165,17 @@ def probes() -> Callable[[float], Rates]:
             package = build.finish()
     library = load(package)
     library.multiply_adds.restype = ctypes.c_int64
-    numbers = [ctypes.c_float(0.5)] * 2
-    memory = [torch.zeros(COPIED_BYTES // 4) for _ in range(2)]
-    to, source_address = (ctypes.c_void_p(tensor.data_ptr()) for tensor in memory)
+    half, memory = ctypes.c_float(0.5), [torch.zeros(COPIED_BYTES // 4) for _ in range(2)]
+
+    def address(tensor: torch.Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(tensor.data_ptr())
 
     def multiply_add() -> int:
-        flops: int = library.multiply_adds(ctypes.c_int64(10_000), *numbers, to)
+        flops: int = library.multiply_adds(ctypes.c_int64(10_000), half, half, address(memory[0]))
         return flops
 
     def copy() -> None:
-        library.copy(to, source_address, ctypes.c_int64(COPIED_BYTES // 4))
+        library.copy(*map(address, memory), ctypes.c_int64(COPIED_BYTES // 4))
 
     def measure(seconds: float) -> Rates:
         flops_s = _fastest(multiply_add, seconds)
@@ -305,7 +306,8 @@ def show_phases(result: dict[str, Any]) -> None:
         print(
             f"{name:<13}{'all':<14}{us:>8.2f}{'':>18}{share:>8.1%}{floor:>9.3f}{us / floor:>9.2f}"
         )
+    share, steps = result["phases_share"], result["chunk_steps"]
     print(
-        f"{'whole':<27}{result['whole_us']:>8.2f}   of which phases are {result['phases_share']:.1%}"
-        f"; the rest is Python, once for {result['chunk_steps']} vector steps"
+        f"{'whole':<27}{result['whole_us']:>8.2f}   of which phases are {share:.1%}; the rest is "
+        f"Python, once for {steps} vector steps"
     )
