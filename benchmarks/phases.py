@@ -20,12 +20,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.floors import stretch
 from dqn_fast.algorithm import StepInputs, UpdateInputs
@@ -235,41 +234,41 @@ def measure_phases(
 
         job()
         calls = max(1, round(seconds / stretch(job, 1, CPU)))
-        rounds: list[Any] = []
+        runs, rounds = np.zeros(0), list[NDArray[np.float64]]()  # us of each phase, then the whole
         for _ in range(repeats):
             counts[:] = 0
             began, whole = time.perf_counter(), -ticks()
             stretch(job, calls, CPU)
             whole += ticks()
             us_per_tick = 1e6 * (time.perf_counter() - began) / whole
-            spent, runs = counts.T.copy()
-            rounds.append(
-                (us_per_tick * spent / runs, spent / whole, us_per_tick * whole / calls / num_steps)
-            )
+            runs = np.append(counts[:, 1], calls * num_steps)
+            rounds.append(us_per_tick * np.append(counts[:, 0], whole) / runs)
         rates = [rates_in(seconds) for _ in range(repeats)]
-    times, shares, wholes = (np.array(each) for each in zip(*rounds, strict=True))
-    floor_of = partial(Rates(*map(max, zip(*rates, strict=True))).floor)
+    best = Rates(*map(max, zip(*rates, strict=True)))
+    # Those of one round, so that they add up.
+    middle = sorted(rounds, key=lambda times: float(times[-1]))[repeats // 2].tolist()
+    low, high = (function(rounds, axis=0).tolist() for function in (np.min, np.max))
+    whole_us, per_step = middle[-1], (runs / runs[-1]).tolist()
     rows = [
         {
             **phase._asdict(),
-            "us": median(times[:, i]),
-            "us_min": min(times[:, i]),
-            "us_max": max(times[:, i]),
-            "share": median(shares[:, i]),
-            "floor_us": 1e6 * floor_of(phase),
+            "us": us,
+            "us_min": us_min,
+            "us_max": us_max,
+            "share": us * often / whole_us,
+            "floor_us": 1e6 * best.floor(phase),
         }
-        for i, phase in enumerate(phases)
+        for phase, us, us_min, us_max, often in zip(
+            phases, middle[:-1], low[:-1], high[:-1], per_step[:-1], strict=True
+        )
     ]
     return {
-        "gflops": 1e-9 * max(rate.flops for rate in rates),
-        "copy_gb_per_s": 1e-9 * max(rate.copying for rate in rates),
+        "gflops": 1e-9 * best.flops,
+        "copy_gb_per_s": 1e-9 * best.copying,
         "chunk_steps": chunk.num_steps,
-        "whole_us": median(wholes),
-        "phases_share": median(shares.sum(1)),
-        "rows": [
-            {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-            for row in rows
-        ],
+        "whole_us": whole_us,
+        "phases_share": sum(row["share"] for row in rows),
+        "rows": rows,
     }
 
 
