@@ -329,7 +329,9 @@ def show(result: dict[str, Any]) -> None:
         f"{args['cores'] or 'free'}, median of {args['repeats']} rounds (min .. max)"
     )
     products = [f"{name} {rate:.3g}" for name, rate in rates["gflops_by_product"].items()]
-    copies = [f"{rate:.3g} at {size / 2**20:.3g}" for size, rate in rates["copy_gb_per_s"].items()]
+    copies = [
+        f"{rate:.3g} at {int(size) / 2**20:.3g}" for size, rate in rates["copy_gb_per_s"].items()
+    ]
     print(f"matrix rate  {rates['gflops']:.3g} GFLOP/s float32, of {', '.join(products)}")
     print(f"copy rate    GB/s read and written: {', '.join(copies)} MiB")
     in_graph = (
@@ -351,8 +353,8 @@ def show(result: dict[str, Any]) -> None:
             f"{row['engine']:<14}{_cells(row)}{row['over_work']:>9.2f}{over:>9}"
             f"{row['startup_s']:>14.1f}"
         )
-    if result["phases"] is not None:
-        show_phases(result["phases"])
+    if phases := result.get("phases"):  # older results have none
+        show_phases(phases)
 
 
 def _cells(row: dict[str, Any]) -> str:

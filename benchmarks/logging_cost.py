@@ -49,7 +49,7 @@ class LoggingArgs:
 
     env_ids: tuple[str, ...] = ("LineWorld-v0", "CartPole-v1")
     """Environments of tensors."""
-    engines: tuple[EngineName, ...] = ("eager", "compile")
+    engines: tuple[EngineName, ...] = ("eager", "fused")
     """Engines."""
     loggers: tuple[Loggers, ...] = ("files", "wandb", "tensorboard")
     """files: those of every run. The others write too, on the first environment only."""

@@ -20,12 +20,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.floors import stretch
 from dqn_fast.algorithm import StepInputs, UpdateInputs
@@ -165,16 +164,17 @@ def probes() -> Callable[[float], Rates]:
             package = build.finish()
     library = load(package)
     library.multiply_adds.restype = ctypes.c_int64
-    numbers = [ctypes.c_float(0.5)] * 2
-    memory = [torch.zeros(COPIED_BYTES // 4) for _ in range(2)]
-    to, source_address = (ctypes.c_void_p(tensor.data_ptr()) for tensor in memory)
+    half, memory = ctypes.c_float(0.5), [torch.zeros(COPIED_BYTES // 4) for _ in range(2)]
+
+    def address(tensor: torch.Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(tensor.data_ptr())
 
     def multiply_add() -> int:
-        flops: int = library.multiply_adds(ctypes.c_int64(10_000), *numbers, to)
+        flops: int = library.multiply_adds(ctypes.c_int64(10_000), half, half, address(memory[0]))
         return flops
 
     def copy() -> None:
-        library.copy(to, source_address, ctypes.c_int64(COPIED_BYTES // 4))
+        library.copy(*map(address, memory), ctypes.c_int64(COPIED_BYTES // 4))
 
     def measure(seconds: float) -> Rates:
         flops_s = _fastest(multiply_add, seconds)
@@ -234,41 +234,41 @@ def measure_phases(
 
         job()
         calls = max(1, round(seconds / stretch(job, 1, CPU)))
-        rounds: list[Any] = []
+        runs, rounds = np.zeros(0), list[NDArray[np.float64]]()  # us of each phase, then the whole
         for _ in range(repeats):
             counts[:] = 0
             began, whole = time.perf_counter(), -ticks()
             stretch(job, calls, CPU)
             whole += ticks()
             us_per_tick = 1e6 * (time.perf_counter() - began) / whole
-            spent, runs = counts.T.copy()
-            rounds.append(
-                (us_per_tick * spent / runs, spent / whole, us_per_tick * whole / calls / num_steps)
-            )
+            runs = np.append(counts[:, 1], calls * num_steps)
+            rounds.append(us_per_tick * np.append(counts[:, 0], whole) / runs)
         rates = [rates_in(seconds) for _ in range(repeats)]
-    times, shares, wholes = (np.array(each) for each in zip(*rounds, strict=True))
-    floor_of = partial(Rates(*map(max, zip(*rates, strict=True))).floor)
+    best = Rates(*map(max, zip(*rates, strict=True)))
+    # Those of one round, so that they add up.
+    middle = sorted(rounds, key=lambda times: float(times[-1]))[repeats // 2].tolist()
+    low, high = (function(rounds, axis=0).tolist() for function in (np.min, np.max))
+    whole_us, per_step = middle[-1], (runs / runs[-1]).tolist()
     rows = [
         {
             **phase._asdict(),
-            "us": median(times[:, i]),
-            "us_min": min(times[:, i]),
-            "us_max": max(times[:, i]),
-            "share": median(shares[:, i]),
-            "floor_us": 1e6 * floor_of(phase),
+            "us": us,
+            "us_min": us_min,
+            "us_max": us_max,
+            "share": us * often / whole_us,
+            "floor_us": 1e6 * best.floor(phase),
         }
-        for i, phase in enumerate(phases)
+        for phase, us, us_min, us_max, often in zip(
+            phases, middle[:-1], low[:-1], high[:-1], per_step[:-1], strict=True
+        )
     ]
     return {
-        "gflops": 1e-9 * max(rate.flops for rate in rates),
-        "copy_gb_per_s": 1e-9 * max(rate.copying for rate in rates),
+        "gflops": 1e-9 * best.flops,
+        "copy_gb_per_s": 1e-9 * best.copying,
         "chunk_steps": chunk.num_steps,
-        "whole_us": median(wholes),
-        "phases_share": median(shares.sum(1)),
-        "rows": [
-            {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-            for row in rows
-        ],
+        "whole_us": whole_us,
+        "phases_share": sum(row["share"] for row in rows),
+        "rows": rows,
     }
 
 
@@ -305,7 +305,8 @@ def show_phases(result: dict[str, Any]) -> None:
         print(
             f"{name:<13}{'all':<14}{us:>8.2f}{'':>18}{share:>8.1%}{floor:>9.3f}{us / floor:>9.2f}"
         )
+    share, steps = result["phases_share"], result["chunk_steps"]
     print(
-        f"{'whole':<27}{result['whole_us']:>8.2f}   of which phases are {result['phases_share']:.1%}"
-        f"; the rest is Python, once for {result['chunk_steps']} vector steps"
+        f"{'whole':<27}{result['whole_us']:>8.2f}   of which phases are {share:.1%}; the rest is "
+        f"Python, once for {steps} vector steps"
     )

@@ -62,9 +62,10 @@ class ScalingArgs:
 
     quick: bool = False
     """Fewer points and shorter stretches: ends within two minutes on one core."""
-    engine: Literal["eager", "compile", "graph"] = "eager"
+    engine: Literal["eager", "fused", "compile", "graph"] = "eager"
     """How chunks are run; one that cannot be had here gives way to the next best, and each row
-    names what ran. Compiling takes up to a minute a point, once for each machine."""
+    names what ran. Each point is compiled once for each machine, which takes some seconds with
+    fused and up to a minute with compile."""
     repeats: int = 5
     """Rounds; >= 1."""
     seconds: float | None = None

@@ -4,9 +4,9 @@
 
 Takes the flags of `dqn_fast.train`, runs its loop until it learns, and profiles some vector steps
 several times, in turns with as many that are not profiled: the profiler takes time too. Parts are
-those of the median round, so they add up. A compiled or captured vector step has no parts; on a GPU
-its kernels stand below the table, on a CPU nothing inside it can be seen. Evaluation, files and
-loggers are left out.
+those of the median round, so they add up. A generated, compiled or captured vector step has no
+parts; on a GPU its kernels stand below the table, on a CPU nothing inside it can be seen here, but
+`benchmarks.components` counts inside a generated one. Evaluation, files and loggers are left out.
 
 Noise and schedules are drawn for many vector steps at once: their share is what one draw takes,
 divided by the steps that it serves. The trace opens in chrome://tracing or ui.perfetto.dev.

@@ -68,7 +68,7 @@ FLOATS = {
 CHOICES = {
     "vectorization_mode": "sync or async or vector_entry_point",
     "loss": "huber or squared",
-    "engine": "auto or eager or compile or graph",
+    "engine": "auto or eager or fused or compile or graph",
     "matmul_precision": "highest or high",
     "wandb_mode": "online or offline, or None",
 }
@@ -76,10 +76,12 @@ BOOLS = (
     "double_q", "stop_when_optimal", "checkpoint_replay", "report", "quiet", "track", "tensorboard",
 )  # fmt: skip
 TEXTS = ("env_id", "device", "name", "wandb_project", "wandb_entity", "wandb_group")
-OTHERS = ("env_params", "hidden_sizes", "resume", "run_dir", "wandb_tags", "sweep")
+OTHERS = (
+    "env_params", "hidden_sizes", "resume", "run_dir", "keep_generated", "wandb_tags", "sweep",
+)  # fmt: skip
 OPTIONAL = {
     "learning_rate_end", "resume", "run_dir", "log_interval", "eval_interval", "stop_at_return",
-    "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode",
+    "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode", "keep_generated",
 }  # fmt: skip
 RANGES = {**INTS, **FLOATS, "hidden_sizes": ([(1,), ()], [(64, 0), (-1,)], "at least 1 each")}
 
@@ -105,7 +107,7 @@ def wrong_types() -> list[tuple[str, Any, str]]:
         cases += [(name, v, f"text{or_none(name)}") for v in (3, True, b"x", ["x"], Path("x"))]
     sizes = "a tuple of whole numbers, at least 1 each"
     cases += [("hidden_sizes", v, sizes) for v in (64, "64", (1.5,), (True,), ((64,),), {64})]
-    for name in ("resume", "run_dir"):
+    for name in ("resume", "run_dir", "keep_generated"):
         cases += [(name, v, "a path, or None") for v in (3, True, ["x"])]
     cases += [("wandb_tags", v, "a tuple of texts") for v in ("tag", (1,), None)]
     parameters = "a dict from names to numbers, texts or truth values"
@@ -230,7 +232,7 @@ def test_a_setting_that_does_not_exist_is_named():
     [
         ({"loss": "smooth_l1"}, "--loss smooth_l1: must be huber or squared"),
         ({"double_q": "False"}, "--double-q 'False': must be True or False"),
-        ({"engine": "jit"}, "--engine jit: must be auto or eager or compile or graph"),
+        ({"engine": "jit"}, "--engine jit: must be auto or eager or fused or compile or graph"),
         ({"seed": None}, "--seed None: must be a whole number, at least 0"),
         ({"learning_rate": abs}, "--learning-rate <built-in function abs>"),
         ({"buffer_size": 32.0}, "--buffer-size 32: must be at least --num-envs 64"),

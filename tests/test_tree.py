@@ -33,6 +33,17 @@ def test_leaves_come_in_the_order_of_the_fields():
     assert all(a is b for a, b in zip(tree.leaves(state), expected, strict=True))
 
 
+def test_paths_name_the_leaves():
+    """In their order, by field, key and place; one tensor alone has no path."""
+    assert tree.paths(example()) == [
+        "first[0]",
+        "first[1]",
+        "second.first['b']",
+        "second.first['a']",
+    ]
+    assert tree.paths(torch.zeros(1)) == [""]
+
+
 def test_replace_puts_other_tensors_in_the_same_places():
     """In the order of `leaves`; everything else stays."""
     state = example()

@@ -22,10 +22,13 @@ def test_other_loggers_have_rows_of_one_environment():
     ]
 
 
-def test_a_row_compares_with_the_run_without_log_points(monkeypatch, capsys):
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+def test_a_row_compares_with_the_run_without_log_points(engine, monkeypatch, capsys):
     """Real runs: log points and checkpoints take a share of the loop, and are left out beside."""
-    flags = "--env-ids LineWorld-v0 --engines eager --vector-steps 256 --loggers files --repeats 1"
-    monkeypatch.setattr(sys, "argv", ["logging_cost", *flags.split(), "--cores"])
+    flags = "--env-ids LineWorld-v0 --vector-steps 256 --loggers files --repeats 1"
+    monkeypatch.setattr(
+        sys, "argv", ["logging_cost", *flags.split(), "--engines", engine, "--cores"]
+    )
     assert logging_cost.main() == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert 0.0 < row["share"] < 1.0

@@ -63,6 +63,13 @@ def test_a_point_on_several_axes_is_one_measurement(rows):
     assert len({row["us_per_step"] for row in middle}) == 1
 
 
+def test_rows_name_the_engine_that_ran():
+    """A generated program of its own for each point."""
+    args = ScalingArgs(engine="fused", repeats=1, device="cpu")
+    rows = measure_time({"num_envs": (4,), "batch_size": (8,)}, args, seconds=0.01)
+    assert [row["engine"] for row in rows] == ["fused", "fused"]
+
+
 def test_env_copies_share_the_cost_of_a_step(rows):
     """64 times the copies do not take 64 times the time."""
     one, many, _ = (row["env_steps_per_s"] for row in rows if row["axis"] == "num_envs")

@@ -84,12 +84,18 @@ def test_rows_suit_the_device_and_the_question():
         ("reference", 1, 64.0),
         *(
             (loop, 64, 1.0)
-            for loop in ("eager", "train eager", "compile", "train compile", "sb3", "jax")
+            for loop in ("eager", "train eager", "fused", "train fused", "sb3", "jax")
         ),
-        *((loop, 64, 64.0) for loop in ("eager", "compile", "sb3", "jax")),
+        *((loop, 64, 64.0) for loop in ("eager", "fused", "sb3", "jax")),
     ]
+    asked = contenders(ThroughputArgs(quick=True, loops=("compile",)), CPU)
+    assert [c.loop for c in asked] == ["reference", "compile", "train compile", "compile"]
+    on_cpu = {c.loop for c in contenders(ThroughputArgs(), CPU)}
+    assert {"fused", "compile"} < on_cpu
+    assert "graph" not in on_cpu
     every = contenders(ThroughputArgs(), CUDA)
     assert {c.num_envs for c in every if c.loop == "graph"} == {1, 64, 1024, 16384}
+    assert not any(c.engine == "fused" for c in every)
     assert {c.num_envs for c in every if c.loop == "train graph"} == {64}
     assert {c.num_envs for c in every if c.loop == "sb3"} == {1, 64}
     assert len({key_of(c.row) for c in every}) == len(every)
@@ -100,7 +106,8 @@ def test_precisions_are_rows_of_a_gpu():
     CPU, in float32, and have one row; a CPU has float32 only."""
     args = ThroughputArgs(quick=True, equal_work=False)
     rows = [(c.loop, c.row["matmul_precision"]) for c in contenders(args, CUDA)]
-    loops = [f"{kind}{engine}" for engine in throughput.ENGINES for kind in ("", "train ")]
+    engines = ("eager", "compile", "graph")
+    loops = [f"{kind}{engine}" for engine in engines for kind in ("", "train ")]
     assert sorted(rows) == sorted(
         [("reference", "highest"), ("sb3", "highest")]
         + [(loop, each) for loop in [*loops, "jax"] for each in ("highest", "high")]
@@ -161,12 +168,11 @@ def test_ratios_are_taken_within_settings():
 
 
 def test_records_without_a_column_have_its_default():
-    """The committed record is older than members, precisions and environments."""
+    """The first record is older than members, precisions, environments and the engine fused."""
     record = json.loads((common.RESULTS / "throughput.json").read_text())
     assert key_of(record["rows"][0]) == Key("reference", 1, 64.0)
     recorded = {key_of(row) for row in record["rows"]}
-    rows = contenders(ThroughputArgs(quick=True, training=False), CPU)
-    assert {key_of(c.row) for c in rows} <= recorded
+    assert Key("eager", 64, 1.0) in recorded
     assert name_of({"contender": "eager", "num_envs": 1024, "replay_ratio": 1 / 16}) == (
         "eager, 1,024 envs, replay ratio 0.0625"
     )
@@ -342,17 +348,19 @@ def test_rows_are_compared_round_by_round():
         assert 0 < row["core_share"] <= 1
 
 
-@pytest.mark.slow
-def test_the_compiled_engine_runs_as_itself():
-    """Its row is measured compiled, and what compiling takes is in no stretch."""
+@pytest.mark.parametrize("engine", ["fused", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_compiled_engine_runs_as_itself(engine):
+    """Its rows are measured compiled, and what compiling takes is in no stretch."""
     args = ThroughputArgs(repeats=3, seconds=0.2)
-    rows, left_out = measure(
-        [Contender(loop, fast_args(64)) for loop in ("eager", "compile")], args
-    )
+    loops = ("eager", engine, f"train {engine}")
+    rows, left_out = measure([Contender(loop, fast_args(64)) for loop in loops], args)
     if left_out:
         pytest.skip(left_out[0]["reason"])
-    eager, compiled = rows
+    eager, compiled, trained = rows
     assert compiled["env_steps_per_s"] > 2 * eager["env_steps_per_s"]
+    assert compiled["ran"].startswith(f"{engine} (asked for")
+    assert trained["ran"].startswith(f"{engine} (asked for")
+    assert len(trained["x_loop_rounds"]) == 3
 
 
 # ------------------------------------------------------------------------------------ the turns

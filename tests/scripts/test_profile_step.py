@@ -121,6 +121,13 @@ def test_rounds_are_of_learning_steps(args):
     loop.close()
 
 
+def test_a_generated_step_has_no_parts():
+    """It is profiled as a whole."""
+    result = measure(ProfileArgs(replace(EAGER, engine="fused"), profile_steps=4, repeats=1))
+    assert result["engine"] == "fused"
+    assert [row["part"] for row in result["parts"]] == [DRAW, STEPS, METRICS]
+
+
 def test_an_environment_on_the_host():
     """Gymnasium's own: chunks of one vector step."""
     args = Args.for_env("gym:CartPole-v1", num_envs=2, device="cpu", engine="eager")
