@@ -59,6 +59,8 @@ CASES = {
     "held": replace(SMALL, num_seeds=1, env_id="MountainCar-v0", eps_repeat=0.5),
     "acrobot": replace(SMALL, num_seeds=1, env_id="Acrobot-v1"),
     "table": replace(SMALL, num_seeds=1, env_id="FrozenLake-v1"),
+    # Every row that is sampled was stored in the same step.
+    "smallest replay": replace(SMALL, buffer_size=16, num_envs=16, train_freq=16),
     "host": replace(
         SMALL, num_seeds=1, env_id="gym:CartPole-v1", num_envs=4, total_timesteps=2_000
     ),

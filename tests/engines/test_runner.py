@@ -325,7 +325,7 @@ FAILURES: dict[str, tuple[str, Any, str]] = {
     "exporting": ("torch.export.export", refuse, "not compilable: this fails on purpose"),
     "the cache": (f"{COMPILER}.usable_cache", refuse, "not compilable: this fails on purpose"),
     "starting": (
-        f"{COMPILER}.subprocess.Popen", refuse, "not compilable: this fails on purpose",
+        f"{COMPILER}.watched.subprocess.Popen", refuse, "not compilable: this fails on purpose",
     ),
     "compiling": (f"{COMPILER}.sys.executable", "false", "the compiler failed: no message"),
     "loading": (f"{COMPILER}._load", refuse, "not loadable: this fails on purpose"),
@@ -362,7 +362,7 @@ def test_whatever_fails_costs_a_line(
     target, value, reason = FAILURES[point]
     if point == "starting":  # the module is not the compiler's alone
         own = types.SimpleNamespace(**vars(subprocess))
-        monkeypatch.setattr(compiler, "subprocess", own)
+        monkeypatch.setattr(compiler.watched, "subprocess", own)
     if point == "loading":
         keep_packages(monkeypatch)
     monkeypatch.setattr(target, value)

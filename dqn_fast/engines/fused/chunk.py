@@ -82,8 +82,11 @@ class Table:
         self._kept = constants
         self.constants = np.array([t.data_ptr() for t in constants] or [0], np.int64)
 
-    def enter(self, tensors: Sequence[tuple[Tensor, int | None]]) -> None:
-        """Enter tensors [K, ...] of K steps, contiguous, with the axis of members in one step."""
+    def enter(self, tensors: Sequence[tuple[Tensor, int | None]], same: int = 0) -> None:
+        """Enter tensors [K, ...] of K steps, contiguous, with the axis of members in one step.
+
+        The first `same` are those of every step, [1, ...].
+        """
         if len(self.rows) != self._num_state + len(tensors):
             self.rows = np.concatenate(
                 [self.rows[: self._num_state], np.zeros((len(tensors), 3), np.int64)]
@@ -91,6 +94,8 @@ class Table:
         for row, (tensor, axis) in enumerate(tensors, self._num_state):
             per_step = tensor.stride(0) * tensor.itemsize if tensor.numel() else 0
             per_member = 0 if axis is None else per_step // self._members
+            if row - self._num_state < same:
+                per_step = 0
             self.rows[row] = tensor.data_ptr(), per_step, per_member
 
 
@@ -283,7 +288,7 @@ class FusedChunk:
         ):
             index = torch.arange(start, start + count)
             made = self._take(name, count)
-            self._many(name, count, [self._keys, self._counters, index], made, same=2)
+            self._many(name, count, [self._keys[None], self._counters[None], index], made, same=2)
             drawn += made
         m = self._members
         explore, env_step, env_reset, rows = drawn
@@ -328,22 +333,13 @@ class FusedChunk:
     def _enter(
         self, name: str, inputs: Sequence[Tensor], results: Sequence[Tensor], same: int = 0
     ) -> list[Tensor]:
-        """Enter a call's arguments; returns tensors that must live until it ends.
-
-        The first `same` inputs are those of every step.
-        """
+        """Enter a call's arguments, see `Table.enter`; returns tensors that must live until it
+        ends."""
         axes = self._described["functions"][name]["axes"]
         inputs = [tensor.contiguous() for tensor in inputs]
-        entered = [
-            (t.expand(1, *t.shape) if i < same else t, axis)
-            for i, (t, axis) in enumerate(zip(inputs, axes, strict=True))
-        ]
-        table = self._tables[name]
-        table.enter([*entered, *((t, 0) for t in results)])
-        for i in range(same):
-            row = table.rows[table._num_state + i]
-            row[1] = 0
-        return list(inputs)
+        entered = zip(inputs, axes, strict=True)
+        self._tables[name].enter([*entered, *((t, 0) for t in results)], same)
+        return inputs
 
     def _many(
         self,

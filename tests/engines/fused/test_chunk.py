@@ -40,7 +40,6 @@ MORE = {
         total_timesteps=90_000, learning_starts=3_000,
     ),
     "large batch": replace(LINE, batch_size=700, learning_starts=800, hidden_sizes=(64, 64)),
-    "smallest replay": replace(SMALL, buffer_size=16, num_envs=16, train_freq=16),
 }  # fmt: skip
 
 
