@@ -60,7 +60,9 @@ CASES = {
     "acrobot": replace(SMALL, num_seeds=1, env_id="Acrobot-v1"),
     "table": replace(SMALL, num_seeds=1, env_id="FrozenLake-v1"),
     # Every row that is sampled was stored in the same step.
-    "smallest replay": replace(SMALL, buffer_size=16, num_envs=16, train_freq=16),
+    "smallest replay": replace(
+        SMALL, buffer_size=16, num_envs=16, train_freq=16, total_timesteps=16_500
+    ),
     "host": replace(
         SMALL, num_seeds=1, env_id="gym:CartPole-v1", num_envs=4, total_timesteps=2_000
     ),
