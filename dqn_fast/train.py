@@ -158,7 +158,7 @@ class Args:
     part of a card's name, such as h100."""
     engine: EngineName = "auto"
     """How a chunk of vector steps is run: eager; fused, by one C++ program that is generated for
-    the shapes of this run (2 s, kept for the next run); compile, by torch's compiler (30 to 40 s,
+    the shapes of this run (1 s, kept for the next run); compile, by torch's compiler (30 to 40 s,
     kept too); graph, captured in CUDA graphs. auto compares the gradient steps to come with the
     time to compile, and prints its choice. Results differ only by rounding."""
     keep_generated: Path | None = None
