@@ -13,6 +13,7 @@ from scripts.torture.records import differences
 from scripts.torture.trial import SMALL, TRAIN, Trial
 
 COMPILED = ("--engine", "compile", "--total-timesteps", "65536", "--num-envs", "64")
+FUSED = ("--engine", "fused", "--total-timesteps", "65536")
 WRAPS = ("--num-envs", "7", "--buffer-size", "1001", "--total-timesteps", "9999")
 OWN = ("--sweep", "learning_rate", "1e-4", "1e-3", "gamma", "0.97", "0.99")
 
@@ -33,13 +34,18 @@ KINDS: dict[str, tuple[str, ...]] = {
     "gym:CartPole sync": HOST,
     "gym:CartPole async": ASYNC,
     "learning starts late": ("--learning-starts", "4000"),
+    "LineWorld, fused": FUSED,
+    "LineWorld, M = 4, fused": ("--num-seeds", "4", *FUSED),
     "LineWorld, compile": COMPILED,
     "CartPole, compile": (*CARTPOLE, *COMPILED),
     "LineWorld, auto": ("--engine", "auto", "--total-timesteps", "400000", "--train-freq", "8"),
 }
 """Flags of each kind of run, after those of SMALL."""
 
-SHORT = ("LineWorld, 7 copies, ring wraps", "LineWorld, sweep", "CartPole", "FrozenLake")
+SHORT = (
+    "LineWorld, 7 copies, ring wraps", "LineWorld, sweep", "CartPole", "FrozenLake",
+    "LineWorld, M = 4, fused",
+)  # fmt: skip
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
 
@@ -100,6 +106,7 @@ def kills(trial: Trial) -> None:
     kinds = {
         "writes all the time": ("--checkpoint-interval", "16", "--keep-checkpoints", "3"),
         "host workers": ASYNC,
+        "generates a program": FUSED,
         "compiles": COMPILED,
     }
     if not trial.full:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dqn_fast.engines.fused.expr import Buffer, Expr, Index
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index, load, make
 from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Program
 
 TYPES = {
@@ -259,8 +259,6 @@ class Printer:
             self._line("}")
 
     def _finish(self, r: Any, result: str, body: _Body) -> None:
-        from dqn_fast.engines.fused.expr import make
-
         value = make("named", (result,), r.buffer.dtype)
         end = _Body(self, {})
         end.names = dict(body.names)
@@ -302,8 +300,6 @@ class Printer:
             [lambda: f"{place} = ({wraps}){place} + ({wraps}){body.name(r.term)};"],
             True,
         )
-        from dqn_fast.engines.fused.expr import load
-
         if r.finish(probe := load(r.buffer, r.offset)) is not probe:
             over_kept(lambda: self._finish(r, place, _Body(self, {})))
 

@@ -8,6 +8,7 @@ only needed within its own nest then stays in a register.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -328,15 +329,9 @@ class _Planner:
             self._realise(node)
 
         def attempt() -> Kernel:
-            loops, unrolled = _loops(node.shape, strides)
-            extents = tuple(node.shape[dim] for dim in loops)
+            extents, elements = _elements(node.shape, strides)
             stores = []
-            for fixed in _places([node.shape[dim] for dim in unrolled]):
-                index = [Index()] * len(node.shape)
-                for position, dim in enumerate(loops):
-                    index[dim] = ex.var(position, node.shape[dim])
-                for dim, i in zip(unrolled, fixed, strict=True):
-                    index[dim] = Index({}, i)
+            for index in elements:
                 value = cast(node.at(index), buffer.dtype)
                 stores.append(Store(buffer, offset_of(index, strides, start), value))
             return Kernel("loop", extents, stores, origins=[origin])
@@ -353,15 +348,9 @@ class _Planner:
         rows = node.inputs[0].shape[0]
 
         def attempt() -> Kernel:
-            loops, unrolled = _loops(node.shape, contiguous(node.shape))
-            extents = tuple(node.shape[dim] for dim in loops)
+            extents, elements = _elements(node.shape, contiguous(node.shape))
             stores = []
-            for fixed in _places([node.shape[dim] for dim in unrolled]):
-                index = [Index()] * len(node.shape)
-                for position, dim in enumerate(loops):
-                    index[dim] = ex.var(position, node.shape[dim])
-                for dim, i in zip(unrolled, fixed, strict=True):
-                    index[dim] = Index({}, i)
+            for index in elements:
                 row = bounded(cast(which.at([index[0]]), torch.int64), rows)
                 place = offset_of([row, *index[1:]], strides, offset)
                 stores.append(Store(version, place, cast(source.at(index), version.dtype)))
@@ -629,10 +618,22 @@ def _loops(shape: Sequence[int], strides: Sequence[int]) -> tuple[list[int], lis
     return loops, [dim for dim in dims if dim not in loops]
 
 
-def _places(extents: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    import itertools
+def _elements(
+    shape: Sequence[int], strides: Sequence[int]
+) -> tuple[tuple[int, ...], Iterator[list[Index]]]:
+    """Extents of the loops over a tensor, and the elements that one iteration writes out."""
+    loops, unrolled = _loops(shape, strides)
 
-    return itertools.product(*(range(extent) for extent in extents))
+    def each() -> Iterator[list[Index]]:
+        for fixed in itertools.product(*(range(shape[dim]) for dim in unrolled)):
+            index = [Index()] * len(shape)
+            for position, dim in enumerate(loops):
+                index[dim] = ex.var(position, shape[dim])
+            for dim, i in zip(unrolled, fixed, strict=True):
+                index[dim] = Index({}, i)
+            yield index
+
+    return tuple(shape[dim] for dim in loops), each()
 
 
 def _last_stride(node: Node, dims: Sequence[int], num_loops: int) -> int:
