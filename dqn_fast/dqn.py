@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dqn_fast import tree
 from dqn_fast.algorithm import StepInputs, StepRecord, UpdateInputs
+from dqn_fast.code import digest_of
 from dqn_fast.envs import EnvError, Outcome, TensorEnv, VectorState
 from dqn_fast.heads import Head, describe_head
 from dqn_fast.networks import Params, QNetwork
@@ -157,12 +158,16 @@ class DQN:
         they follow from other sources too."""
         env = self.env.identity()
         parts = (self.network, self.head, self.replay)
-        if env is None or not all(type(p).__module__.startswith("dqn_fast.") for p in parts):
+        kinds = [kind for part in (self, self.env, *parts) for kind in type(part).__mro__]
+        modules = {kind.__module__ for kind in kinds if kind.__module__.startswith("dqn_fast.")}
+        if env is None or not all(type(p).__module__ in modules for p in parts):
             return None
+        # A program may have replaced a function, as in `dqn_fast.dqn.epsilon_greedy = mine`.
+        code = digest_of({*modules, *(f"dqn_fast.{name}" for name in ("noise", "plan", "tree"))})
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.type in ("int", "bool")}
         network, head = self.network, describe_head(self.head)
         replay = type(self.replay).__name__, self.replay.capacity
-        return own, env, network.sizes, network.num_outputs, head, replay
+        return own, env, network.sizes, network.num_outputs, head, replay, code
 
     def one_member(self) -> DQN:
         """The same for one member, with its copies as a whole."""

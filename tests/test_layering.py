@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
-    {"bellman", "device", "noise", "plan", "process", "settings", "sweep", "tree"},
+    {"code", "bellman", "device", "noise", "plan", "process", "settings", "sweep", "tree"},
     {"envs", "experiments"},
     {"algorithm", "heads", "networks", "replay"},
     {"dqn", "engines"},
@@ -59,7 +59,7 @@ def test_the_reference_shares_no_code():
 
 def test_engines_know_no_algorithm():
     """They import the protocol, and neither what learns nor what it learns in."""
-    for path in (PACKAGE / "engines").glob("*.py"):
+    for path in (PACKAGE / "engines").rglob("*.py"):
         inside = {m.split(".")[1] for m in imported(path) if m.startswith("dqn_fast.")}
         assert not inside & {"dqn", "heads", "networks", "replay", "envs"}
 

@@ -187,8 +187,9 @@ def _copy(tensor: Tensor) -> Tensor:
     if tensor.nbytes <= MOST_COPIED or tensor.device.type != "cpu":
         return torch.zeros_like(tensor).copy_(tensor)
     size = 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
-    # Nobody reserves what this could grow to.
-    memory = mmap.mmap(-1, size * tensor.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flags |= 0x4000 if sys.platform == "linux" else 0  # nothing reserves what this could grow to
+    memory = mmap.mmap(-1, size * tensor.itemsize, flags)
     zeros = torch.frombuffer(memory, dtype=tensor.dtype)
     return zeros.as_strided(tensor.size(), tensor.stride())
 

@@ -182,6 +182,26 @@ def test_a_warm_start_neither_traces_nor_compiles(monkeypatch):
         assert len(list(cache_state().folder.glob("*.package"))) == packages
 
 
+def test_a_function_that_was_replaced_is_traced_again(monkeypatch):
+    """The program of the function before is not taken for it; with it back, it is found again."""
+    args = replace(SMALL, engine="eager", hidden_sizes=(19,))
+    before = fuse(setup(args)).source
+    for name, value in (
+        ("dqn_fast.dqn.sync_target_", lambda target, params, weight: None),
+        ("dqn_fast.dqn.ADAM_EPS", 1e-3),
+        ("dqn_fast.envs.line_world.LineWorld.observe", lambda self, state: 0 * state.position),
+        ("dqn_fast.heads.td_target", lambda next_value, reward, discount: reward),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            if name.endswith("observe"):
+                patch.setattr("dqn_fast.setup.check_memory", lambda *_: None)
+            assert fuse(setup(args)).source != before, name
+        with monkeypatch.context() as patch:
+            patch.setattr("dqn_fast.engines.fused.chunk.trace", None)
+            assert fuse(setup(args)).source == before
+
+
 def test_an_environment_of_ones_own_is_traced_again():
     """Its sources may have changed; the same program is still found."""
 
