@@ -128,7 +128,6 @@ class FusedChunk:
         Raises:
             EngineUnavailableError: the functions cannot be traced or fused.
         """
-        self._algorithm = algorithm
         self._members = algorithm.num_members
         self._state = [tensor.detach() for tensor in tree.leaves(state)]
         algorithm.draw(noise, plan.window_steps, plan.window_updates, 0, 0)  # makes counters

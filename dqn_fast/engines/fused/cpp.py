@@ -177,7 +177,6 @@ class Printer:
                 )
                 for store in kept
             ],
-            independent=True,
         )
 
     def _nest(
@@ -186,7 +185,6 @@ class Printer:
         body: _Body,
         roots: Sequence[Expr],
         statements: Sequence[Any],
-        independent: bool,
     ) -> None:
         """Loops with each expression computed as far outside as possible."""
         by_depth = body.by_depth(roots)
@@ -194,7 +192,7 @@ class Printer:
             for expr in by_depth.get(depth, ()):
                 body.emit(expr)
             if depth < len(extents):
-                if depth == len(extents) - 1 and independent:
+                if depth == len(extents) - 1:
                     self._line("#pragma GCC ivdep")
                 self._for(depth, extents[depth])
         for statement in statements:
@@ -207,7 +205,7 @@ class Printer:
         r = kernel.reduction
         assert r is not None
         kind = TYPES[r.buffer.dtype]
-        total = _total(r.buffer.dtype)
+        total = "total"
         if r.outer:
             self._sum_by_rows(kernel)
             return
@@ -278,11 +276,9 @@ class Printer:
 
         def over_kept(statement: Any) -> None:
             for n, extent in enumerate(kept):
-                i = f"i{first + n}"
                 if n == len(kept) - 1:
                     self._line("#pragma GCC ivdep")
-                self._line(f"for (int64_t {i} = 0; {i} < {extent}; ++{i}) {{")
-                self._indent += 1
+                self._for(first + n, extent)
             statement()
             for _ in kept:
                 self._indent -= 1
@@ -291,14 +287,12 @@ class Printer:
         body = _Body(self, {})
         place = f"{r.buffer.name}[{body.index(r.offset)}]"
         over_kept(lambda: self._line(f"{place} = 0;"))
-        body = _Body(self, {})
         wraps = UNSIGNED.get(r.buffer.dtype, TYPES[r.buffer.dtype])
         self._nest(
             kernel.extents,
             body,
             [r.term],
             [lambda: f"{place} = ({wraps}){place} + ({wraps}){body.name(r.term)};"],
-            True,
         )
         if r.finish(probe := load(r.buffer, r.offset)) is not probe:
             over_kept(lambda: self._finish(r, place, _Body(self, {})))
@@ -348,11 +342,8 @@ class _Body:
     def emit(self, expr: Expr) -> None:
         """Print the definition of a value; its operands have names."""
         if expr.op == "bounded" and self._follows_from_bool(expr.args[0]):
-            self._printer._count += 1
-            name = f"t{self._printer._count}"
-            self._printer._line(f"int64_t {name} = {self.name(expr.args[0])};")
+            name = self._define(expr, "int64_t", self.name(expr.args[0]))
             self._printer._line(f"SCALAR({name});")
-            self.names[expr] = name
             return
         if expr.op in ("bounded", "index"):
             inner = expr.args[0]
@@ -360,10 +351,14 @@ class _Body:
                 self.name(inner) if isinstance(inner, Expr) else f"({self.index(inner)})"
             )
             return
+        self._define(expr, f"const {TYPES[expr.dtype]}", self._text(expr))
+
+    def _define(self, expr: Expr, kind: str, text: str) -> str:
+        """Print the definition of a new name for a value; returns the name."""
         self._printer._count += 1
-        name = f"t{self._printer._count}"
-        self._printer._line(f"const {TYPES[expr.dtype]} {name} = {self._text(expr)};")
-        self.names[expr] = name
+        name = self.names[expr] = f"t{self._printer._count}"
+        self._printer._line(f"{kind} {name} = {text};")
+        return name
 
     def _follows_from_bool(self, root: Expr) -> bool:
         """Whether a value is computed from a comparison, in this kernel."""
@@ -468,10 +463,6 @@ def _load_key(buffer: Buffer, index: Index) -> Any:
 
 def _suffix(dtype: torch.dtype) -> str:
     return "f" if dtype == torch.float32 else ""
-
-
-def _total(dtype: torch.dtype) -> str:
-    return "total"
 
 
 def _beats(new: str, best: str, more: bool, floating: bool = True) -> str:

@@ -55,14 +55,12 @@ class Expr:
         args: its operands; for "const" the value, for "var" name and extent, for "load" the buffer
             and the `Index` of the element.
         dtype: of the result.
-        depth: 1 + the position of the deepest loop variable that it depends on; 0: none.
         cost: roughly the arithmetic operations of the whole expression.
     """
 
     op: str
     args: tuple[Any, ...]
     dtype: torch.dtype
-    depth: int = 0
     cost: int = 0
 
     def operands(self) -> Iterable[Expr]:
@@ -83,17 +81,15 @@ EXPENSIVE = {
 """Operations that count as twenty."""
 
 
-def make(op: str, args: tuple[Any, ...], dtype: torch.dtype, depth: int | None = None) -> Expr:
+def make(op: str, args: tuple[Any, ...], dtype: torch.dtype) -> Expr:
     """The expression `op` of `args`."""
     key = (op, tuple(_key(arg) for arg in args), dtype)
     found = _unique.get(key)
     if found is None:
         expr = Expr(op, args, dtype)
-        operands = list(expr.operands())
-        deepest = max((operand.depth for operand in operands), default=0)
-        cost = sum(operand.cost for operand in operands)
+        cost = sum(operand.cost for operand in expr.operands())
         cost += 0 if op in ("const", "var") else 20 if op in EXPENSIVE else 1
-        found = Expr(op, args, dtype, deepest if depth is None else depth, min(cost, 10**6))
+        found = Expr(op, args, dtype, min(cost, 10**6))
         _unique[key] = found
     return found
 
@@ -154,7 +150,7 @@ def as_expr(index: Index) -> Expr:
 
 def var(position: int, extent: int) -> Index:
     """The variable of the loop at `position` in a nest, 0 for the outermost, as an index."""
-    return Index({make("var", (position, extent), torch.int64, position + 1): 1})
+    return Index({make("var", (position, extent), torch.int64): 1})
 
 
 def load(buffer: Buffer, index: Index) -> Expr:
@@ -196,10 +192,6 @@ class Index:
     @property
     def is_const(self) -> bool:
         return not self.terms
-
-    @property
-    def depth(self) -> int:
-        return max((atom.depth for atom in self.terms), default=0)
 
     def same(self, other: Index) -> bool:
         """Whether both are the same number for all values of the atoms."""
@@ -246,15 +238,11 @@ def _joined(terms: dict[Expr, int], const: int) -> Index:
 
 
 def _atom_range(atom: Expr) -> tuple[float, float]:
-    if atom.op == "var":
-        return 0.0, atom.args[1] - 1.0
-    if atom.op == "rest":
+    if atom.op in ("var", "rest", "bounded"):
         return 0.0, atom.args[1] - 1.0
     if atom.op == "quotient":
         low, high = atom.args[0].range()
         return low // atom.args[1], high // atom.args[1]
-    if atom.op == "bounded":
-        return 0.0, atom.args[1] - 1.0
     return -math.inf, math.inf
 
 

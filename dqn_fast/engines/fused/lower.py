@@ -338,6 +338,9 @@ class Lowering:
             return self._pointwise(base, nodes, value, in_place)
         if base in CREATE:
             return self._create(base, nodes, value)
+        if base in REDUCTIONS:
+            source, dims = nodes[0], nodes[1] if len(nodes) > 1 else None
+            return self._reduce(REDUCTIONS[base], source, _dims(dims, source), value)
         method = getattr(self, f"_make_{base}", None)
         if method is None:
             raise UnknownOperationError(base)
@@ -535,33 +538,6 @@ class Lowering:
             return finish(_fold(what, terms, dtype))
 
         return self._node(value.shape, dtype, [source], element)
-
-    def _make_sum(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("sum", source, _dims(dims, source), value)
-
-    def _make_mean(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("mean", source, _dims(dims, source), value)
-
-    def _make_prod(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("prod", source, _dims(dims, source), value)
-
-    def _make_amax(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("max", source, _dims(dims, source), value)
-
-    def _make_amin(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("min", source, _dims(dims, source), value)
-
-    def _make_any(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("any", source, _dims(dims, source), value)
-
-    def _make_all(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("all", source, _dims(dims, source), value)
-
-    def _make_argmax(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("argmax", source, _dims(dims, source), value)
-
-    def _make_argmin(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Node:
-        return self._reduce("argmin", source, _dims(dims, source), value)
 
     def _make_max(self, value: Any, source: Node, dims: Any = None, *_: Any) -> Any:
         return self._extreme("max", value, source, dims)
@@ -803,7 +779,7 @@ class Lowering:
             buffer.name, buffer.dtype, buffer.size, buffer.role, buffer.position, buffer.root
         )
         which = _reshape((which.size,), self._origin)(which)
-        info = {"into": (version, strides, offset), "which": which, "source": source, "old": buffer}
+        info = {"into": (version, strides, offset), "which": which, "source": source}
         scatter = Node(
             "scatter", source.shape, old.dtype, [old, which, source], None, self._origin, info
         )
@@ -836,7 +812,7 @@ class Lowering:
 
     def _make_dot(self, value: Any, x: Node, y: Node) -> Node:
         terms = self._pointwise("mul", [x, y], _Like(x.shape, value.dtype), False)
-        return self._make_sum(value, terms)
+        return self._reduce("sum", terms, [0], value)
 
     def _product(self, x: Node, y: Node, dtype: torch.dtype) -> Node:
         shape = (*x.shape[:-1], y.shape[-1])
@@ -1119,6 +1095,13 @@ CREATE = {
     "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like",
     "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor",
 }  # fmt: skip
+
+
+REDUCTIONS = {
+    "sum": "sum", "mean": "mean", "prod": "prod", "amax": "max", "amin": "min", "any": "any",
+    "all": "all", "argmax": "argmax", "argmin": "argmin",
+}  # fmt: skip
+"""What `Lowering._reduce` calls them."""
 
 
 def lower(graph: torch.fx.Graph, num_arguments: int) -> Lowered:

@@ -9,7 +9,6 @@ only needed within its own nest then stays in a register.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -189,8 +188,7 @@ class Program:
         name: of the function.
         kernels: in order.
         arguments, constants: buffers, by position.
-        scratch: buffers with their offsets.
-        scratch_bytes: memory of the scratch buffers.
+        scratch_bytes: memory of the scratch buffers, which have their offsets.
         blocks: of kernels, in order.
     """
 
@@ -198,7 +196,6 @@ class Program:
     kernels: list[Kernel]
     arguments: list[Buffer]
     constants: list[Buffer]
-    scratch: list[Buffer]
     scratch_bytes: int
     blocks: list[Block]
 
@@ -255,7 +252,6 @@ class _Planner:
             self._kernels,
             lowered.arguments,
             lowered.constants,
-            scratch,
             num_bytes,
             blocks,
         )
@@ -280,7 +276,7 @@ class _Planner:
         if node.kind == "scatter":
             self._scatter(node)
             return
-        buffer = Buffer(f"s{len(self._scratch)}", node.dtype, node.size, "scratch")
+        buffer = Buffer("", node.dtype, node.size, "scratch")
         strides = contiguous(node.shape)
         if node.kind == "product":
             x = self._operand(node.inputs[0])
@@ -292,8 +288,12 @@ class _Planner:
             self._reduce(node, buffer, strides)
         else:
             self._store(node, buffer, strides, node.origin)
+        self._place(node, buffer, strides)
+
+    def _place(self, node: Node, buffer: Buffer, strides: tuple[int, ...]) -> None:
+        """Let a node be read from a filled buffer, which is named in the order of such calls."""
+        buffer.name = f"s{len(self._scratch)}"
         self._scratch.append(buffer)
-        buffer.name = f"s{len(self._scratch) - 1}"
         node.place = (buffer, strides, 0)
 
     def _with_memory(self, attempt: Callable[[], Kernel]) -> Kernel:
@@ -308,14 +308,12 @@ class _Planner:
     def _realise_join(self, node: Node) -> None:
         """Give a join memory: each part fills its own place."""
         self._done.add(node)
-        buffer = Buffer(f"s{len(self._scratch)}", node.dtype, node.size, "scratch")
+        buffer = Buffer("", node.dtype, node.size, "scratch")
         strides = contiguous(node.shape)
         for part, start in zip(node.info["parts"], node.info["starts"], strict=True):
             offset = start * strides[node.info["dim"]]
             self._store(part, buffer, strides, node.origin, offset)
-        self._scratch.append(buffer)
-        buffer.name = f"s{len(self._scratch) - 1}"
-        node.place = (buffer, strides, 0)
+        self._place(node, buffer, strides)
 
     # --------------------------------------------------------------------------------- kernels
 
@@ -368,7 +366,7 @@ class _Planner:
             # Neighbours in memory belong into the innermost loop.
             outer = bool(kept) and what in ("sum", "mean", "norm") and kept[-1] > UNROLL_LAST
             if outer:
-                outer = _last_stride(node, dims, len(kept) + len(reduced)) == 1
+                outer = _last_stride(node, dims) == 1
             index = [Index()] * len(node.shape)
             inner = [Index()] * len(extents)
             first_kept = len(reduced) if outer else 0
@@ -636,7 +634,7 @@ def _elements(
     return tuple(shape[dim] for dim in loops), each()
 
 
-def _last_stride(node: Node, dims: Sequence[int], num_loops: int) -> int:
+def _last_stride(node: Node, dims: Sequence[int]) -> int:
     """Stride of the last kept axis in the first large load of a reduction's terms; 0: none."""
     index = [Index()] * len(node.shape)
     for position, dim in enumerate(dims):
@@ -812,4 +810,4 @@ def _place_in_memory(
         buffer.offset = offset
         placed.append(buffer)
         total = max(total, offset + size)
-    return math.ceil(total / ALIGNMENT) * ALIGNMENT
+    return total

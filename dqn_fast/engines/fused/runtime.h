@@ -18,7 +18,7 @@ inline void place(char** at, const Argument* arguments, int64_t count, int64_t k
 }
 
 // While it lives, this thread takes numbers below 1.2e-38 for 0. Adam's mean of a weight whose
-// gradient is 0 falls below that within 800 steps, and arithmetic with such numbers takes 100 cycles.
+// gradient is 0 falls below that within 900 steps, and processors are slow with such numbers.
 struct FlushDenormals {
 #if defined(__x86_64__)
   const unsigned before = __builtin_ia32_stmxcsr();

@@ -634,7 +634,7 @@ def test_sizes_and_broadcasts(compiled, case):
 
 def test_every_known_operation_is_tried(compiled):
     """The cases above leave out no operation of the tables."""
-    known = {*POINTWISE, *lower.CREATE, *lower.VIEWS}
+    known = {*POINTWISE, *lower.CREATE, *lower.VIEWS, *lower.REDUCTIONS}
     known |= {n.removeprefix("_make_") for n in dir(lower.Lowering) if n.startswith("_make_")}
     tried = {name.rstrip("_") for name in compiled.operations} | compiled.operations
     tried |= {name.removeprefix("_foreach_").rstrip("_") for name in compiled.operations}
