@@ -116,7 +116,8 @@ class Kernel:
     Attributes:
         kind: "loop", "scatter", "reduce" or "product".
         extents: of its loops, outermost first.
-        stores: of a loop or scatter.
+        stores: of a loop or scatter; of a product, what is done with each of its results, which
+            then has no memory.
         reduction, product: of the other kinds.
         origins: where its operations are called.
     """
@@ -146,6 +147,7 @@ class Kernel:
         found = {load.args[0] for load in self.loads()}
         found |= _searched(self.expressions())
         if self.product is not None:
+            found.discard(self.product.out.buffer)
             found |= {self.product.x.buffer, self.product.y.buffer}
             if self.product.bias is not None:
                 found.add(self.product.bias.buffer)
@@ -156,7 +158,7 @@ class Kernel:
         found = {store.buffer for store in self.stores}
         if self.reduction is not None:
             found.add(self.reduction.buffer)
-        if self.product is not None:
+        if self.product is not None and not self.stores:
             found.add(self.product.out.buffer)
         return found
 
@@ -206,21 +208,35 @@ def plan(name: str, lowered: Lowered) -> Program:
     Raises:
         UnplannableError: reads and writes cannot be ordered.
     """
+    kernels = kernels_of(lowered)
+    _merge_ends(kernels)
+    drop_dead_stores(kernels)
+    blocks = find_blocks(kernels, BLOCK_BYTES)
+    num_bytes = _place_in_memory(kernels, blocks)
+    return Program(name, kernels, lowered.arguments, lowered.constants, num_bytes, blocks)
+
+
+def kernels_of(lowered: Lowered) -> list[Kernel]:
+    """The loops and products of a function, in an order that is right; nothing has memory yet.
+
+    Raises:
+        UnplannableError: reads and writes cannot be ordered.
+    """
     try:
-        return _Planner(name, lowered, careful=False).run()
+        return _Planner(lowered, careful=False).run()
     except UnplannableError:
-        return _Planner(name, lowered, careful=True).run()
+        return _Planner(lowered, careful=True).run()
 
 
 class _Planner:
-    def __init__(self, name: str, lowered: Lowered, careful: bool) -> None:
-        self._name, self._lowered, self._careful = name, lowered, careful
+    def __init__(self, lowered: Lowered, careful: bool) -> None:
+        self._lowered, self._careful = lowered, careful
         self._kernels: list[Kernel] = []
-        self._scratch: list[Buffer] = []
+        self._num_scratch = 0
         self._touched: list[tuple[set[Buffer], set[Buffer]]] = []  # read and written by each kernel
         self._done: set[Node] = set()
 
-    def run(self) -> Program:
+    def run(self) -> list[Kernel]:
         lowered = self._lowered
         roots = [*lowered.scatters, *(value for _, _, value in lowered.stores)]
         order, users = _in_order(roots)
@@ -238,23 +254,7 @@ class _Planner:
         stores = sorted(lowered.stores, key=lambda store: store[0] in read)
         for buffer, strides, value in stores:
             self._store(value, buffer, strides, value.origin)
-        self._merge_ends()
-        self._drop_dead_stores()
-        kept = {
-            store.buffer for kernel in self._kernels for store in kernel.stores if store.is_kept
-        }
-        kept |= {b for kernel in self._kernels if not kernel.stores for b in kernel.writes()}
-        scratch = [buffer for buffer in self._scratch if buffer in kept]
-        blocks = _find_blocks(self._kernels)
-        num_bytes = _place_in_memory(self._kernels, scratch, blocks)
-        return Program(
-            self._name,
-            self._kernels,
-            lowered.arguments,
-            lowered.constants,
-            num_bytes,
-            blocks,
-        )
+        return self._kernels
 
     # --------------------------------------------------------------------------- what gets memory
 
@@ -292,8 +292,8 @@ class _Planner:
 
     def _place(self, node: Node, buffer: Buffer, strides: tuple[int, ...]) -> None:
         """Let a node be read from a filled buffer, which is named in the order of such calls."""
-        buffer.name = f"s{len(self._scratch)}"
-        self._scratch.append(buffer)
+        buffer.name = f"s{self._num_scratch}"
+        self._num_scratch += 1
         node.place = (buffer, strides, 0)
 
     def _with_memory(self, attempt: Callable[[], Kernel]) -> Kernel:
@@ -479,35 +479,37 @@ class _Planner:
         other.origins += [origin for origin in kernel.origins if origin not in other.origins]
         return True
 
-    def _merge_ends(self) -> None:
-        """Let products add their bias, and take the relu, before they store their results."""
-        for kernel in list(self._kernels):
-            product = kernel.product
-            if product is None or product.out.column != 1:
-                continue
-            readers = [each for each in self._kernels if product.out.buffer in each.reads()]
-            if len(readers) != 1 or readers[0].kind != "loop":
-                continue
-            (loop,) = readers
-            stores = [s for s in loop.stores if product.out.buffer in _buffers_of(s)]
-            if len(stores) != 1 or (found := _end_of(stores[0], product)) is None:
-                continue
-            product.end, bias = found
-            product.bias = Operand(bias, Index(), 0, 1)
-            product.out = Operand(stores[0].buffer, Index(), product.columns, 1)
-            kernel.origins += [o for o in loop.origins if o not in kernel.origins]
-            loop.stores.remove(stores[0])
-            if not loop.stores:
-                self._kernels.remove(loop)
 
-    def _drop_dead_stores(self) -> None:
-        """Mark stores that only their own iteration reads: they stay in registers."""
-        needed: set[Buffer] = set()
-        for kernel in self._kernels:
-            needed |= kernel.reads() - {store.buffer for store in kernel.stores}
-        for kernel in self._kernels:
-            for store in kernel.stores:
-                store.is_kept = store.buffer.role != "scratch" or store.buffer in needed
+def _merge_ends(kernels: list[Kernel]) -> None:
+    """Let products add their bias, and take the relu, before they store their results."""
+    for kernel in list(kernels):
+        product = kernel.product
+        if product is None or product.out.column != 1:
+            continue
+        readers = [each for each in kernels if product.out.buffer in each.reads()]
+        if len(readers) != 1 or readers[0].kind != "loop":
+            continue
+        (loop,) = readers
+        stores = [s for s in loop.stores if product.out.buffer in _buffers_of(s)]
+        if len(stores) != 1 or (found := _end_of(stores[0], product)) is None:
+            continue
+        product.end, bias = found
+        product.bias = Operand(bias, Index(), 0, 1)
+        product.out = Operand(stores[0].buffer, Index(), product.columns, 1)
+        kernel.origins += [o for o in loop.origins if o not in kernel.origins]
+        loop.stores.remove(stores[0])
+        if not loop.stores:
+            kernels.remove(loop)
+
+
+def drop_dead_stores(kernels: Sequence[Kernel]) -> None:
+    """Mark stores that only their own iteration reads: they stay in registers."""
+    needed: set[Buffer] = set()
+    for kernel in kernels:
+        needed |= kernel.reads() - {store.buffer for store in kernel.stores}
+    for kernel in kernels:
+        for store in kernel.stores:
+            store.is_kept = store.buffer.role != "scratch" or store.buffer in needed
 
 
 def _buffers_of(store: Store) -> set[Buffer]:
@@ -676,8 +678,13 @@ BLOCK_BYTES = 2**18
 """Memory that a block of rows may pass from kernel to kernel: a quarter of a usual L2 cache."""
 
 
-def _find_blocks(kernels: Sequence[Kernel]) -> list[Block]:
-    """The longest sequences of kernels that treat each row by itself, where they pay."""
+def find_blocks(kernels: Sequence[Kernel], most_bytes: int) -> list[Block]:
+    """The longest sequences of kernels that treat each row by itself, where they pay.
+
+    Args:
+        kernels: in order.
+        most_bytes: that a block passes from kernel to kernel.
+    """
     blocks: list[Block] = []
     first = 0
     while first < len(kernels):
@@ -687,7 +694,7 @@ def _find_blocks(kernels: Sequence[Kernel]) -> list[Block]:
             if not _by_rows(kernels[first : last + 1], rows):
                 break
             last += 1
-        if rows and (block := _block(kernels, first, last - 1, rows)) is not None:
+        if rows and (block := _block(kernels, first, last - 1, rows, most_bytes)) is not None:
             blocks.append(block)
         first = max(last, first + 1)
     return blocks
@@ -755,7 +762,9 @@ def _row_strides(kernel: Kernel, rows: int, writes: bool) -> Iterator[tuple[Buff
         yield buffer, stride if low >= 0 and high < stride else 0
 
 
-def _block(kernels: Sequence[Kernel], first: int, last: int, rows: int) -> Block | None:
+def _block(
+    kernels: Sequence[Kernel], first: int, last: int, rows: int, most_bytes: int
+) -> Block | None:
     """The block of kernels first .. last; None if it does not pay."""
     inside = kernels[first : last + 1]
     others = [*kernels[:first], *kernels[last + 1 :]]
@@ -767,18 +776,18 @@ def _block(kernels: Sequence[Kernel], first: int, last: int, rows: int) -> Block
         if buffer.role == "scratch" and buffer not in touched and buffer.size == rows * stride
     }
     per_row = sum(buffer.dtype.itemsize * stride for buffer, stride in local.items())
-    if last == first or per_row * rows <= BLOCK_BYTES:
+    if last == first or per_row * rows <= most_bytes:
         return None
     at_once = 64
-    while 2 * at_once * per_row <= BLOCK_BYTES:
+    while 2 * at_once * per_row <= most_bytes:
         at_once *= 2
     return Block(first, last, rows, at_once, local) if at_once < rows else None
 
 
-def _place_in_memory(
-    kernels: Sequence[Kernel], buffers: Sequence[Buffer], blocks: Sequence[Block]
-) -> int:
-    """Give each scratch buffer an offset, such that those alive at once do not overlap."""
+def lives_of(
+    kernels: Sequence[Kernel], blocks: Sequence[Block]
+) -> dict[Buffer, tuple[int, int]]:
+    """First and last kernel that touches each scratch buffer which needs memory."""
     life: dict[Buffer, tuple[int, int]] = {}
     for position, kernel in enumerate(kernels):
         dropped = {store.buffer for store in kernel.stores if not store.is_kept}
@@ -790,12 +799,18 @@ def _place_in_memory(
             if buffer.role == "scratch":
                 first, _ = life.get(buffer, span)
                 life[buffer] = first, span[1]
+    return life
+
+
+def _place_in_memory(kernels: Sequence[Kernel], blocks: Sequence[Block]) -> int:
+    """Give each scratch buffer an offset, such that those alive at once do not overlap."""
+    life = lives_of(kernels, blocks)
     for block in blocks:
         for buffer, stride in block.local.items():
             buffer.size = block.rows_at_once * stride
     placed: list[Buffer] = []
     total = 0
-    for buffer in sorted(buffers, key=lambda b: -b.num_bytes):
+    for buffer in sorted(life, key=lambda b: (-b.num_bytes, int(b.name[1:]))):
         size = -(-buffer.num_bytes // ALIGNMENT) * ALIGNMENT
         first, last = life[buffer]
         offset = 0
