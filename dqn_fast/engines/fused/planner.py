@@ -8,6 +8,7 @@ only needed within its own nest then stays in a register.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -665,11 +666,19 @@ def _walk(roots: Iterable[Expr]) -> Iterator[Expr]:
 
 
 def _loads(roots: Iterable[Expr]) -> list[Expr]:
-    return [expr for expr in _walk(roots) if expr.op == "load"]
+    return _found(tuple(roots))[0]
 
 
 def _searched(roots: Iterable[Expr]) -> set[Buffer]:
-    return {expr.args[0] for expr in _walk(roots) if expr.op in ("upper_bound", "lower_bound")}
+    return set(_found(tuple(roots))[1])
+
+
+@functools.lru_cache(512)
+def _found(roots: tuple[Expr, ...]) -> tuple[list[Expr], list[Buffer]]:
+    """Loads below some expressions, and buffers that they search in."""
+    below = list(_walk(roots))
+    searches = [expr.args[0] for expr in below if expr.op in ("upper_bound", "lower_bound")]
+    return [expr for expr in below if expr.op == "load"], searches
 
 
 # --------------------------------------------------------------------------------------- blocks
@@ -704,7 +713,8 @@ def _rows_of(kernel: Kernel) -> int:
     """Extent of the axis that a kernel treats row by row; 0: there is none."""
     if kernel.product is not None:
         p = kernel.product
-        return p.rows if p.x.start.is_const and p.out.column == 1 and p.x.row else 0
+        in_rows = p.out.column == 1 or kernel.stores
+        return p.rows if p.x.start.is_const and in_rows and p.x.row else 0
     if kernel.reduction is not None:
         kept = len(kernel.extents) - len(kernel.reduction.extents)
         return kernel.extents[0] if kept and not kernel.reduction.outer else 0
@@ -743,17 +753,17 @@ def _row_strides(kernel: Kernel, rows: int, writes: bool) -> Iterator[tuple[Buff
     """Each access with the distance of rows in memory; 0: it is not in its own row only."""
     if kernel.product is not None:
         p = kernel.product
-        operand, width = (p.out, p.columns) if writes else (p.x, p.depth)
-        inside = operand.start.const + (width - 1) * operand.column < operand.row
-        yield operand.buffer, operand.row if inside else 0
-        return
+        if not (writes and kernel.stores):
+            operand, width = (p.out, p.columns) if writes else (p.x, p.depth)
+            inside = operand.start.const + (width - 1) * operand.column < operand.row
+            yield operand.buffer, operand.row if inside else 0
     accesses: list[tuple[Buffer, Index]] = []
     if writes:
         accesses += [(s.buffer, s.offset) for s in kernel.stores if s.is_kept]
         if kernel.reduction is not None:
             accesses.append((kernel.reduction.buffer, kernel.reduction.offset))
     else:
-        accesses += [load.args for load in kernel.loads()]
+        accesses += [load.args for load in kernel.loads() if load.args[0] in kernel.reads()]
     (row,) = ex.var(0, rows).terms
     for buffer, index in accesses:
         stride = index.terms.get(row, 0)

@@ -1,0 +1,478 @@
+"""Arranges planned functions for one block of CUDA threads: which loops and products run between
+two barriers, and what lies in the memory that the block's threads share.
+
+A multiprocessor has 227 KB of shared memory, which is an order of magnitude faster than all other.
+So products end in the loop that uses their results, kernels come in an order that keeps little
+alive, a result takes the place of what it replaces, and what is touched most per byte is shared:
+scratch, and the members' own tensors that then stay there for a whole launch. The rest is global.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dqn_fast.engines.fused import expr as ex
+from dqn_fast.engines.fused.expr import Buffer
+from dqn_fast.engines.fused.planner import (
+    Block,
+    Kernel,
+    Operand,
+    drop_dead_stores,
+    find_blocks,
+    lives_of,
+)
+
+ALIGNMENT = 128
+"""Bytes: all banks of shared memory once."""
+
+SWIZZLED = 32
+"""Columns of a matrix of which rows are permuted are a multiple of this, see `tiles.h`."""
+
+SMALL = 2048
+"""Bytes of shared memory that are no reason to change the order of kernels."""
+
+ROW_BLOCK_BYTES = 80 * 1024
+"""What a block of rows may pass from kernel to kernel."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a buffer lies.
+
+    Attributes:
+        is_shared: in shared memory; else in the member's global scratch memory, or, for arguments
+            and constants, where the caller has it.
+        offset: bytes from the start of the shared or scratch memory; -1: where the caller has it.
+        columns: of a matrix whose rows are permuted, see `tiles.h`; 0: elements in a row.
+    """
+
+    is_shared: bool
+    offset: int
+    columns: int = 0
+
+
+@dataclass
+class Arranged:
+    """A function for a block of threads.
+
+    Attributes:
+        name: of the function.
+        kernels: in order.
+        barriers: positions of the kernels before which all threads wait.
+        blocks: of rows, in order.
+        arguments, constants: buffers, by position.
+        places: of its buffers, by root.
+    """
+
+    name: str
+    kernels: list[Kernel]
+    barriers: set[int]
+    blocks: list[Block]
+    arguments: list[Buffer]
+    constants: list[Buffer]
+    places: dict[Buffer, Place]
+
+
+@dataclass
+class Arrangement:
+    """Functions that run on the same block.
+
+    Attributes:
+        functions: by name.
+        residents: places of the arguments that stay in shared memory, by position.
+        shared_bytes, global_bytes: of shared and of scratch memory.
+    """
+
+    functions: dict[str, Arranged]
+    residents: dict[int, Place]
+    shared_bytes: int
+    global_bytes: int
+
+
+@dataclass
+class _Function:
+    """A function while it is arranged."""
+
+    kernels: list[Kernel]
+    arguments: list[Buffer]
+    constants: list[Buffer]
+    blocks: list[Block] = field(default_factory=list)
+    heirs: dict[Buffer, Buffer] = field(default_factory=dict)  # takes the place of
+
+
+def arrange(
+    functions: Mapping[str, tuple[list[Kernel], list[Buffer], list[Buffer]]],
+    num_state: int,
+    shared_bytes: int,
+) -> Arrangement:
+    """Arrange functions that run one after the other on the same block.
+
+    Args:
+        functions: kernels, arguments and constants by name.
+        num_state: of the arguments, the first ones, that are the same tensors in all functions.
+        shared_bytes: of shared memory.
+    """
+    made = {name: _Function([*parts[0]], *parts[1:]) for name, parts in functions.items()}
+    for function in made.values():
+        _join_ends(function.kernels)
+        drop_dead_stores(function.kernels)
+    value = _values(made.values(), num_state)
+    wanted = [b for b in value if value[b] >= 1 and b.num_bytes <= shared_bytes]
+    wanted.sort(key=lambda b: (-value[b], b.num_bytes, b.name))
+    shared = set(wanted)
+    best = _try(made, num_state, shared)
+    for buffer in reversed(wanted):
+        if best.shared_bytes <= shared_bytes:
+            break
+        shared.remove(buffer)
+        best = _try(made, num_state, shared)
+    for buffer in wanted:  # some went that do not live when memory is short
+        if buffer not in shared:
+            arranged = _try(made, num_state, {*shared, buffer})
+            if arranged.shared_bytes <= shared_bytes:
+                best = arranged
+                shared.add(buffer)
+    return best
+
+
+def _try(made: Mapping[str, _Function], num_state: int, shared: set[Buffer]) -> Arrangement:
+    """Place everything, however much shared memory that takes."""
+    residents: dict[int, Place] = {}
+    end = 0
+    first = next(iter(made.values()))
+    for buffer in first.arguments[:num_state]:
+        if buffer in shared:
+            columns = _columns_of(buffer, made.values())
+            residents[buffer.position] = Place(True, end, columns)
+            end += -(-buffer.num_bytes // ALIGNMENT) * ALIGNMENT
+    functions: dict[str, Arranged] = {}
+    shared_bytes, global_bytes = end, 0
+    for name, function in made.items():
+        kernels = _in_frugal_order(function.kernels, shared)
+        blocks = find_blocks(kernels, ROW_BLOCK_BYTES)
+        heirs = _heirs(kernels, shared, blocks, [function])
+        places: dict[Buffer, Place] = {}
+        life = lives_of(kernels, blocks)
+        local = {b: n * block.rows_at_once for block in blocks for b, n in block.local.items()}
+        for is_shared, start in ((True, end), (False, 0)):
+            chosen = {b: span for b, span in life.items() if (b in shared) == is_shared}
+            bytes_of = {b: local.get(b, b.size) * b.dtype.itemsize for b in chosen}
+            offsets, used = _pack(chosen, bytes_of, heirs, start)
+            for buffer, offset in offsets.items():
+                columns = _columns_of(buffer, [function]) if is_shared else 0
+                places[buffer] = Place(is_shared, offset, columns)
+            if is_shared:
+                shared_bytes = max(shared_bytes, used)
+            else:
+                global_bytes = max(global_bytes, used)
+        for buffer in [*function.arguments, *function.constants]:
+            is_state = buffer.role == "argument" and buffer.position < num_state
+            caller = Place(False, -1)
+            places[buffer] = residents.get(buffer.position, caller) if is_state else caller
+        functions[name] = Arranged(
+            name, kernels, _barriers(kernels, blocks, places, local), blocks,
+            function.arguments, function.constants, places,
+        )  # fmt: skip
+    return Arrangement(functions, residents, shared_bytes, global_bytes)
+
+
+# ------------------------------------------------------------------------------------ ends of products
+
+
+def _join_ends(kernels: list[Kernel]) -> None:
+    """Let each product end in the loop that alone reads its results, element by element."""
+    for kernel in list(kernels):
+        product = kernel.product
+        if product is None or kernel.stores:
+            continue
+        readers = [each for each in kernels if product.out.buffer in each.reads()]
+        if len(readers) != 1 or readers[0].kind != "loop":
+            continue
+        (loop,) = readers
+        if loop.extents != (product.rows, product.columns):
+            continue
+        row, column = (ex.var(n, extent) for n, extent in enumerate(loop.extents))
+        place = product.out.start + row * product.out.row + column * product.out.column
+        loads = [load for load in loop.loads() if load.args[0] is product.out.buffer]
+        if not all(load.args[1].same(place) for load in loads):
+            continue
+        first, last = kernels.index(kernel), kernels.index(loop)
+        reads = {buffer.root for buffer in kernel.reads()}
+        if any(reads & _roots(each.writes()) for each in kernels[first + 1 : last + 1]):
+            continue
+        joined = Kernel(
+            "product", loop.extents, loop.stores, product=product,
+            origins=kernel.origins + [o for o in loop.origins if o not in kernel.origins],
+        )  # fmt: skip
+        kernels[last] = joined
+        del kernels[first]
+
+
+# --------------------------------------------------------------------------------------------- order
+
+
+def _roots(buffers: Iterable[Buffer]) -> set[Buffer]:
+    return {buffer.root for buffer in buffers}
+
+
+def _touched(kernel: Kernel) -> tuple[set[Buffer], set[Buffer]]:
+    """Roots of what a kernel reads and writes in memory."""
+    dropped = {store.buffer for store in kernel.stores if not store.is_kept}
+    return _roots(kernel.reads() - dropped), _roots(kernel.writes() - dropped)
+
+
+def _in_frugal_order(kernels: Sequence[Kernel], shared: set[Buffer]) -> list[Kernel]:
+    """An order in which little shared memory is alive at once, and few barriers are needed.
+
+    Of the kernels whose inputs are there, the next is the one that adds least; of those that add
+    little, one that needs no barrier.
+    """
+    touched = {kernel: _touched(kernel) for kernel in kernels}
+    before: dict[Kernel, set[Kernel]] = {kernel: set() for kernel in kernels}
+    for i, kernel in enumerate(kernels):
+        reads, writes = touched[kernel]
+        for other in kernels[:i]:
+            others_read, others_write = touched[other]
+            if others_write & (reads | writes) or others_read & writes:
+                before[kernel].add(other)
+    readers: dict[Buffer, set[Kernel]] = {}
+    for kernel in kernels:
+        for buffer in touched[kernel][0]:
+            readers.setdefault(buffer, set()).add(kernel)
+    order: list[Kernel] = []
+    left = list(kernels)
+    since_barrier: set[Kernel] = set()
+
+    def added(kernel: Kernel) -> int:
+        reads, writes = touched[kernel]
+        more = sum(b.num_bytes for b in writes - reads if b in shared and b.role == "scratch")
+        for buffer in reads:
+            if buffer in shared and buffer.role == "scratch" and readers[buffer] == {kernel}:
+                more -= buffer.num_bytes
+        return more
+
+    while left:
+        ready = [kernel for kernel in left if before[kernel].isdisjoint(left)]
+
+        def price(kernel: Kernel) -> tuple[int, bool, int]:
+            more = added(kernel)
+            waits = not before[kernel].isdisjoint(since_barrier)
+            return (more if more > SMALL else 0), waits, left.index(kernel)
+
+        chosen = min(ready, key=price)
+        if not before[chosen].isdisjoint(since_barrier):
+            since_barrier.clear()
+        since_barrier.add(chosen)
+        order.append(chosen)
+        left.remove(chosen)
+        for buffer in touched[chosen][0]:
+            readers[buffer].discard(chosen)
+    return order
+
+
+def _barriers(
+    kernels: Sequence[Kernel],
+    blocks: Sequence[Block],
+    places: Mapping[Buffer, Place],
+    local: Mapping[Buffer, int],
+) -> set[int]:
+    """Kernels before which all threads wait: those that touch what one since the last barrier
+    writes, or write what it reads. A block of rows begins and ends with a barrier."""
+    found: set[int] = set()
+    reads: list[tuple[object, int, int]] = []
+    writes: list[tuple[object, int, int]] = []
+    edges = {block.first for block in blocks} | {block.last + 1 for block in blocks}
+    for position, kernel in enumerate(kernels):
+        own_reads, own_writes = (
+            [_span(buffer, places, local) for buffer in buffers] for buffers in _touched(kernel)
+        )
+        waits = _overlap(own_reads, writes) or _overlap(own_writes, [*writes, *reads])
+        if position and (waits or position in edges):
+            found.add(position)
+            reads, writes = [], []
+        reads += own_reads
+        writes += own_writes
+    return found
+
+
+def _span(
+    buffer: Buffer, places: Mapping[Buffer, Place], local: Mapping[Buffer, int]
+) -> tuple[object, int, int]:
+    place = places[buffer]
+    if place.offset < 0:
+        return buffer, 0, 1
+    size = local.get(buffer, buffer.size) * buffer.dtype.itemsize
+    return place.is_shared, place.offset, place.offset + size
+
+
+def _overlap(
+    some: Iterable[tuple[object, int, int]], others: Sequence[tuple[object, int, int]]
+) -> bool:
+    return any(
+        space == other and first < others_last and others_first < last
+        for space, first, last in some
+        for other, others_first, others_last in others
+    )
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def _values(functions: Iterable[_Function], num_state: int) -> dict[Buffer, float]:
+    """Accesses per element of each buffer that may be shared; a state's tensor stands for itself
+    in all functions."""
+    functions = list(functions)
+    first = functions[0].arguments
+    value: dict[Buffer, float] = {}
+    for function in functions:
+        for kernel in function.kernels:
+            for buffer, count in _accesses(kernel):
+                root = buffer.root
+                if root.role == "argument":
+                    if root.position >= num_state:
+                        continue
+                    root = first[root.position]
+                elif root.role != "scratch":
+                    continue
+                value[root] = value.get(root, 0.0) + count / max(root.size, 1)
+    return value
+
+
+def _accesses(kernel: Kernel) -> Iterable[tuple[Buffer, float]]:
+    """Elements of each buffer that a kernel reads or writes, once for each warp that does."""
+    iterations = math.prod(kernel.extents)
+    if kernel.product is not None:
+        p = kernel.product
+        yield p.x.buffer, p.rows * p.depth * -(-p.columns // 32)
+        yield p.y.buffer, p.columns * p.depth * -(-p.rows // 32)
+        if not kernel.stores:
+            yield p.out.buffer, p.rows * p.columns
+    for load in kernel.loads():
+        buffer, index = load.args
+        if buffer in kernel.reads():
+            yield buffer, iterations if index.terms else 1
+    for store in kernel.stores:
+        if store.is_kept:
+            yield store.buffer, iterations
+    if kernel.reduction is not None:
+        done = math.prod(kernel.reduction.extents)
+        yield kernel.reduction.buffer, iterations / max(done, 1)
+
+
+def _columns_of(buffer: Buffer, functions: Iterable[_Function]) -> int:
+    """Columns of a matrix whose rows are to be permuted, so that products read and write rows as
+    well as columns from different banks; 0 for any other buffer."""
+    if buffer.dtype != torch.float32:
+        return 0
+    found: set[int] = set()
+    for function in functions:
+        for kernel in function.kernels:
+            product = kernel.product
+            if product is None:
+                continue
+            for operand in (product.x, product.y):
+                if _same(operand.buffer, buffer):
+                    found.add(_row_of(operand))
+    (columns,) = found if len(found) == 1 else (0,)
+    is_matrix = columns and columns % SWIZZLED == 0 and buffer.size % columns == 0
+    return columns if is_matrix and buffer.size > columns else 0
+
+
+def _same(one: Buffer, other: Buffer) -> bool:
+    """Whether two buffers of functions are one: a state's tensor has one in each function."""
+    if one.role != other.role:
+        return False
+    return one.root is other.root or (one.role == "argument" and one.position == other.position)
+
+
+def _row_of(operand: Operand) -> int:
+    """Elements from row to row of the matrix in memory, of which an operand is all or is the
+    transpose; 0: it is another part."""
+    if operand.start.const or not operand.start.is_const:
+        return 0
+    return max(operand.row, operand.column) if 1 in (operand.row, operand.column) else 0
+
+
+def _heirs(
+    kernels: Sequence[Kernel],
+    shared: set[Buffer],
+    blocks: Sequence[Block],
+    functions: Sequence[_Function],
+) -> dict[Buffer, Buffer]:
+    """Buffers that take the place of another one, which is read for the last time where they are
+    written, element by element."""
+    life = lives_of(kernels, blocks)
+    heirs: dict[Buffer, Buffer] = {}
+    taken: set[Buffer] = set()
+    in_blocks = {buffer for block in blocks for buffer in block.local}
+    for position, kernel in enumerate(kernels):
+        if kernel.kind not in ("loop", "product"):
+            continue
+        for store in kernel.stores:
+            new = store.buffer
+            if not store.is_kept or new.role != "scratch" or new in heirs:
+                continue
+            for old in sorted(kernel.reads(), key=lambda b: b.name):
+                if old.role != "scratch" or old in taken or old not in life or old is new:
+                    continue
+                if life[old][1] != position or life[new][0] != position:
+                    continue
+                if (old in shared) != (new in shared) or old.size != new.size:
+                    continue
+                if old.dtype.itemsize != new.dtype.itemsize or {old, new} & in_blocks:
+                    continue
+                if _columns_of(old, functions) != _columns_of(new, functions):
+                    continue
+                if _reads_elsewhere(kernel, old, store.offset):
+                    continue
+                heirs[new] = old
+                taken.add(old)
+                break
+    return heirs
+
+
+def _reads_elsewhere(kernel: Kernel, buffer: Buffer, offset: ex.Index) -> bool:
+    """Whether a kernel reads a buffer at another place than `offset`."""
+    product = kernel.product
+    if product is not None and buffer in (product.x.buffer, product.y.buffer):
+        return True
+    loads = [load for load in kernel.loads() if load.args[0] is buffer]
+    return not loads or any(not load.args[1].same(offset) for load in loads)
+
+
+def _pack(
+    life: Mapping[Buffer, tuple[int, int]],
+    num_bytes: Mapping[Buffer, int],
+    heirs: Mapping[Buffer, Buffer],
+    start: int,
+) -> tuple[dict[Buffer, int], int]:
+    """Offsets such that buffers alive at once do not overlap, heirs at the place of what they
+    inherit; and the end of all."""
+    groups: dict[Buffer, list[Buffer]] = {}
+    for buffer in life:
+        oldest = buffer
+        while oldest in heirs:
+            oldest = heirs[oldest]
+        groups.setdefault(oldest, []).append(buffer)
+    span = {
+        oldest: (min(life[b][0] for b in group), max(life[b][1] for b in group))
+        for oldest, group in groups.items()
+    }
+    placed: dict[Buffer, int] = {}
+    end = start
+    for buffer in sorted(groups, key=lambda b: (-num_bytes[b], int(b.name[1:]))):
+        size = -(-num_bytes[buffer] // ALIGNMENT) * ALIGNMENT
+        offset = start
+        for other in sorted(placed, key=placed.__getitem__):
+            if span[other][1] < span[buffer][0] or span[buffer][1] < span[other][0]:
+                continue
+            if offset + size <= placed[other]:
+                break
+            offset = max(offset, placed[other] + -(-num_bytes[other] // ALIGNMENT) * ALIGNMENT)
+        placed[buffer] = offset
+        end = max(end, offset + size)
+    return {b: placed[oldest] for oldest, group in groups.items() for b in group}, end
