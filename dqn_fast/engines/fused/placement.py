@@ -180,7 +180,7 @@ def _try(made: Mapping[str, _Function], num_state: int, shared: set[Buffer]) -> 
     return Arrangement(functions, residents, shared_bytes, global_bytes)
 
 
-# ------------------------------------------------------------------------------------ ends of products
+# -------------------------------------------------------------------------------- ends of products
 
 
 def _join_ends(kernels: list[Kernel]) -> None:
@@ -212,7 +212,7 @@ def _join_ends(kernels: list[Kernel]) -> None:
         del kernels[first]
 
 
-# --------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------- order
 
 
 def _roots(buffers: Iterable[Buffer]) -> set[Buffer]:
@@ -319,7 +319,7 @@ def _overlap(
     )
 
 
-# -------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------ memory
 
 
 def _values(functions: Iterable[_Function], num_state: int) -> dict[Buffer, float]:

@@ -794,9 +794,7 @@ def _block(
     return Block(first, last, rows, at_once, local) if at_once < rows else None
 
 
-def lives_of(
-    kernels: Sequence[Kernel], blocks: Sequence[Block]
-) -> dict[Buffer, tuple[int, int]]:
+def lives_of(kernels: Sequence[Kernel], blocks: Sequence[Block]) -> dict[Buffer, tuple[int, int]]:
     """First and last kernel that touches each scratch buffer which needs memory."""
     life: dict[Buffer, tuple[int, int]] = {}
     for position, kernel in enumerate(kernels):
