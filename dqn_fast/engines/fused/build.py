@@ -1,4 +1,4 @@
-"""From a C++ file to a loaded library: the compiler, and the cache of what it made.
+"""From a generated text to a program: the compiler, and the cache of what it made.
 
     key = key_of(settings, digest_of_sources)
     package, note = find(key)
@@ -7,19 +7,18 @@
     library = load(package)
 
 One package holds all that a later run needs, so that a run that finds it calls no compiler. Its
-file is one of the cache (see cache.py): whole, checked, and the user's own.
+file is one of the cache (see cache.py): whole, checked, and the user's own. `toolchain` chooses the
+compiler, see toolchains.py; a cubin is loaded by driver.py in place of `load`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import json
 import os
-import platform
+import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ from dqn_fast.engines import watched
 from dqn_fast.engines.cache import (
     UnusableFileError,
     WorkFolder,
-    instruction_sets,
     read_whole,
     remove,
     sweep,
@@ -42,84 +40,41 @@ from dqn_fast.engines.cache import (
     write_whole,
 )
 from dqn_fast.engines.choice import EngineUnavailableError, StopRequested
+from dqn_fast.engines.fused.toolchains import LIBRARY, Cpp, Toolchain
 
-# Clang refuses -march=native on most processors but x86, and GCC takes both.
-NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
-
-FLAGS = (
-    "-std=c++17", "-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-    "-fopenmp-simd", "-fno-strict-aliasing", "-fPIC", "-pthread",
-)  # fmt: skip
-"""For every program. No arithmetic is relaxed: products and sums say themselves where it is."""
-
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
-"""In addition, for a library whose first fault ends the process; see `sanitizer_preload`."""
+CPP = Cpp()
 
 POLL_S = 0.02
 """Seconds between two questions whether to go on waiting for the compiler."""
 
-LOG, LIBRARY = "log", "library.so"
+LOG = "log"
+
+ERROR = re.compile(r"\b(error|fatal)\s*:")
+"""In the first line of a message that tells why a compiler failed; g++, nvcc and ptxas."""
 
 
 class Package(NamedTuple):
     """What the cache keeps of one generated program.
 
     Attributes:
-        library: the shared library.
+        library: the shared library, or the cubin.
         described: JSON values, the caller's own description, such as the layout of arguments.
         constants: tensors that the program reads, such as tables; contiguous, on the CPU.
+        log: messages of the compiler, which of a cubin tell the registers of each kernel; see
+            `toolchains.resources`.
     """
 
     library: bytes
     described: dict[str, Any]
     constants: list[Tensor]
+    log: str
 
 
 # ----------------------------------------------------------------------------------- the compiler
 
 
-def _compiler() -> str:
-    """Absolute path of the C++ compiler, which `$CXX` names.
-
-    Raises:
-        EngineUnavailableError: there is none.
-    """
-    path = shutil.which(os.environ.get("CXX") or "g++")
-    if path is None:
-        raise EngineUnavailableError("no C++ compiler")
-    return os.path.abspath(path)
-
-
-@functools.cache
-def _ask(compiler: str, question: str) -> str:
-    """The answer of the compiler to an option, asked once in a process."""
-    try:
-        made = subprocess.run(
-            [compiler, question], capture_output=True, check=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        what = f"no working C++ compiler: {compiler} does not answer {question}"
-        raise EngineUnavailableError(what) from error
-    return made.stdout.strip()
-
-
-def sanitizer_preload() -> list[str]:
-    """Paths of the libraries that `$LD_PRELOAD` must name in a process that loads a library made
-    with `sanitize`; Python itself is built without them.
-
-    Raises:
-        EngineUnavailableError: the compiler has none.
-    """
-    paths = [
-        _ask(_compiler(), f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")
-    ]
-    if not all(map(os.path.isabs, paths)):  # a name that is not found comes back as it is
-        raise EngineUnavailableError("the C++ compiler has no sanitizers")
-    return paths
-
-
 class Build:
-    """One C++ program on its way to a shared library, in a process that ends with this one.
+    """One text on its way to a program, in a process that ends with this one.
 
     Attributes:
         notes: what is wrong with the cache, for the user.
@@ -131,16 +86,17 @@ class Build:
         key: str,
         described: dict[str, Any],
         constants: list[Tensor],
-        sanitize: bool = False,
+        toolchain: Toolchain = CPP,
     ) -> None:
         """Start the compiler; `finish` waits for its end.
 
         Args:
-            source: the program; several texts are compiled at once and linked to one library.
-            key: of `key_of`.
+            source: the program; several texts of C++ are compiled at once and linked to one
+                library.
+            key: of `key_of` with the same toolchain.
             described: for the package.
             constants: for the package.
-            sanitize: stop at the first invalid access or undefined operation.
+            toolchain: compiler of the program.
 
         Raises:
             EngineUnavailableError: the compiler cannot be started.
@@ -149,20 +105,20 @@ class Build:
         self._described, self._constants = described, constants
         self._work: WorkFolder | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        compiler = _compiler()
+        self._name = toolchain.name
+        sources = [source] if isinstance(source, str) else source
+        commands = toolchain.commands(_parts(sources))
         try:
             cache, problem = usable_cache()
             if problem:
                 self.notes.append(problem)
-            self._target = _path(key, sanitize)
+            self._target = _path(key)
             sweep(cache)
             self._work = WorkFolder(cache)
-            sources = [source] if isinstance(source, str) else source
-            flags = [*FLAGS, *(SANITIZE if sanitize else ())]
-            self._process = _start(compiler, flags, sources, self._work)
+            self._process = _start(commands, sources, toolchain.suffix, self._work)
         except OSError as error:
             self.close()
-            what = f"the C++ compiler cannot be started: {first_line(error)}"
+            what = f"the {toolchain.name} cannot be started: {first_line(error)}"
             raise EngineUnavailableError(what) from error
         except BaseException:
             self.close()
@@ -184,10 +140,9 @@ class Build:
         assert self._process is not None
         assert self._work is not None
         try:
-            _wait(self._process, self._work.path / LOG, should_stop)
-            content = _pack(
-                (self._work.path / LIBRARY).read_bytes(), self._described, self._constants
-            )
+            log = self._wait(should_stop)
+            library = (self._work.path / LIBRARY).read_bytes()
+            content = _pack(Package(library, self._described, self._constants, log))
             try:
                 write_whole(content, self._target, self._work.path)
             except OSError as error:
@@ -200,6 +155,26 @@ class Build:
         finally:
             self.close()
 
+    def _wait(self, should_stop: Callable[[], bool]) -> str:
+        """Wait for the compiler; returns its messages."""
+        assert self._process is not None
+        assert self._work is not None
+        code = None
+        while code is None:
+            try:
+                code = self._process.wait(POLL_S)  # looks after 0.5 ms, then after twice as long
+            except subprocess.TimeoutExpired:
+                if should_stop():
+                    raise StopRequested from None
+        if code and should_stop():  # whoever stops this process may have stopped that one
+            raise StopRequested
+        log = (self._work.path / LOG).read_text(errors="replace").strip()
+        if code:
+            lines = log.splitlines() or ["no message"]
+            line = next(filter(ERROR.search, lines), lines[-1])
+            raise EngineUnavailableError(f"the {self._name} failed: {line[:200]}")
+        return log
+
     def close(self) -> None:
         """Stop the compiler if it runs, and remove its files."""
         if self._process is not None:
@@ -210,60 +185,40 @@ class Build:
             self._work = None
 
 
+def _parts(sources: Sequence[str]) -> list[str]:
+    return [f"part{i}" for i in range(len(sources))]
+
+
 def _start(
-    compiler: str, flags: list[str], sources: Sequence[str], work: WorkFolder
+    commands: list[str], sources: Sequence[str], suffix: str, work: WorkFolder
 ) -> subprocess.Popen[bytes]:
-    """Start one compiler for each source, and what links their objects."""
-    parts = [f"part{i}" for i in range(len(sources))]
-    for part, text in zip(parts, sources, strict=True):
-        (work.path / f"{part}.cpp").write_text(text)
-    words = [compiler, *flags]
-    objects = [f"{part}.o" for part in parts]
-    lines = [
-        f"cd {shlex.quote(str(work.path))} || exit",  # so that errors name files without it
-        *(f"{shlex.join([*words, '-c', f'{part}.cpp'])} & {part}=$!" for part in parts),
-        *(f"wait ${part} || kill -9 0" for part in parts),  # with all that still compile
-        f"exec {shlex.join([*words, '-shared', *objects, '-o', LIBRARY])}",
-    ]
+    """Start what compiles the sources."""
+    for part, text in zip(_parts(sources), sources, strict=True):
+        (work.path / f"{part}{suffix}").write_text(text)
+    # From inside the folder, so that errors name files without it.
+    lines = [f"cd {shlex.quote(str(work.path))} || exit", *commands]
     # The compiler's own temporary files are then ours, and its messages are in English.
     environ = {**os.environ, "TMPDIR": str(work.path), "LC_ALL": "C"}
     command = ["/bin/sh", "-c", "\n".join(lines)]
     return watched.start(command, str(work.path), work.lock, str(work.path / LOG), environ)
 
 
-def _wait(process: subprocess.Popen[bytes], log: Path, should_stop: Callable[[], bool]) -> None:
-    code = None
-    while code is None:
-        try:
-            code = process.wait(POLL_S)  # it looks after 0.5 ms first, then after twice as long
-        except subprocess.TimeoutExpired:
-            if should_stop():
-                raise StopRequested from None
-    if code:
-        if should_stop():  # whoever stops this process may have stopped that one
-            raise StopRequested
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
-        line = next((line for line in lines if "error:" in line), lines[-1])
-        raise EngineUnavailableError(f"the C++ compiler failed: {line[:200]}")
-
-
 # ------------------------------------------------------------------------------------- the cache
 
 
-def key_of(*parts: object) -> str:
-    """Digest of `parts` and of the compiler, its flags and this machine's processor.
+def key_of(*parts: object, toolchain: Toolchain = CPP) -> str:
+    """Digest of `parts` and of all that the toolchain's programs depend on.
 
     Args:
         parts: what the program depends on: bytes, or JSON values.
+        toolchain: compiler of the program.
 
     Raises:
-        EngineUnavailableError: there is no C++ compiler.
+        EngineUnavailableError: there is no compiler.
         TypeError: a part is neither.
     """
-    compiler = _compiler()
-    machine = (instruction_sets(), platform.machine())
     digest = hashlib.sha256()
-    for part in (*parts, compiler, _ask(compiler, "--version"), FLAGS, SANITIZE, *machine):
+    for part in (*parts, toolchain.identity()):
         if isinstance(part, bytes):
             kind, content = "bytes", part
         else:
@@ -272,18 +227,17 @@ def key_of(*parts: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def find(key: str, sanitize: bool = False) -> tuple[Package | None, str | None]:
+def find(key: str) -> tuple[Package | None, str | None]:
     """A package of the cache, checked.
 
     Args:
         key: of `key_of`.
-        sanitize: as given to `Build`.
 
     Returns:
         The package, None if there is none; and what was wrong with its file, for the user. Such a
         file is removed.
     """
-    path = _path(key, sanitize)
+    path = _path(key)
     try:
         return _unpack(read_whole(path)), None
     except FileNotFoundError:
@@ -295,7 +249,7 @@ def find(key: str, sanitize: bool = False) -> tuple[Package | None, str | None]:
 
 
 def load(package: Package) -> ctypes.CDLL:
-    """The package's library, loaded from exactly the package's bytes; it stays for good.
+    """The package's shared library, loaded from exactly the package's bytes; it stays for good.
 
     Raises:
         EngineUnavailableError: it cannot be loaded; a `Build` replaces the package.
@@ -327,23 +281,24 @@ def _load_from_folder(library: bytes) -> ctypes.CDLL:
         work.close()
 
 
-def _path(key: str, sanitize: bool) -> Path:
-    return usable_cache().folder / f"fused-{key}{'-sanitized' if sanitize else ''}.package"
+def _path(key: str) -> Path:
+    return usable_cache().folder / f"fused-{key}.package"
 
 
-def _pack(library: bytes, described: dict[str, Any], constants: list[Tensor]) -> bytes:
-    """One safetensors file: the constants by number, the other two as bytes."""
+def _pack(package: Package) -> bytes:
+    """One safetensors file: the constants by number, the rest as bytes."""
+    library, described, constants, log = package
     parts = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(constants)}
     parts["library"] = torch.frombuffer(bytearray(library), dtype=torch.uint8)
-    parts["described"] = torch.frombuffer(
-        bytearray(json.dumps(described).encode()), dtype=torch.uint8
-    )
+    words = json.dumps([described, log]).encode()
+    parts["words"] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
     return safetensors.torch.save(parts)
 
 
 def _unpack(content: bytes) -> Package:
     parts = safetensors.torch.load(content)
     library = parts.pop("library").numpy().tobytes()
-    described = json.loads(parts.pop("described").numpy().tobytes())
+    described, log = json.loads(parts.pop("words").numpy().tobytes())
     # Copied, for torch's alignment.
-    return Package(library, described, [parts[str(i)].clone() for i in range(len(parts))])
+    constants = [parts[str(i)].clone() for i in range(len(parts))]
+    return Package(library, described, constants, log)

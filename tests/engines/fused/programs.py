@@ -23,6 +23,7 @@ from dqn_fast.engines.fused.build import Build, key_of, load
 from dqn_fast.engines.fused.cpp import print_program, room_bytes
 from dqn_fast.engines.fused.lower import lower
 from dqn_fast.engines.fused.planner import Program, plan
+from dqn_fast.engines.fused.toolchains import SANITIZE, Cpp
 from dqn_fast.engines.fused.trace import Graph, trace
 
 MEMBERS, STEPS = 2, 2
@@ -277,5 +278,7 @@ def compile_cases(cases: Sequence[Case], sanitize: bool = False) -> Compiled:
     # Two files, compiled at once.
     source = [print_program(programs[::2]), print_program(programs[1::2])]
     scratch = max(p.scratch_bytes + room_bytes(p) for p in programs)
-    package = Build(source, key_of(source), {}, [], sanitize).finish()
+    toolchain = Cpp(SANITIZE if sanitize else ())
+    key = key_of(source, toolchain=toolchain)
+    package = Build(source, key, {}, [], toolchain).finish()
     return Compiled(load(package), constants, results, scratch, seen)

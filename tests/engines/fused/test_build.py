@@ -1,14 +1,20 @@
-"""Programs in C++: compiled, kept, found again, and nothing else loaded or left."""
+"""Programs in C++ and CUDA: compiled, kept, found again, and nothing else loaded or left.
+
+Those in CUDA are compiled by NVRTC and by nvcc, each where it is found; no GPU is needed.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,12 +22,14 @@ import torch
 
 from dqn_fast.engines import EngineUnavailableError, StopRequested, cache
 from dqn_fast.engines.cache import WorkFolder, write_whole
-from dqn_fast.engines.fused.build import (
-    Build,
-    Package,
-    find,
-    key_of,
-    load,
+from dqn_fast.engines.fused.build import Build, Package, find, key_of, load
+from dqn_fast.engines.fused.nvrtc import find_nvrtc, search_folders
+from dqn_fast.engines.fused.toolchains import (
+    SANITIZE,
+    Cpp,
+    NvccToolchain,
+    NvrtcToolchain,
+    Toolchain,
     sanitizer_preload,
 )
 from tests.engines.runs import descendants, started, wait_until
@@ -55,12 +63,68 @@ def endless(tmp_path: Path) -> str:
     return f'#include "{tmp_path}/pipe"\n'
 
 
+KINDS = ["c++", "nvrtc", "nvcc"]
+
+
+def toolchain_of(kind: str) -> Toolchain:
+    """One of `KINDS`; skips the test where it is not found."""
+    if kind == "c++":
+        return Cpp()
+    if kind == "nvrtc":
+        found = find_nvrtc(search_folders())
+        if found is None:
+            pytest.skip("no NVRTC")
+        return NvrtcToolchain(tuple(found.libraries), "sm_90a")
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        pytest.skip("no nvcc")
+    return NvccToolchain(compiler, "sm_90a")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    toolchain_of(request.param)
+    return request.param
+
+
+@pytest.fixture
+def toolchain(kind: str) -> Toolchain:
+    return toolchain_of(kind)
+
+
 def program(number: int) -> str:
-    return f'extern "C" int number() {{ return {number}; }}\n'
+    """A function that returns the number, or a kernel whose name has it."""
+    return (
+        f'#ifdef __CUDACC__\nextern "C" __global__ void kernel_{number}(float* x) {{ x[0] = 1; }}\n'
+        f'#else\nextern "C" int number() {{ return {number}; }}\n#endif\n'
+    )
 
 
-def package_of(number: int) -> Package:
-    return Build(program(number), key_of(number), {}, []).finish()
+def number_of(package: Package) -> int:
+    """The number of a package's program."""
+    kernel = re.search(rb"\0kernel_(\d+)\0", package.library)
+    return int(kernel[1]) if kernel else load(package).number()
+
+
+def package_of(number: int, toolchain: Toolchain) -> Package:
+    return Build(program(number), key_of(number), {}, [], toolchain).finish()
+
+
+def compiling(kind: str, starter: int) -> list[int]:
+    """Processes of compilers that read an endless program; empty before they do."""
+    family = descendants(starter)
+    if kind == "nvrtc":
+        for pid in family:
+            with suppress(OSError):  # it has ended
+                if "libnvrtc.so" in Path(f"/proc/{pid}/maps").read_text():
+                    return family
+        return []
+    return family if len(family) >= (5 if kind == "c++" else 3) else []
+
+
+def endless_sources(endless: str, kind: str) -> list[str]:
+    """As many as the toolchain takes, up to two."""
+    return [endless] * (2 if kind == "c++" else 1)
 
 
 def left(own_cache: Path) -> list[str]:
@@ -122,22 +186,35 @@ def test_a_package_is_found_as_it_was_made():
 
 def test_a_key_changes_with_all_that_the_program_depends_on(compiler, tmp_path, monkeypatch):
     """And with nothing else."""
-    build = sys.modules[Build.__module__]
+    toolchains = sys.modules[Cpp.__module__]
     parts = [(), ("a", "b"), ("ab",), ("a", b"b"), (["a", "b"],), ({"a": 1},), ({"a": 1.5},), (1,)]
     keys = [key_of(*part) for part in parts]
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    monkeypatch.setattr(toolchains, "FLAGS", (*toolchains.FLAGS, "-g"))
     keys.append(key_of())
     monkeypatch.undo()
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(build, "instruction_sets", lambda: "flags: sse2")
+    monkeypatch.setattr(toolchains, "instruction_sets", lambda: "flags: sse2")
     keys.append(key_of())
     monkeypatch.undo()
     keys.append(key_of())  # of g++
     monkeypatch.setenv("CXX", str(compiler))
     compiler.write_text("#!/bin/sh\necho another version\n")
-    build._ask.cache_clear()  # as in another process
+    toolchains._ask.cache_clear()  # as in another process
     keys.append(key_of())
-    assert len(set(keys)) == len(keys) == 12
+    keys.append(key_of(toolchain=Cpp(("-g",))))
+    monkeypatch.setattr(toolchains, "CUDA_FLAGS", ("-G",))
+    library = tmp_path / "libnvrtc.so.13"
+    for content in ("one", "another"):
+        library.write_text(content)
+        keys.append(key_of(toolchain=NvrtcToolchain((library,), "sm_90a")))
+    monkeypatch.undo()
+    keys.append(key_of(toolchain=NvrtcToolchain((library,), "sm_90a")))
+    keys.append(key_of(toolchain=NvrtcToolchain((library,), "sm_89")))
+    keys.append(key_of(toolchain=NvrtcToolchain((library,), "sm_89", ("-DX",))))
+    keys.append(key_of(toolchain=NvccToolchain(str(compiler), "sm_89")))
+    keys.append(key_of(toolchain=NvccToolchain(str(compiler), "sm_90a")))
+    keys.append(key_of(toolchain=NvccToolchain(str(compiler), "sm_90a", ("-DX",))))
+    assert len(set(keys)) == len(keys) == 21
     assert key_of({"b": 1, "a": 2}) == key_of({"a": 2, "b": 1})
     with pytest.raises(TypeError):
         key_of(object())
@@ -153,10 +230,10 @@ def test_a_key_changes_with_all_that_the_program_depends_on(compiler, tmp_path, 
         pytest.param("another user's", "belongs to user 12345", marks=as_root),
     ],
 )  # fmt: skip
-def test_a_damaged_or_foreign_package_is_made_again(harm, wrong, own_cache):
+def test_a_damaged_or_foreign_package_is_made_again(harm, wrong, own_cache, toolchain):
     """It is removed, and the note says why; nothing of it is loaded."""
     key = key_of(2)
-    package_of(2)
+    package_of(2, toolchain)
     (path,) = own_cache.iterdir()
     whole = path.read_bytes()
     if harm == "flipped":
@@ -174,7 +251,7 @@ def test_a_damaged_or_foreign_package_is_made_again(harm, wrong, own_cache):
         if harm == "linked":
             path.symlink_to(moved)
         elif harm == "another's name":
-            package_of(3)
+            package_of(3, toolchain)
             (other,) = set(own_cache.iterdir()) - {moved}
             other.rename(path)
         else:
@@ -182,7 +259,7 @@ def test_a_damaged_or_foreign_package_is_made_again(harm, wrong, own_cache):
     assert find(key) == (None, f"{path} {wrong}, so it is made again")
     assert not os.path.lexists(path)
     assert find(key) == (None, None)
-    assert load(package_of(2)).number() == 2
+    assert number_of(package_of(2, toolchain)) == 2
     assert find(key)[0] is not None
 
 
@@ -191,7 +268,7 @@ def test_libraries_do_not_collide(memory, own_cache, monkeypatch):
     """Each is loaded from its own bytes, and what is no library is refused."""
     if not memory:
         monkeypatch.delattr(os, "memfd_create", raising=False)
-    packages = [package_of(number) for number in range(3)]
+    packages = [package_of(number, Cpp()) for number in range(3)]
     for package in packages:
         with pytest.raises(EngineUnavailableError, match="not loadable"):
             load(package._replace(library=b"no library"))
@@ -201,20 +278,24 @@ def test_libraries_do_not_collide(memory, own_cache, monkeypatch):
 
 
 TOGETHER = """
-from dqn_fast.engines.fused.build import Build, find, key_of, load
-from tests.engines.fused.test_build import program
-build = Build(program(5), key_of("both"), {"a": 1}, [])
+import sys
+from dqn_fast.engines.fused.build import Build, find, key_of
+from tests.engines.fused.test_build import number_of, program, toolchain_of
+toolchain = toolchain_of(sys.argv[1])
+key = key_of("both", toolchain=toolchain)
+build = Build(program(5), key, {"a": 1}, [], toolchain)
 print("begun", flush=True)
 input()
-assert load(build.finish()).number() == 5 and build.notes == []
-package, note = find(key_of("both"))
-assert note is None and load(package).number() == 5 and package.described == {"a": 1}
+made = build.finish()
+assert number_of(made) == 5 and build.notes == []
+package, note = find(key)
+assert note is None and number_of(package) == 5 and package == made
 """
 
 
-def test_two_processes_make_the_same_at_once(own_cache):
+def test_two_processes_make_the_same_at_once(own_cache, kind):
     """Both have it, and neither meets a half-written file."""
-    words = [sys.executable, "-c", TOGETHER]
+    words = [sys.executable, "-c", TOGETHER, kind]
     with started(words, stdin=subprocess.PIPE) as one, started(words, stdin=subprocess.PIPE) as two:
         for process in (one, two):
             process.stdout.readline()
@@ -229,15 +310,22 @@ def test_two_processes_make_the_same_at_once(own_cache):
 # -------------------------------------------------------------------------------- what goes wrong
 
 
-def test_errors_of_the_compiler_are_one_line(own_cache):
+ERRORS = {
+    "c++": "C++ compiler failed: part0.cpp:2:22: error: 'two' was not declared in this scope",
+    "nvrtc": 'CUDA compiler failed: part0.cu(2): error: identifier "two" is undefined',
+    "nvcc": 'CUDA compiler failed: part0.cu(2): error: identifier "two" is undefined',
+}
+
+
+def test_errors_of_the_compiler_are_one_line(own_cache, kind, toolchain):
     """The first, with its place; nothing is kept."""
-    source = '#warning "no error"\nint one = two;\nint three = four;\n'
-    build = Build(source, key_of("wrong"), {}, [])
+    source = '#warning "no error"\nvoid f() { int one = two; }\nvoid g() { int three = four; }\n'
+    if kind != "c++":
+        source = source.replace("void", "__device__ void")
+    build = Build(source, key_of("wrong"), {}, [], toolchain)
     with pytest.raises(EngineUnavailableError) as caught:
         build.finish()
-    assert str(caught.value) == (
-        "the C++ compiler failed: part0.cpp:2:11: error: 'two' was not declared in this scope"
-    )
+    assert str(caught.value) == f"the {ERRORS[kind]}"
     assert list(own_cache.iterdir()) == []
 
 
@@ -287,29 +375,29 @@ def test_without_a_compiler_the_engine_is_not_available(monkeypatch, tmp_path, o
     assert left(own_cache) == []
 
 
-def test_a_full_disk_costs_only_the_next_run(own_cache):
-    """The library is loaded, and a note says that it is not kept."""
-    build = Build(program(4), key_of(4), {}, [torch.zeros(10_000)])
+def test_a_full_disk_costs_only_the_next_run(own_cache, toolchain):
+    """The program is there, and a note says that it is not kept."""
+    build = Build(program(4), key_of(4), {}, [torch.zeros(10_000)], toolchain)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # less than the package
     try:
         package = build.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert load(package).number() == 4
+    assert number_of(package) == 4
     (note,) = build.notes
     assert "cannot be written, so it is not kept: File too large" in note
     assert list(own_cache.iterdir()) == []
 
 
-def test_an_unusable_cache_costs_only_the_next_run(own_cache, tmp_path, monkeypatch):
+def test_an_unusable_cache_costs_only_the_next_run(own_cache, tmp_path, monkeypatch, toolchain):
     """Programs are kept in a folder of the process, and a note says why."""
     own_cache.parent.mkdir()
     own_cache.write_text("a file")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     cache._temporary_cache.cache_clear()
-    build = Build(program(4), key_of(4), {}, [])
-    assert load(build.finish()).number() == 4
+    build = Build(program(4), key_of(4), {}, [], toolchain)
+    assert number_of(build.finish()) == 4
     assert build.notes == [f"{own_cache} is not a folder, so nothing compiled is kept"]
     assert find(key_of(4))[0] is not None
     cache._temporary_cache.cache_clear()
@@ -320,10 +408,10 @@ def test_an_unusable_cache_costs_only_the_next_run(own_cache, tmp_path, monkeypa
 
 @on_linux
 @pytest.mark.parametrize("how", ["asked", "close", "an error"])
-def test_a_stop_ends_the_compiler(how, own_cache, endless):
+def test_a_stop_ends_the_compiler(how, own_cache, endless, kind, toolchain):
     """Within half a second, with all processes and files; the question comes often."""
-    build = Build([endless, endless], key_of("endless"), {}, [])
-    wait_until(lambda: len(descendants(build._process.pid)) >= 5)
+    build = Build(endless_sources(endless, kind), key_of("endless"), {}, [], toolchain)
+    wait_until(lambda: compiling(kind, build._process.pid))
     family = [build._process.pid, *descendants(build._process.pid)]
     asked = []
 
@@ -346,16 +434,17 @@ def test_a_stop_ends_the_compiler(how, own_cache, endless):
     build.close()
 
 
-def test_a_stop_that_ends_the_compiler_first_is_a_stop(endless):
+def test_a_stop_that_ends_the_compiler_first_is_a_stop(endless, kind, toolchain):
     """Whoever stops the run may stop its processes too."""
-    build = Build(endless, key_of("endless"), {}, [])
-    wait_until(lambda: len(descendants(build._process.pid)) >= 2)
+    build = Build(endless_sources(endless, kind), key_of("endless"), {}, [], toolchain)
+    wait_until(lambda: compiling(kind, build._process.pid))
     stopped = threading.Event()
 
     def stop() -> None:
         stopped.set()
         for pid in descendants(build._process.pid):
-            os.kill(pid, 15)
+            with suppress(ProcessLookupError):  # it ended with one before
+                os.kill(pid, 15)
 
     threading.Timer(0.1, stop).start()
     with pytest.raises(StopRequested):
@@ -365,25 +454,27 @@ def test_a_stop_that_ends_the_compiler_first_is_a_stop(endless):
 KILLED = """
 import sys, time
 from dqn_fast.engines.fused.build import Build, key_of
-build = Build([sys.argv[1]] * 2, key_of("endless"), {}, [])
+from tests.engines.fused.test_build import endless_sources, toolchain_of
+kind, endless = sys.argv[1:]
+build = Build(endless_sources(endless, kind), key_of("endless"), {}, [], toolchain_of(kind))
 print("begun", flush=True)
 time.sleep(600)
 """
 
 
 @on_linux
-def test_a_killed_run_leaves_no_compiler(own_cache, endless):
+def test_a_killed_run_leaves_no_compiler(own_cache, endless, kind, toolchain):
     """Within 2 s after SIGKILL, and no file; what is left in spite of that goes with the next."""
-    with started([sys.executable, "-c", KILLED, endless]) as run:
+    with started([sys.executable, "-c", KILLED, kind, endless]) as run:
         run.stdout.readline()
-        wait_until(lambda: len(descendants(run.pid)) >= 6)
+        wait_until(lambda: compiling(kind, run.pid) and len(descendants(run.pid)) > 1)
         family = descendants(run.pid)
         run.kill()
         run.wait()
         wait_until(lambda: not any(map(lives, family)), 2)
     wait_until(lambda: not list(own_cache.iterdir()), 2)
     os.close(WorkFolder(own_cache).lock)  # as if the watching process had been killed too
-    Build(program(1), key_of(1), {}, []).close()
+    Build(program(1), key_of(1), {}, [], toolchain).close()
     assert list(own_cache.iterdir()) == []
 
 
@@ -404,7 +495,8 @@ extern "C" int32_t read(int64_t i) {
 SANITIZED = """
 import sys
 from dqn_fast.engines.fused.build import find, key_of, load
-package, note = find(key_of("faults"), sanitize=True)
+from dqn_fast.engines.fused.toolchains import SANITIZE, Cpp
+package, note = find(key_of("faults", toolchain=Cpp(SANITIZE)))
 print(eval(sys.argv[1], {"library": load(package)}), note)
 """
 
@@ -413,9 +505,9 @@ print(eval(sys.argv[1], {"library": load(package)}), note)
 def test_sanitizers_end_the_process_at_the_first_fault():
     """In a process with their libraries; faultless calls go through, and the plain library is
     another package."""
-    key = key_of("faults")
-    Build(FAULTS, key, {}, [], sanitize=True).finish()
-    assert find(key) == (None, None)
+    toolchain = Cpp(SANITIZE)
+    Build(FAULTS, key_of("faults", toolchain=toolchain), {}, [], toolchain).finish()
+    assert find(key_of("faults")) == (None, None)
     environ = {**os.environ, "LD_PRELOAD": ":".join(sanitizer_preload())}
     environ["ASAN_OPTIONS"] = "detect_leaks=0"
     for call, message in [

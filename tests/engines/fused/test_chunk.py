@@ -20,7 +20,7 @@ from dqn_fast.device import cpu_threads
 from dqn_fast.engines import chunk_
 from dqn_fast.engines.cache import cache_state
 from dqn_fast.engines.fused import FusedChunk
-from dqn_fast.engines.fused.build import sanitizer_preload
+from dqn_fast.engines.fused.toolchains import sanitizer_preload
 from dqn_fast.envs import TensorEnv
 from dqn_fast.setup import Training, rows_of, setup
 from dqn_fast.train import Args
@@ -241,10 +241,11 @@ from functools import partial
 from dataclasses import replace
 import torch
 from dqn_fast.engines.fused import build, chunk
+from dqn_fast.engines.fused.toolchains import SANITIZE, Cpp
 from dqn_fast.setup import setup
 from tests.engines.fused.test_chunk import MORE
-chunk.Build = partial(build.Build, sanitize=True)
-chunk.find = partial(build.find, sanitize=True)
+chunk.Build = partial(build.Build, toolchain=Cpp(SANITIZE))
+chunk.key_of = partial(build.key_of, toolchain=Cpp(SANITIZE))
 torch.set_num_threads(1)
 for name in sys.argv[1:]:
     training = setup(replace(MORE[name], engine="fused"))

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqn_fast.engines.fused import lower
-from dqn_fast.engines.fused.build import sanitizer_preload
 from dqn_fast.engines.fused.elementwise import POINTWISE
 from dqn_fast.engines.fused.lower import UnknownOperationError
+from dqn_fast.engines.fused.toolchains import sanitizer_preload
 from dqn_fast.engines.fused.trace import UntraceableError
 from tests.engines.fused.programs import (
     MEMBERS,
