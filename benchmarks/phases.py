@@ -220,10 +220,10 @@ def measure_phases(
     parts = training.dqn, training.state, training.plan, training.noise
     with one_thread(), closing(FusedChunk(*parts, counted=True)) as fused:
         fused.finish(lambda: False)
-        phases, rates_in = phases_of(fused.programs), probes()
-        array = (ctypes.c_int64 * (2 * len(phases))).in_dll(fused.library, "phases")
+        phases, rates_in = phases_of(fused.plans), probes()
+        array = (ctypes.c_int64 * (2 * len(phases))).in_dll(fused.program.library, "phases")
         counts = np.ctypeslib.as_array(array).reshape(-1, 2)
-        ticks = fused.library.ticks
+        ticks = fused.program.library.ticks
         ticks.restype = ctypes.c_int64
         chunk, steps, updates = inputs
         num_steps = chunk.num_steps * training.dqn.num_members

@@ -28,7 +28,7 @@ def measured():
         inputs = learning_chunk(training)
         parts = training.dqn, training.state, training.plan, training.noise
         with closing(FusedChunk(*parts, counted=True)) as fused:
-            phases = phases_of(fused.programs)
+            phases = phases_of(fused.plans)
         work = work_of(training.dqn, training.state)["vector step"]
         return measure_phases(training, inputs, 3, 0.02), phases, work
 

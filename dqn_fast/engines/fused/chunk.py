@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast import tree
@@ -31,11 +28,11 @@ from dqn_fast.device import first_line
 from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.chunk import chunk_
 from dqn_fast.engines.fused import expr
-from dqn_fast.engines.fused.build import Build, Package, find, key_of, load
-from dqn_fast.engines.fused.cpp import print_program, room_bytes
-from dqn_fast.engines.fused.lower import UnknownOperationError, lower
-from dqn_fast.engines.fused.planner import Program
-from dqn_fast.engines.fused.planner import plan as plan_function
+from dqn_fast.engines.fused.build import Build, Package, find, key_of
+from dqn_fast.engines.fused.lower import Lowered, UnknownOperationError, lower
+from dqn_fast.engines.fused.native import Native
+from dqn_fast.engines.fused.table import Table
+from dqn_fast.engines.fused.target import Program, Target
 from dqn_fast.engines.fused.trace import Graph, trace
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Plan
@@ -60,45 +57,6 @@ class Function(NamedTuple):
     axes: list[int | None]
 
 
-class Table:
-    """Where the arguments of a function begin for each step and member.
-
-    Attributes:
-        rows: base address, bytes from step to step and bytes from member to member of each
-            argument, int64 [arguments, 3].
-        constants: addresses of the constants, int64.
-    """
-
-    def __init__(self, state: Sequence[Tensor], num_members: int, constants: list[Tensor]) -> None:
-        """Enter the state; `enter` adds the other arguments of each call."""
-        self._members, self._num_state = num_members, len(state)
-        rows = []
-        for tensor in state:
-            per_member = 0
-            if tensor.numel():
-                per_member = len(tensor) // num_members * tensor.stride(0) * tensor.itemsize
-            rows.append((tensor.data_ptr(), 0, per_member))
-        self.rows: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 3)
-        self._kept = constants
-        self.constants = np.array([t.data_ptr() for t in constants] or [0], np.int64)
-
-    def enter(self, tensors: Sequence[tuple[Tensor, int | None]], same: int = 0) -> None:
-        """Enter tensors [K, ...] of K steps, contiguous, with the axis of members in one step.
-
-        The first `same` are those of every step, [1, ...].
-        """
-        if len(self.rows) != self._num_state + len(tensors):
-            self.rows = np.concatenate(
-                [self.rows[: self._num_state], np.zeros((len(tensors), 3), np.int64)]
-            )
-        for row, (tensor, axis) in enumerate(tensors, self._num_state):
-            per_step = tensor.stride(0) * tensor.itemsize if tensor.numel() else 0
-            per_member = 0 if axis is None else per_step // self._members
-            if row - self._num_state < same:
-                per_step = 0
-            self.rows[row] = tensor.data_ptr(), per_step, per_member
-
-
 class FusedChunk:
     """Generated replacement for `chunk_` of one state, and for the algorithm's `draw`.
 
@@ -107,14 +65,20 @@ class FusedChunk:
 
     Attributes:
         notes: what is wrong with the cache of compiled programs, for the user.
-        programs: its functions, if it counts; else empty.
-        library: the loaded program, after `finish`.
+        plans: of its functions, if it counts; else empty.
+        program: the loaded program, after `finish`.
     """
 
-    library: ctypes.CDLL
+    program: Program
 
     def __init__(
-        self, algorithm: Algorithm, state: Any, plan: Plan, noise: Noise, counted: bool = False
+        self,
+        algorithm: Algorithm,
+        state: Any,
+        plan: Plan,
+        noise: Noise,
+        counted: bool = False,
+        target: Target | None = None,
     ) -> None:
         """Generate the program and start its compiler.
 
@@ -124,20 +88,22 @@ class FusedChunk:
             plan: of the run.
             noise: of the members.
             counted: whether the program counts the time of its parts, see `print_program`.
+            target: what it runs on; None: what the noise lies on.
 
         Raises:
             EngineUnavailableError: the functions cannot be traced or fused.
         """
-        self._members = algorithm.num_members
+        self._members, self._device = algorithm.num_members, noise.device
         self._state = [tensor.detach() for tensor in tree.leaves(state)]
         algorithm.draw(noise, plan.window_steps, plan.window_updates, 0, 0)  # makes counters
         self._keys, self._counters = noise.keys, noise.counters
         self._build: Build | None = None
         self.notes: list[str] = []
-        self.programs: list[Program] = []
+        self.plans: list[Any] = []
         self._key: str | None = None
         self._package: Package | None = None
         self._tables: dict[str, Table] = {}
+        self._target: Target = Native() if target is None else target
         try:
             alone, own = algorithm.one_member(), tree.member(state, 0, self._members)
             if counted or not self._find(alone, own):
@@ -148,12 +114,6 @@ class FusedChunk:
             raise EngineUnavailableError(f"cannot be fused: {first_line(error)}") from error
         except Exception as error:
             raise EngineUnavailableError(f"cannot be traced: {first_line(error)}") from error
-        threads = min(torch.get_num_threads(), self._members)
-        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._num_threads = threads
-        self._scratch = [
-            torch.empty(self._described["scratch"], dtype=torch.uint8) for _ in range(threads)
-        ]
         self._buffers: dict[str, list[Tensor]] = {}
 
     def _find(self, alone: Algorithm, state: Any) -> bool:
@@ -162,7 +122,8 @@ class FusedChunk:
         if identity is None:
             return False
         layout = [(str(t.dtype), list(t.shape), _strides(t)) for t in tree.leaves(state)]
-        self._key = key_of(digest_of_sources(), torch.__version__, identity, layout)
+        parts = digest_of_sources(), torch.__version__, self._target.identity, identity, layout
+        self._key = key_of(*parts, toolchain=self._target.toolchain)
         self._package, note = find(self._key)
         self.notes += [note] if note else []
         if self._package is not None:
@@ -172,14 +133,14 @@ class FusedChunk:
 
     def _generate(self, alone: Algorithm, state: Any, noise: Noise, counted: bool) -> None:
         """Trace all functions for one member, plan and print them, and start the compiler."""
-        programs, functions, constants = [], dict[str, Any](), list[Tensor]()
+        functions, constants = dict[str, Any](), list[Tensor]()
+        lowered = dict[str, Lowered]()
         for function in functions_of(alone, noise):
             graph = trace(function.call, state, function.inputs)
-            lowered = lower(graph.graph, graph.num_arguments)
-            buffers = [*lowered.arguments, *lowered.constants]
+            made = lowered[function.name] = lower(graph.graph, graph.num_arguments)
+            buffers = [*made.arguments, *made.constants]
             for buffer, name in zip(buffers, names_of(function, state, graph), strict=True):
                 buffer.note = name
-            programs.append(plan_function(function.name, lowered))
             results = [(list(t.shape), str(t.dtype)) for t in tree.leaves(graph.results)]
             functions[function.name] = {
                 "axes": function.axes,
@@ -187,23 +148,30 @@ class FusedChunk:
                 "results": results,
             }
             constants += graph.constants
+        generated = self._target.generate(lowered, len(tree.leaves(state)), counted)
         expr.forget()
-        source = print_program(programs, counted)
-        self.programs = programs if counted else []
-        scratch = max(p.scratch_bytes + room_bytes(p) for p in programs)
-        self._described = {"functions": functions, "scratch": scratch, "source": source}
+        self.plans = generated.plans if counted else []
+        self._described = {
+            "functions": functions,
+            "source": generated.source,
+            **generated.described,
+        }
         self._constants = [constant.contiguous() for constant in constants]
         if self._key is None or counted:
-            self._key = key_of(source)
+            parts = self._target.identity, generated.source
+            self._key = key_of(*parts, toolchain=self._target.toolchain)
             self._package, note = find(self._key)
             self.notes += [note] if note else []
         if self._package is None:
-            self._build = Build(source, self._key, self._described, self._constants)
+            self._build = Build(
+                generated.source, self._key, self._described, self._constants,
+                self._target.toolchain,
+            )  # fmt: skip
             self.notes += self._build.notes
 
     @property
     def source(self) -> str:
-        """The C++ program."""
+        """Text of the program."""
         source: str = self._described["source"]
         return source
 
@@ -217,15 +185,16 @@ class FusedChunk:
         if self._build is not None:
             self._package = self._build.finish(should_stop)
         assert self._package is not None
-        self.library = load(self._package)
+        self.program = self._target.load(self._package, self._device, self._members)
+        constants = [constant.to(self._device) for constant in self._constants]
         for name, function in self._described["functions"].items():
             first, last = function["constants"]
-            self._tables[name] = Table(self._state, self._members, self._constants[first:last])
+            self._tables[name] = Table(self._state, self._members, constants[first:last])
 
     def keep(self, folder: Path) -> str:
         """Write the source to a folder; returns where it is, or why it is not, in a few words."""
         assert self._key is not None
-        path = folder / f"{self._key[:12]}.cpp"
+        path = folder / f"{self._key[:12]}{self._target.toolchain.suffix}"
         try:
             path.write_text(self.source)
         except OSError as error:
@@ -258,18 +227,8 @@ class FusedChunk:
         kept = self._enter("step", tree.leaves(steps), [returns, lengths])
         kept += self._enter("update", tree.leaves(updates), [metrics])
         counts = np.array(update_counts, np.int64)
-        step, update = self._tables["step"], self._tables["update"]
-
-        def run(first: int, last: int, scratch: Tensor) -> None:
-            self.library.chunk(
-                *map(_address, (step.rows, step.constants, update.rows, update.constants, counts)),
-                ctypes.c_int64(num_steps),
-                ctypes.c_int64(first),
-                ctypes.c_int64(last),
-                ctypes.c_void_p(scratch.data_ptr()),
-            )
-
-        self._share_out(run)
+        self.program.chunk(self._tables["step"], self._tables["update"], counts)
+        del kept
         copies = (self._members, -1)
         return ChunkRecord(
             returns.view(num_steps, *copies),
@@ -285,7 +244,7 @@ class FusedChunk:
         for name, count, start in zip(
             ("draw_step", "draw_update"), (num_steps, num_updates), first, strict=True
         ):
-            index = torch.arange(start, start + count)
+            index = torch.arange(start, start + count, device=self._device)
             made = self._take(name, count)
             self._many(name, count, [self._keys[None], self._counters[None], index], made, same=2)
             drawn += made
@@ -319,7 +278,8 @@ class FusedChunk:
         for shape, dtype in self._described["functions"][name]["results"]:
             rows, *rest = shape or [1]
             size = count, self._members * rows, *rest
-            made.append(torch.empty(size, dtype=getattr(torch, dtype.removeprefix("torch."))))
+            kind = getattr(torch, dtype.removeprefix("torch."))
+            made.append(torch.empty(size, dtype=kind, device=self._device))
         return made
 
     def _take(self, name: str, count: int) -> list[Tensor]:
@@ -350,34 +310,8 @@ class FusedChunk:
     ) -> None:
         """Run one function for `count` steps of all members."""
         kept = self._enter(name, inputs, results, same)
-        table, function = self._tables[name], getattr(self.library, f"many_{name}")
-
-        def run(first: int, last: int, scratch: Tensor) -> None:
-            function(
-                _address(table.rows),
-                _address(table.constants),
-                ctypes.c_int64(count),
-                ctypes.c_int64(first),
-                ctypes.c_int64(last),
-                ctypes.c_void_p(scratch.data_ptr()),
-            )
-
-        self._share_out(run)
+        self.program.many(name, self._tables[name], count)
         del kept
-
-    def _share_out(self, run: Callable[[int, int, Tensor], None]) -> None:
-        """Run members first .. last - 1 on each thread."""
-        if self._threads is None:
-            run(0, self._members, self._scratch[0])
-            return
-        ends = [self._members * i // self._num_threads for i in range(self._num_threads + 1)]
-        jobs = [
-            self._threads.submit(run, first, last, scratch)
-            for first, last, scratch in zip(ends[1:-1], ends[2:], self._scratch[1:], strict=True)
-        ]
-        run(ends[0], ends[1], self._scratch[0])
-        for job in jobs:
-            job.result()
 
 
 def functions_of(alone: Algorithm, noise: Noise) -> list[Function]:
@@ -392,7 +326,7 @@ def functions_of(alone: Algorithm, noise: Noise) -> list[Function]:
     def draw_update(_: Any, keys: Tensor, counters: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         return alone.draw(own.with_tensors(keys, counters), 0, 1, 0, index)[3:]
 
-    index = torch.zeros((), dtype=torch.int64)
+    index = torch.zeros((), dtype=torch.int64, device=noise.device)
     drawn = (noise.keys[:1], noise.counters, index)
     draw_axes: list[int | None] = [0, None, None]
     functions = [
@@ -450,7 +384,3 @@ def digest_of_sources() -> str:
         if path.suffix in (".py", ".h"):
             digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _address(array: NDArray[np.int64]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
