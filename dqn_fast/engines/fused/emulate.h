@@ -35,13 +35,16 @@
 #endif
 #endif
 
-// The thread sanitizer must not look at the machine below the threads.
+// The thread sanitizer must not look at the machine below the threads. Neither is inlined: kernels
+// meet at many places, and a compiler would need long.
 #ifdef EMULATE_TSAN
 #include <sanitizer/tsan_interface.h>
 #define UNSEEN __attribute__((no_sanitize_thread, noinline))
+#define UNSEEN_INLINE UNSEEN
 #define IF_TSAN(statement) statement
 #else
-#define UNSEEN inline
+#define UNSEEN __attribute__((noinline))
+#define UNSEEN_INLINE inline
 #define IF_TSAN(statement)
 #endif
 #ifdef EMULATE_ASAN
@@ -239,7 +242,7 @@ inline void map_stacks(int64_t count) {
       abort();
 }
 
-UNSEEN int choose() {
+UNSEEN_INLINE int choose() {
   if (here.num_ready == 0)
     return here.threads;
   const int last = --here.num_ready;
@@ -254,7 +257,7 @@ UNSEEN int choose() {
 }
 
 // Runs another thread, until one chooses this one.
-UNSEEN void leave() {
+UNSEEN_INLINE void leave() {
   const int next = choose();
   if (next == here.thread)
     return;
@@ -273,7 +276,7 @@ UNSEEN void leave() {
   IF_ASAN(__sanitizer_finish_switch_fiber(mine.fake_stack, nullptr, nullptr));
 }
 
-UNSEEN void make_ready(const Group& group) {
+UNSEEN_INLINE void make_ready(const Group& group) {
   for (int i = 0; i < group.threads; ++i) {
     const int thread = group.first + (here.seed < 0 ? i : group.threads - 1 - i);
     here.fibers[thread].place = RUNS;
@@ -282,7 +285,7 @@ UNSEEN void make_ready(const Group& group) {
 }
 
 // Returns whether the whole group is here; then `release` it. In any case `leave`.
-UNSEEN bool arrive(Group& group, int place) {
+UNSEEN_INLINE bool arrive(Group& group, int place) {
   Fiber& fiber = here.fibers[here.thread];
   fiber.place = place;
   IF_TSAN(fiber.token = &group.tokens[group.turn & 1]);
@@ -293,13 +296,13 @@ UNSEEN bool arrive(Group& group, int place) {
   return group.arrived == group.threads && !group.mixed;
 }
 
-UNSEEN void release(Group& group) {
+UNSEEN_INLINE void release(Group& group) {
   group.arrived = 0;
   IF_TSAN(++group.turn);
   make_ready(group);
 }
 
-UNSEEN void wait() {
+UNSEEN_INLINE void wait() {
   leave();
   IF_TSAN(__tsan_acquire(here.fibers[here.thread].token));
 }
@@ -312,7 +315,7 @@ UNSEEN void barrier(int line) {
   wait();
 }
 
-UNSEEN Warp& warp() { return here.warps[here.thread / 32]; }
+UNSEEN_INLINE Warp& warp() { return here.warps[here.thread / 32]; }
 
 UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   Warp& w = warp();
@@ -331,28 +334,28 @@ UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   return w.value[lane];
 }
 
-UNSEEN float tf32(uint32_t bits) { return float_of(bits & ~0x1fffu); }
-
+// d += a b of matrices, from and to the fragments of the lanes; see device.h.
 UNSEEN void multiply(Warp& w) {
-  typedef float Row __attribute__((vector_size(32)));
-  float a[16][8];
-  Row b[8];
+  typedef float Row __attribute__((vector_size(32), may_alias));
+  alignas(32) float d[16][8], a[16][8], b[8][8];
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i)
-      a[group + i % 2 * 8][t + i / 2 * 4] = tf32(w.a[lane][i]);
-    for (int i = 0; i < 2; ++i)
-      b[t + i * 4][group] = tf32(w.b[lane][i]);
+      a[group + i % 2 * 8][t + i / 2 * 4] = float_of(w.a[lane][i] & ~0x1fffu);
+    for (int i = 0; i < 2; ++i) {
+      b[t + i * 4][group] = float_of(w.b[lane][i] & ~0x1fffu);
+      __builtin_memcpy(&d[group + i * 8][2 * t], w.d[lane] + 2 * i, 8);
+    }
   }
   for (int row = 0; row < 16; ++row) {
-    Row sum;
-    for (int column = 0; column < 8; ++column)
-      sum[column] = w.d[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2];
+    Row sum = *(Row*)d[row];
     for (int k = 0; k < 8; ++k)
-      sum += a[row][k] * b[k];
-    for (int column = 0; column < 8; ++column)
-      w.d[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] = sum[column];
+      sum += a[row][k] * *(Row*)b[k];
+    *(Row*)d[row] = sum;
   }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 2; ++i)
+      __builtin_memcpy(w.d[lane] + 2 * i, &d[lane / 4 + i * 8][lane % 4 * 2], 8);
 }
 
 UNSEEN void begin() {
@@ -497,11 +500,11 @@ inline int64_t run(
   }                                                                                                \
   static void name([[maybe_unused]] const Arguments& g)
 
-UNSEEN int thread_id() { return emulation::here.thread; }
-UNSEEN int fresh_thread_id() { return emulation::here.thread; }
-UNSEEN int block_id() { return emulation::here.block; }
-UNSEEN int num_blocks() { return emulation::here.blocks; }
-UNSEEN char* shared_memory() { return emulation::here.memory; }
+UNSEEN_INLINE int thread_id() { return emulation::here.thread; }
+UNSEEN_INLINE int fresh_thread_id() { return emulation::here.thread; }
+UNSEEN_INLINE int block_id() { return emulation::here.block; }
+UNSEEN_INLINE int num_blocks() { return emulation::here.blocks; }
+UNSEEN_INLINE char* shared_memory() { return emulation::here.memory; }
 
 UNSEEN void warp_barrier(int line = __builtin_LINE()) {
   if (line == emulation::here.skipped_line)
