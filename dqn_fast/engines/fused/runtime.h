@@ -1,7 +1,12 @@
-// What every generated program needs besides its own functions.
+// What every generated program needs besides its own functions. On a GPU, device.h comes before.
 
+#ifndef __CUDACC__
 #include <cstdint>
 #include <cstring>
+#endif
+#ifndef DEVICE
+#define DEVICE inline
+#endif
 
 namespace {
 
@@ -12,13 +17,14 @@ struct Argument {
   int64_t per_step, per_member;
 };
 
-inline void place(char** at, const Argument* arguments, int64_t count, int64_t k, int64_t m) {
+DEVICE void place(char** at, const Argument* arguments, int64_t count, int64_t k, int64_t m) {
   for (int64_t i = 0; i < count; ++i)
     at[i] = arguments[i].base + k * arguments[i].per_step + m * arguments[i].per_member;
 }
 
 // While it lives, this thread takes numbers below 1.2e-38 for 0. Adam's mean of a weight whose
 // gradient is 0 falls below that within 900 steps, and processors are slow with such numbers.
+#ifndef __CUDACC__
 struct FlushDenormals {
 #if defined(__x86_64__)
   const unsigned before = __builtin_ia32_stmxcsr();
@@ -39,43 +45,48 @@ struct FlushDenormals {
   }
 #endif
 };
+#endif
 
 // Keeps the loop around it from being vectorised.
+#ifdef __CUDACC__
+#define SCALAR(x)
+#else
 #define SCALAR(x) asm("" : "+r"(x))
+#endif
 
 // Whole numbers: torch stops at a division by zero, which gives 0 here; the processor would end
 // the process, as it would at the least number divided by -1.
 template <class T>
-inline T quotient_of(T a, T b) {
+DEVICE T quotient_of(T a, T b) {
   if (b == 0)
     return 0;
   return b == (T)-1 && (T)-1 < 0 ? (T)(0 - (uint64_t)a) : a / b;
 }
 
 template <class T>
-inline T rest_of(T a, T b) {
+DEVICE T rest_of(T a, T b) {
   return b == 0 || (b == (T)-1 && (T)-1 < 0) ? 0 : a % b;
 }
 
 // Modulo with the sign of the divisor, as in Python.
 template <class T>
-inline T remainder_of(T a, T b) {
+DEVICE T remainder_of(T a, T b) {
   const T rest = rest_of(a, b);
   return rest + ((rest != 0 && (rest ^ b) < 0) ? b : 0);
 }
 
-inline float remainder_of(float a, float b) {
+DEVICE float remainder_of(float a, float b) {
   const float rest = __builtin_fmodf(a, b);
   return rest + ((rest != 0.0f && (rest < 0.0f) != (b < 0.0f)) ? b : 0.0f);
 }
 
 template <class T>
-inline T floor_divide(T a, T b) {
+DEVICE T floor_divide(T a, T b) {
   return quotient_of(a, b) - (rest_of(a, b) != 0 && (a < 0) != (b < 0));
 }
 
 // As torch and Python: the quotient of what the remainder leaves.
-inline float floor_divide(float a, float b) {
+DEVICE float floor_divide(float a, float b) {
   if (b == 0.0f)
     return a / b;
   const float rest = __builtin_fmodf(a, b);
@@ -89,7 +100,7 @@ inline float floor_divide(float a, float b) {
 }
 
 template <class T>
-inline T power(T a, T b) {
+DEVICE T power(T a, T b) {
   if (b < 0)
     return a == 1 ? 1 : a == (T)-1 ? (b % 2 ? (T)-1 : 1) : 0;
   uint64_t made = 1, factor = (uint64_t)a;
@@ -102,7 +113,7 @@ inline T power(T a, T b) {
 
 // Number of bounds below or at the key; below only. NaN is above all.
 template <class T>
-inline int64_t upper_bound(const T* bounds, int64_t size, T key) {
+DEVICE int64_t upper_bound(const T* bounds, int64_t size, T key) {
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i)
     count += !(bounds[i] > key);
@@ -110,7 +121,7 @@ inline int64_t upper_bound(const T* bounds, int64_t size, T key) {
 }
 
 template <class T>
-inline int64_t lower_bound(const T* bounds, int64_t size, T key) {
+DEVICE int64_t lower_bound(const T* bounds, int64_t size, T key) {
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i)
     count += !(bounds[i] >= key);

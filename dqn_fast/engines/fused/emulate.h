@@ -1,0 +1,576 @@
+// device.h on a CPU: the text of a kernel runs as it is, to find what is wrong with it.
+//
+// Every thread of a block is a fiber, which runs until it must wait for others. Shuffles, ballots
+// and products of a warp are computed by the last lane that comes. A kernel `name` becomes
+//
+//     int64_t emulate_name(const Arguments* g, int64_t blocks, int64_t shared_bytes)
+//
+// which runs one block after the other; one call at a time in a process. It returns 0, or 1 if the
+// threads of a block or warp wait at different places for each other; emulation_error() says where.
+//
+// Shared memory begins as NaN. The address sanitizer knows where it ends. To the thread sanitizer
+// all threads of all blocks run at once, ordered by barriers alone. Environment variables:
+//     EMULATE_ORDER  which of the threads that can run goes on: 0, the first; less, the last; more,
+//                    a random one, by this seed
+//     EMULATE_SKIP   line whose BARRIER() or warp_barrier() does nothing, to test the tests
+//
+// It does not show speed, nor how a GPU rounds the sums of mma_tf32, fast_sqrt and fast_divide.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__SANITIZE_THREAD__)
+#define EMULATE_TSAN
+#elif defined(__SANITIZE_ADDRESS__)
+#define EMULATE_ASAN
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define EMULATE_TSAN
+#elif __has_feature(address_sanitizer)
+#define EMULATE_ASAN
+#endif
+#endif
+
+// The thread sanitizer must not look at the machine below the threads. Neither is inlined: kernels
+// meet at many places, and a compiler would need long.
+#ifdef EMULATE_TSAN
+#include <sanitizer/tsan_interface.h>
+#define UNSEEN __attribute__((no_sanitize_thread, noinline))
+#define UNSEEN_INLINE UNSEEN
+#define IF_TSAN(statement) statement
+#else
+#define UNSEEN __attribute__((noinline))
+#define UNSEEN_INLINE inline
+#define IF_TSAN(statement)
+#endif
+#ifdef EMULATE_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define IF_ASAN(statement) statement
+#else
+#define IF_ASAN(statement)
+#endif
+
+// Keeps the registers that a called function must keep, and the stack pointer in *save; goes on
+// where the other fiber did so.
+#if defined(__x86_64__) && defined(__ELF__)
+#define EMULATE_FRAME 8 // words of a fiber that has not begun
+#define EMULATE_FRAME_ENTRY 6
+asm(R"(
+.text
+.type emulation_switch, @function
+emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulation_switch, . - emulation_switch
+)");
+#elif defined(__aarch64__) && defined(__ELF__)
+#define EMULATE_FRAME 20
+#define EMULATE_FRAME_ENTRY 11
+asm(R"(
+.text
+.type emulation_switch, %function
+emulation_switch:
+  stp x19, x20, [sp, #-160]!
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  ldp x19, x20, [sp], #160
+  ret
+.size emulation_switch, . - emulation_switch
+)");
+#else
+#include <ucontext.h>
+#endif
+#ifdef EMULATE_FRAME
+extern "C" __attribute__((visibility("hidden"))) void emulation_switch(void** save, void* load);
+#endif
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace {
+
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+namespace emulation {
+
+constexpr int MAX_THREADS = 1024;
+#if defined(EMULATE_TSAN) || defined(EMULATE_ASAN) || !defined(__OPTIMIZE__)
+constexpr size_t STACK = 256 << 10; // bytes, of which a thread touches a few pages
+#else
+constexpr size_t STACK = 64 << 10;
+#endif
+
+// What a thread waits at: kinds of waiting, times a source line.
+enum Kind { BLOCK, WARP, SHUFFLE, BALLOT, PRODUCT, KINDS };
+constexpr int RUNS = 0, ENDED = -1; // instead of such a place
+
+// Blocks whose memory and stacks are apart: the thread sanitizer takes what one block does after
+// another for what they do at once.
+#ifdef EMULATE_TSAN
+constexpr bool APART = true;
+#else
+constexpr bool APART = false;
+#endif
+
+struct Fiber {
+#ifdef EMULATE_FRAME
+  void* stack_pointer;
+#else
+  ucontext_t context;
+#endif
+  int place;
+#ifdef EMULATE_TSAN
+  void* tsan;
+  char* token;
+#endif
+#ifdef EMULATE_ASAN
+  void* fake_stack;
+  const void* bottom;
+  size_t size;
+#endif
+};
+
+// Threads that wait for each other: a warp or the block.
+struct Group {
+  int first, threads; // numbers of its threads
+  int arrived, place; // the place of those that have come
+  bool mixed; // they have not come to the same place
+#ifdef EMULATE_TSAN
+  // Two in turn: with one, a thread that runs late would also be ordered after what others did
+  // after this barrier, until the next one.
+  char tokens[2];
+  int turn;
+#endif
+  void begin(int first_thread, int count) {
+    first = first_thread;
+    threads = count;
+    arrived = 0;
+    mixed = false;
+  }
+};
+
+struct Warp : Group {
+  uint64_t value[32];
+  int mask[32];
+  float* d[32];
+  const uint32_t *a[32], *b[32];
+};
+
+struct Machine {
+  int thread, block, blocks, threads; // the number `threads` is the caller of them all
+  int num_ready;
+  int64_t seed;
+  uint64_t random;
+  int skipped_line;
+  char* memory;
+  void (*kernel)(const void*);
+  const void* arguments;
+  Group all;
+  Warp warps[MAX_THREADS / 32];
+  Fiber fibers[MAX_THREADS + 1];
+  short ready[MAX_THREADS]; // the last one goes on first
+  char* stacks; // of `num_stacks` threads
+  int64_t num_stacks;
+  char error[1024];
+#ifdef EMULATE_TSAN
+  char start, end;
+#endif
+};
+Machine here;
+
+inline size_t stack_stride() { return STACK + sysconf(_SC_PAGESIZE); }
+
+// One stack per thread, each above a page that nobody may touch.
+inline void map_stacks(int64_t count) {
+  const size_t stride = stack_stride(), page = stride - STACK;
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+  void* const mapped = mmap(nullptr, count * stride, PROT_NONE, flags, -1, 0);
+  if (mapped == MAP_FAILED)
+    abort();
+  here.stacks = (char*)mapped;
+  here.num_stacks = count;
+  for (int64_t i = 0; i < count; ++i)
+    if (mprotect(here.stacks + i * stride + page, STACK, PROT_READ | PROT_WRITE))
+      abort();
+}
+
+UNSEEN_INLINE int choose() {
+  if (here.num_ready == 0)
+    return here.threads;
+  const int last = --here.num_ready;
+  const int chosen = here.ready[last];
+  if (here.seed <= 0)
+    return chosen;
+  here.random = here.random * 6364136223846793005u + 1442695040888963407u;
+  const int i = (here.random >> 33) * (last + 1) >> 31;
+  const int other = here.ready[i];
+  here.ready[i] = (short)chosen;
+  return other;
+}
+
+// Runs another thread, until one chooses this one.
+UNSEEN_INLINE void leave() {
+  const int next = choose();
+  if (next == here.thread)
+    return;
+  Fiber& mine = here.fibers[here.thread];
+  Fiber& other = here.fibers[next];
+  here.thread = next;
+  IF_TSAN(__tsan_switch_to_fiber(other.tsan, __tsan_switch_to_fiber_no_sync));
+  IF_ASAN(__sanitizer_start_switch_fiber(
+      mine.place == ENDED ? nullptr : &mine.fake_stack, other.bottom, other.size));
+#ifdef EMULATE_FRAME
+  emulation_switch(&mine.stack_pointer, other.stack_pointer);
+#else
+  swapcontext(&mine.context, &other.context);
+#endif
+  asm volatile("" : : : "memory");
+  IF_ASAN(__sanitizer_finish_switch_fiber(mine.fake_stack, nullptr, nullptr));
+}
+
+UNSEEN_INLINE void make_ready(const Group& group) {
+  for (int i = 0; i < group.threads; ++i) {
+    const int thread = group.first + (here.seed < 0 ? i : group.threads - 1 - i);
+    here.fibers[thread].place = RUNS;
+    here.ready[here.num_ready++] = (short)thread;
+  }
+}
+
+// Returns whether the whole group is here; then `release` it. In any case `leave`.
+UNSEEN_INLINE bool arrive(Group& group, int place) {
+  Fiber& fiber = here.fibers[here.thread];
+  fiber.place = place;
+  IF_TSAN(fiber.token = &group.tokens[group.turn & 1]);
+  IF_TSAN(__tsan_release(fiber.token));
+  if (group.arrived++ == 0)
+    group.place = place;
+  group.mixed |= group.place != place;
+  return group.arrived == group.threads && !group.mixed;
+}
+
+UNSEEN_INLINE void release(Group& group) {
+  group.arrived = 0;
+  IF_TSAN(++group.turn);
+  make_ready(group);
+}
+
+UNSEEN_INLINE void wait() {
+  leave();
+  IF_TSAN(__tsan_acquire(here.fibers[here.thread].token));
+}
+
+UNSEEN void barrier(int line) {
+  if (line == here.skipped_line)
+    return;
+  if (arrive(here.all, line * KINDS + BLOCK))
+    release(here.all);
+  wait();
+}
+
+UNSEEN_INLINE Warp& warp() { return here.warps[here.thread / 32]; }
+
+UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
+  Warp& w = warp();
+  const int lane = here.thread % 32;
+  w.value[lane] = x;
+  w.mask[lane] = mask;
+  if (arrive(w, line * KINDS + SHUFFLE)) {
+    uint64_t given[32];
+    for (int i = 0; i < 32; ++i)
+      given[i] = w.value[i];
+    for (int i = 0; i < 32; ++i)
+      w.value[i] = given[(i ^ w.mask[i]) % 32];
+    release(w);
+  }
+  wait();
+  return w.value[lane];
+}
+
+// d += a b of matrices, from and to the fragments of the lanes; see device.h.
+UNSEEN void multiply(Warp& w) {
+  typedef float Row __attribute__((vector_size(32), may_alias));
+  alignas(32) float d[16][8], a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i)
+      a[group + i % 2 * 8][t + i / 2 * 4] = float_of(w.a[lane][i] & ~0x1fffu);
+    for (int i = 0; i < 2; ++i) {
+      b[t + i * 4][group] = float_of(w.b[lane][i] & ~0x1fffu);
+      __builtin_memcpy(&d[group + i * 8][2 * t], w.d[lane] + 2 * i, 8);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    Row sum = *(Row*)d[row];
+    for (int k = 0; k < 8; ++k)
+      sum += a[row][k] * *(Row*)b[k];
+    *(Row*)d[row] = sum;
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 2; ++i)
+      __builtin_memcpy(w.d[lane] + 2 * i, &d[lane / 4 + i * 8][lane % 4 * 2], 8);
+}
+
+UNSEEN void begin() {
+  Fiber& fiber = here.fibers[here.thread];
+#ifdef EMULATE_ASAN
+  Fiber& caller = here.fibers[here.threads];
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+  if (caller.bottom == nullptr)
+    caller.bottom = bottom, caller.size = size;
+#endif
+  IF_TSAN(__tsan_acquire(&here.start));
+  here.kernel(here.arguments);
+  fiber.place = ENDED;
+  IF_TSAN(__tsan_release(&here.end));
+  leave();
+  abort();
+}
+
+inline void prepare(int thread) {
+  Fiber& fiber = here.fibers[thread];
+  const int64_t stack = thread + int64_t(APART ? here.block : 0) * here.threads;
+  char* const bottom = here.stacks + (stack + 1) * stack_stride() - STACK;
+  IF_ASAN(__asan_unpoison_memory_region(bottom, STACK));
+  IF_ASAN(fiber.bottom = bottom);
+  IF_ASAN(fiber.size = STACK);
+  IF_TSAN(fiber.tsan = __tsan_create_fiber(0));
+  fiber.place = RUNS;
+#ifdef EMULATE_FRAME
+  // Neighbours use different lines of the first two caches.
+  const size_t used = STACK - (thread + thread / 32) % 8 * 512;
+  void** const frame = (void**)(bottom + used) - EMULATE_FRAME;
+  memset(frame, 0, EMULATE_FRAME * sizeof(void*));
+  frame[EMULATE_FRAME_ENTRY] = (void*)&begin;
+  fiber.stack_pointer = frame;
+#else
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = bottom;
+  fiber.context.uc_stack.ss_size = STACK;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, begin, 0);
+#endif
+}
+
+// Writes where the threads are that cannot go on.
+inline void report() {
+  const char* const kinds[] = {"BARRIER()", "warp_barrier()", "shuffle_xor", "ballot", "mma_tf32"};
+  size_t size = 0;
+  auto add = [&size](const char* format, auto... values) {
+    if (size < sizeof here.error)
+      size += snprintf(here.error + size, sizeof here.error - size, format, values...);
+  };
+  add("block %d:", here.block);
+  for (int first = 0, next; first < here.threads; first = next) {
+    const int place = here.fibers[first].place;
+    for (next = first; next < here.threads && here.fibers[next].place == place;)
+      ++next;
+    add("%s %d to %d ", first ? "," : " threads", first, next - 1);
+    if (place == ENDED)
+      add("%s", "ended");
+    else
+      add("wait at %s of line %d", kinds[place % KINDS], place / KINDS);
+  }
+}
+
+// Returns whether all threads of the block came to their end.
+inline bool run_block(char* memory, size_t shared_bytes) {
+  const int threads = here.threads;
+  here.memory = memory;
+  memset(memory, 0xff, shared_bytes);
+  here.thread = threads;
+  here.num_ready = 0;
+  here.all.begin(0, threads);
+  for (int i = 0; i < threads; i += 32)
+    here.warps[i / 32].begin(i, 32);
+  for (int i = 0; i < threads; ++i)
+    prepare(i);
+  here.fibers[threads].place = RUNS;
+  IF_ASAN(here.fibers[threads].bottom = nullptr);
+  IF_TSAN(here.fibers[threads].tsan = __tsan_get_current_fiber());
+  IF_TSAN(__tsan_release(&here.start));
+  make_ready(here.all);
+  leave();
+  int ended = 0;
+  for (int i = 0; i < threads; ++i) {
+    ended += here.fibers[i].place == ENDED;
+    IF_TSAN(__tsan_destroy_fiber(here.fibers[i].tsan));
+  }
+  return ended == threads;
+}
+
+inline int64_t number_of(const char* variable) {
+  const char* const text = getenv(variable);
+  return text ? atoll(text) : 0;
+}
+
+inline int64_t run(
+    void (*kernel)(const void*), const void* arguments, int threads, int64_t blocks,
+    int64_t shared_bytes) {
+  here.kernel = kernel;
+  here.arguments = arguments;
+  here.threads = threads;
+  here.blocks = (int)blocks;
+  here.seed = number_of("EMULATE_ORDER");
+  here.random = here.seed;
+  here.skipped_line = (int)number_of("EMULATE_SKIP");
+  const int64_t apart = APART ? blocks : 1, stride = (shared_bytes + 128) / 128 * 128;
+  if (here.num_stacks < apart * threads) {
+    if (here.stacks)
+      munmap(here.stacks, here.num_stacks * stack_stride());
+    map_stacks(apart * threads);
+  }
+  void* memory = nullptr;
+  // Where there is one block, it ends where the shared memory does, for the address sanitizer.
+  if (posix_memalign(&memory, 128, APART ? apart * stride : shared_bytes + !shared_bytes))
+    abort();
+  bool ended = true;
+  for (here.block = 0; ended && here.block < blocks; ++here.block) {
+    ended = run_block((char*)memory + (APART ? here.block * stride : 0), shared_bytes);
+    if (!ended)
+      report();
+  }
+  IF_TSAN(__tsan_acquire(&here.end));
+  free(memory);
+  return !ended;
+}
+
+} // namespace emulation
+
+#define DEVICE inline
+#define UNROLL
+#define UNROLL_BY(n)
+#define BARRIER() emulation::barrier(__LINE__)
+#define KERNEL(name, Arguments, THREADS)                                                           \
+  static_assert((THREADS) % 32 == 0 && (THREADS) <= emulation::MAX_THREADS, "whole warps");        \
+  static void name(const Arguments& g);                                                            \
+  extern "C" int64_t emulate_##name(const Arguments* g, int64_t blocks, int64_t shared_bytes) {    \
+    return emulation::run(                                                                         \
+        [](const void* arguments) { name(*(const Arguments*)arguments); }, g, THREADS, blocks,     \
+        shared_bytes);                                                                             \
+  }                                                                                                \
+  static void name([[maybe_unused]] const Arguments& g)
+
+UNSEEN_INLINE int thread_id() { return emulation::here.thread; }
+UNSEEN_INLINE int fresh_thread_id() { return emulation::here.thread; }
+UNSEEN_INLINE int block_id() { return emulation::here.block; }
+UNSEEN_INLINE int num_blocks() { return emulation::here.blocks; }
+UNSEEN_INLINE char* shared_memory() { return emulation::here.memory; }
+
+UNSEEN void warp_barrier(int line = __builtin_LINE()) {
+  if (line == emulation::here.skipped_line)
+    return;
+  emulation::Warp& warp = emulation::warp();
+  if (arrive(warp, line * emulation::KINDS + emulation::WARP))
+    release(warp);
+  emulation::wait();
+}
+
+inline float shuffle_xor(float x, int mask, int line = __builtin_LINE()) {
+  return float_of((uint32_t)emulation::shuffle(bits_of(x), mask, line));
+}
+inline int32_t shuffle_xor(int32_t x, int mask, int line = __builtin_LINE()) {
+  return (int32_t)emulation::shuffle((uint64_t)x, mask, line);
+}
+inline int64_t shuffle_xor(int64_t x, int mask, int line = __builtin_LINE()) {
+  return (int64_t)emulation::shuffle((uint64_t)x, mask, line);
+}
+
+UNSEEN uint32_t ballot(bool x, int line = __builtin_LINE()) {
+  emulation::Warp& warp = emulation::warp();
+  const int lane = emulation::here.thread % 32;
+  warp.value[lane] = x;
+  if (arrive(warp, line * emulation::KINDS + emulation::BALLOT)) {
+    uint64_t all = 0;
+    for (int i = 0; i < 32; ++i)
+      all |= warp.value[i] << i;
+    for (int i = 0; i < 32; ++i)
+      warp.value[i] = all;
+    release(warp);
+  }
+  emulation::wait();
+  return (uint32_t)warp.value[lane];
+}
+
+inline uint32_t round_tf32(float x) { return bits_of(x) + 0x1000u; }
+
+UNSEEN void mma_tf32(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  emulation::Warp& warp = emulation::warp();
+  const int lane = emulation::here.thread % 32;
+  warp.d[lane] = d;
+  warp.a[lane] = a;
+  warp.b[lane] = b;
+  if (arrive(warp, line * emulation::KINDS + emulation::PRODUCT)) {
+    multiply(warp);
+    release(warp);
+  }
+  emulation::wait();
+}
+
+// With numbers below 1.2e-38 as 0.
+inline float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 0 * x : x; }
+inline float fast_sqrt(float x) { return flushed(__builtin_sqrtf(flushed(x))); }
+inline float fast_divide(float a, float b) { return a * flushed(1 / flushed(b)); }
+
+inline float4 load_l2(const float4* p) { return *p; }
+inline float4 load_l2(const float* p) { return *(const float4*)p; }
+inline void store_l2(float4* p, float4 x) { *p = x; }
+inline void store_l2(float* p, float4 x) { *(float4*)p = x; }
+
+inline int64_t cycles() { return 0; }
+
+} // namespace
+
+extern "C" __attribute__((used)) inline const char* emulation_error() {
+  return emulation::here.error;
+}
