@@ -29,6 +29,7 @@ LANES = 4
 
 PACKAGE = Path(__file__).parent
 HEADERS = "device.h", "runtime.h", "tiles.h"
+INCLUDED = '#include "emulate.h"\n'
 
 
 class DeviceBody(Body):
@@ -492,6 +493,7 @@ def print_program(
     draws: Sequence[Arranged],
     precision: str,
     counted: bool = False,
+    emulated: bool = False,
 ) -> str:
     """One text with all kernels.
 
@@ -500,8 +502,11 @@ def print_program(
         draws: functions that depend on no state.
         precision: of products, see `DevicePrinter`.
         counted: whether cycles of phases are counted.
+        emulated: whether it runs on this processor.
     """
-    parts = [(PACKAGE / name).read_text() for name in HEADERS]
+    parts = [_header(name) for name in HEADERS]
+    if emulated:
+        parts[0] = parts[0].replace(INCLUDED, _header("emulate.h"))
     parts += [COUNTED if counted else UNCOUNTED, HELPERS]
     phase = 0
     for function in [*draws, *arrangement.functions.values()]:
@@ -522,6 +527,10 @@ def print_program(
         for name, function in arrangement.functions.items():
             parts.append(_filled(MANY.replace("NAME", name), fetch, put_back, COUNT=function))
     return "\n".join(parts)
+
+
+def _header(name: str) -> str:
+    return (PACKAGE / name).read_text().replace("#pragma once\n", "")
 
 
 def _many_draws(function: Arranged) -> str:
@@ -573,13 +582,6 @@ UNCOUNTED = """
 """
 
 HELPERS = """
-// An argument of a function: that of step k of member m begins at base + k * per_step + m *
-// per_member.
-struct Argument {
-  char* base;
-  int64_t per_step, per_member;
-};
-
 namespace {
 
 template <class T>
@@ -643,6 +645,13 @@ struct Results {
     return {function, row, column};
   }
 };
+
+template <int N, class Function>
+DEVICE void put(Results<Function> results, int row, int column, const float (&values)[N]) {
+  UNROLL
+  for (int n = 0; n < N; ++n)
+    results.function(row, column + n, values[n]);
+}
 
 template <class Function>
 DEVICE Results<Function> results_to(const Function& function) {

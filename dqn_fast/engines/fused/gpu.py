@@ -119,7 +119,7 @@ class Emulated:
         self, functions: Mapping[str, Lowered], num_state: int, counted: bool
     ) -> Generated:
         """Arrange and print functions, see `Target`."""
-        return generate(functions, num_state, counted, self._shared_bytes, self.precision)
+        return generate(functions, num_state, counted, self._shared_bytes, self.precision, True)
 
     def load(self, package: Package, device: torch.device, num_members: int) -> DeviceProgram:
         """Load the library."""
@@ -141,6 +141,7 @@ def generate(
     counted: bool,
     shared_bytes: int,
     precision: str,
+    emulated: bool = False,
 ) -> Generated:
     """Arrange and print functions for blocks with so much shared memory."""
     parts = {
@@ -156,7 +157,7 @@ def generate(
     }
     whole = arrange(main, num_state, shared_bytes)
     drawn = [made.functions[name] for name, made in arranged.items()]
-    source = print_program(whole, drawn, precision, counted)
+    source = print_program(whole, drawn, precision, counted, emulated)
     kernels = {f"many_{name}": made for name, made in arranged.items()}
     kernels |= {"chunk": whole} if "step" in main else {f"many_{name}": whole for name in main}
     described = {
