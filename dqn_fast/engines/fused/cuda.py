@@ -455,11 +455,13 @@ class DevicePrinter(Lines):
         body = DeviceBody(self, known)
         body.names[result] = "value"
         kept = [store for store in kernel.stores if store.is_kept]
-        roots = [store.value for store in kept]
+        roots = [store.value for store in (*kept, *kernel.sums)]
         roots += [atom for store in kept for atom in store.offset.terms]
         by_depth = body.by_depth(roots)
         for expr in by_depth.pop(0, []):
             body.emit(expr)
+        for n, _ in enumerate(kernel.sums):
+            self.line(f"float total{n} = 0;")
         self.open("const auto end = [&](int row, int i1, float value) {")
         self.line(f"const int i0 = {'first + ' if self._block is not None else ''}row;")
         for depth in sorted(by_depth):
@@ -467,8 +469,15 @@ class DevicePrinter(Lines):
                 body.emit(expr)
         for store in kept:
             self._store(body, store)
+        for n, term in enumerate(kernel.sums):
+            self.line(f"total{n} += {body.name(term.value)};")
         self.close("};")
         self.line(f"{call}({x}, {y}, results_to(end), nullptr, {rows});")
+        for n, term in enumerate(kernel.sums):
+            for mask in (16, 8, 4, 2, 1):
+                self.line(f"total{n} += shuffle_xor(total{n}, {mask});")
+            self.line("if (thread_id() % 32 == 0)")
+            self.line(f"  {term.buffer.name}[thread_id() / 32] = total{n};")
 
     def _matrix(self, operand: Operand, by_rows: bool) -> str:
         """A matrix; in a block of rows, one that is treated row by row begins with its first."""

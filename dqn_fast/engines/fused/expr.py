@@ -109,6 +109,42 @@ def forget() -> None:
     _unique.clear()
 
 
+def replaced(expr: Expr, by: Mapping[Expr, Expr | Index]) -> Expr:
+    """An expression with others in the place of some parts; an atom of an index may become an
+    index."""
+    done: dict[Expr, Expr] = {}
+
+    def index_of(index: Index) -> Index:
+        made = Index({}, index.const)
+        for atom, factor in index.terms.items():
+            new = by.get(atom)
+            made = made + (new if isinstance(new, Index) else Index({of(atom): 1})) * factor
+        return made
+
+    def of(part: Expr) -> Expr:
+        new = by.get(part)
+        if isinstance(new, Expr):
+            return new
+        if part not in done:
+            args = tuple(
+                of(arg)
+                if isinstance(arg, Expr)
+                else index_of(arg)
+                if isinstance(arg, Index)
+                else arg
+                for arg in part.args
+            )
+            done[part] = make(part.op, args, part.dtype)
+        return done[part]
+
+    return of(expr)
+
+
+def replaced_in(index: Index, by: Mapping[Expr, Expr | Index]) -> Index:
+    """The same in an index."""
+    return next(iter(replaced(make("index", (index,), torch.int64), by).args))
+
+
 def const(value: float | int | bool, dtype: torch.dtype) -> Expr:
     """A number, rounded to `dtype`."""
     if dtype == torch.bool:

@@ -152,10 +152,12 @@ def generate(
     main = {name: part for name, part in parts.items() if name not in draws}
     # Blocks that draw are small, so that several are on a multiprocessor.
     arranged = {
-        name: arrange({name: part}, 0, shared_bytes // BLOCKS_PER_PROCESSOR - 1024)
+        name: arrange(
+            {name: part}, 0, shared_bytes // BLOCKS_PER_PROCESSOR - 1024, DRAW_THREADS // 32
+        )
         for name, part in draws.items()
     }
-    whole = arrange(main, num_state, shared_bytes)
+    whole = arrange(main, num_state, shared_bytes, THREADS // 32)
     drawn = [made.functions[name] for name, made in arranged.items()]
     source = print_program(whole, drawn, precision, counted, emulated)
     kernels = {f"many_{name}": made for name, made in arranged.items()}

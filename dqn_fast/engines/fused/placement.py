@@ -9,6 +9,7 @@ scratch, and the members' own tensors that then stay there for a whole launch. T
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,17 @@ from dataclasses import dataclass, field
 import torch
 
 from dqn_fast.engines.fused import expr as ex
-from dqn_fast.engines.fused.expr import Buffer
+from dqn_fast.engines.fused.expr import Buffer, Expr
 from dqn_fast.engines.fused.planner import (
     Block,
     Kernel,
     Operand,
+    Reduction,
+    Store,
     drop_dead_stores,
     find_blocks,
     lives_of,
+    touch_equally,
 )
 
 ALIGNMENT = 128
@@ -34,6 +38,9 @@ SWIZZLED = 32
 
 SMALL = 2048
 """Bytes of shared memory that are no reason to change the order of kernels."""
+
+LONG_SUM = 1024
+"""Terms from which several warps add a sum."""
 
 ROW_BLOCK_BYTES = 80 * 1024
 """What a block of rows may pass from kernel to kernel."""
@@ -108,6 +115,7 @@ def arrange(
     functions: Mapping[str, tuple[list[Kernel], list[Buffer], list[Buffer]]],
     num_state: int,
     shared_bytes: int,
+    num_warps: int,
 ) -> Arrangement:
     """Arrange functions that run one after the other on the same block.
 
@@ -115,10 +123,13 @@ def arrange(
         functions: kernels, arguments and constants by name.
         num_state: of the arguments, the first ones, that are the same tensors in all functions.
         shared_bytes: of shared memory.
+        num_warps: of the block.
     """
     made = {name: _Function([*parts[0]], *parts[1:]) for name, parts in functions.items()}
     for function in made.values():
+        _gather_early(function.kernels)
         _join_ends(function.kernels)
+        _split_sums(function.kernels, num_warps)
         drop_dead_stores(function.kernels)
     value = _values(made.values(), num_state)
     wanted = [b for b in value if value[b] >= 1 and b.num_bytes <= shared_bytes]
@@ -152,7 +163,7 @@ def _try(made: Mapping[str, _Function], num_state: int, shared: set[Buffer]) -> 
     functions: dict[str, Arranged] = {}
     shared_bytes, global_bytes = end, 0
     for name, function in made.items():
-        kernels = _in_frugal_order(function.kernels, shared)
+        kernels = _joined(_in_frugal_order(function.kernels, shared))
         blocks = find_blocks(kernels, ROW_BLOCK_BYTES)
         heirs = _heirs(kernels, shared, blocks, [function])
         places: dict[Buffer, Place] = {}
@@ -210,6 +221,143 @@ def _join_ends(kernels: list[Kernel]) -> None:
         )  # fmt: skip
         kernels[last] = joined
         del kernels[first]
+
+
+def _gather_early(kernels: list[Kernel]) -> None:
+    """Load what lies at computed places of the caller's memory where its place is computed: such
+    loads take a microsecond, and all of them at once take no longer than one."""
+    stored = {
+        store.buffer: kernel for kernel in kernels for store in kernel.stores
+        if kernel.kind == "loop" and len(kernel.extents) == 1
+    }  # fmt: skip
+    written = _roots(buffer for kernel in kernels for buffer in kernel.writes())
+    by: dict[Expr, Expr | ex.Index] = {}
+    makers: set[Kernel] = set()
+    for kernel in kernels:
+        if kernel.kind not in ("loop", "reduce", "product") or not kernel.extents:
+            continue
+        for load in kernel.loads():
+            source, index = load.args
+            if load in by or source.role != "argument" or source.root in written:
+                continue
+            if len(index.terms) != 1 or next(iter(index.terms)).op != "bounded":
+                continue
+            made = {stored.get(b) for b in _loaded_below(load) if b.role == "scratch"}
+            (maker,) = made if len(made) == 1 else (None,)
+            if maker is None or maker is kernel or maker.extents[0] != kernel.extents[0]:
+                continue
+            row = ex.var(0, maker.extents[0])
+            if not _variables(load) <= set(row.terms):
+                continue
+            buffer = Buffer(f"s{9000 + len(by)}", load.dtype, maker.extents[0], "scratch")
+            makers.add(maker)
+            maker.stores.append(Store(buffer, row, load))
+            by[load] = ex.load(buffer, row)
+    for kernel in kernels:
+        if makers and kernel not in makers:
+            _replace(kernel, by)
+
+
+def _loaded_below(load: Expr) -> set[Buffer]:
+    """Buffers whose elements make the place of a load."""
+    found: set[Buffer] = set()
+    stack = list(load.operands())
+    while stack:
+        each = stack.pop()
+        if each.op == "load":
+            found.add(each.args[0])
+        stack += each.operands()
+    return found
+
+
+def _variables(root: Expr) -> set[Expr]:
+    """Loop variables below an expression."""
+    found: set[Expr] = set()
+    stack = [root]
+    while stack:
+        each = stack.pop()
+        if each.op == "var":
+            found.add(each)
+        stack += each.operands()
+    return found
+
+
+def _replace(kernel: Kernel, by: Mapping[Expr, Expr | ex.Index]) -> None:
+    """Put other expressions in the place of some in a kernel."""
+    for store in kernel.stores:
+        store.value = ex.replaced(store.value, by)
+        store.offset = ex.replaced_in(store.offset, by)
+    if kernel.reduction is not None:
+        term = ex.replaced(kernel.reduction.term, by)
+        kernel.reduction = dataclasses.replace(kernel.reduction, term=term)
+
+
+def _split_sums(kernels: list[Kernel], num_warps: int) -> None:
+    """Let each warp add its part of a long sum; who reads the sum adds the parts.
+
+    The terms of a product's results are added where these are computed.
+    """
+    for kernel in list(kernels):
+        r = kernel.reduction
+        if r is None or r.what != "sum" or r.outer or r.buffer.dtype != torch.float32:
+            continue
+        if len(kernel.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
+            continue
+        (terms,) = r.extents
+        parts = Buffer(f"s{9500 + kernels.index(kernel)}", r.buffer.dtype, num_warps, "scratch")
+        (position,) = ex.var(0, terms).terms
+        made = next((k for k in kernels if k.product and _gives(k, r, position)), None)
+        if made is not None:
+            assert made.product is not None
+            row, column = ex.var(0, made.product.rows), ex.var(1, made.product.columns)
+            place = row * made.product.columns + column
+            term = ex.replaced(r.term, {position: place})
+            out = made.product.out
+            if not made.stores:
+                here = ex.load(out.buffer, place)
+                kept = dataclasses.replace(out, buffer=_twin(out.buffer))
+                made.product.out = kept
+                made.extents = (made.product.rows, made.product.columns)
+                made.stores = [Store(out.buffer, place, ex.load(kept.buffer, place))]
+                term = ex.replaced(term, {here: ex.load(kept.buffer, place)})
+            made.sums.append(Store(parts, ex.Index(), term))
+            made.origins += [o for o in kernel.origins if o not in made.origins]
+            kernels.remove(kernel)
+        elif terms % num_warps == 0:
+            each = terms // num_warps
+            place = ex.var(0, num_warps) * each + ex.var(1, each)
+            kernel.reduction = dataclasses.replace(
+                r, term=ex.replaced(r.term, {position: place}), finish=lambda total: total,
+                buffer=parts, offset=ex.var(0, num_warps), extents=(each,),
+            )  # fmt: skip
+            kernel.extents = (num_warps, each)
+        else:
+            continue
+        total = ex.load(parts, ex.Index())
+        for warp in range(1, num_warps):
+            total = ex.op("add", parts.dtype, total, ex.load(parts, ex.Index({}, warp)))
+        whole: dict[Expr, Expr | ex.Index] = {ex.load(r.buffer, r.offset): r.finish(total)}
+        for each_kernel in kernels:
+            _replace(each_kernel, whole)
+
+
+def _twin(buffer: Buffer) -> Buffer:
+    """The results of a product while they have no memory."""
+    return Buffer(f"{buffer.name}_", buffer.dtype, buffer.size, "scratch")
+
+
+def _gives(kernel: Kernel, r: Reduction, position: Expr) -> bool:
+    """Whether all terms of a sum are elements of what a product makes, in order."""
+    product = kernel.product
+    assert product is not None
+    size = product.rows * product.columns
+    out = product.out
+    if r.extents[0] != size or kernel.sums or (out.row, out.column) != (product.columns, 1):
+        return False
+    made = {out.buffer} if not kernel.stores else set()
+    loads = Kernel("reduce", (), reduction=r).loads()
+    place = ex.Index({position: 1})
+    return all(load.args[0] in made and load.args[1].same(place) for load in loads)
 
 
 # ------------------------------------------------------------------------------------------- order
@@ -272,6 +420,40 @@ def _in_frugal_order(kernels: Sequence[Kernel], shared: set[Buffer]) -> list[Ker
         for buffer in touched[chosen][0]:
             readers[buffer].discard(chosen)
     return order
+
+
+def _joined(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Kernels with neighbours of the same loops in one, so that they pass on values in registers
+    and need no barrier."""
+    made: list[Kernel] = []
+    for kernel in kernels:
+        last = made[-1] if made else None
+        if last is not None and _may_join(last, kernel):
+            both = {last.kind, kernel.kind}
+            origins = last.origins + [o for o in kernel.origins if o not in last.origins]
+            made[-1] = Kernel(
+                "scatter" if "scatter" in both else "loop", kernel.extents,
+                [dataclasses.replace(store) for store in (*last.stores, *kernel.stores)],
+                origins=origins,
+            )  # fmt: skip
+        else:
+            made.append(kernel)
+    drop_dead_stores(made)
+    return made
+
+
+def _may_join(one: Kernel, other: Kernel) -> bool:
+    """Whether each iteration of one kernel may be followed by the same one of another."""
+    if not {one.kind, other.kind} <= {"loop", "scatter"} or one.extents != other.extents:
+        return False
+    scattered = [kernel for kernel in (one, other) if kernel.kind == "scatter"]
+    for kernel, rest in ((one, other), (other, one)):
+        touched = _roots(rest.reads() | rest.writes())
+        if kernel in scattered and touched & _roots(kernel.writes()):
+            return False
+        if kernel not in scattered and not touch_equally(kernel, rest):
+            return False
+    return True
 
 
 def _barriers(

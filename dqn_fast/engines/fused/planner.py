@@ -120,6 +120,7 @@ class Kernel:
         stores: of a loop or scatter; of a product, what is done with each of its results, which
             then has no memory.
         reduction, product: of the other kinds.
+        sums: of terms of a product's results, by the warp that adds them, see `placement.py`.
         origins: where its operations are called.
     """
 
@@ -128,11 +129,12 @@ class Kernel:
     stores: list[Store] = field(default_factory=list)
     reduction: Reduction | None = None
     product: Product | None = None
+    sums: list[Store] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
 
     def expressions(self) -> Iterator[Expr]:
         """Roots of everything that it computes."""
-        for store in self.stores:
+        for store in (*self.stores, *self.sums):
             yield store.value
             yield from store.offset.terms
         if self.reduction is not None:
@@ -156,7 +158,7 @@ class Kernel:
 
     def writes(self) -> set[Buffer]:
         """Buffers that it writes."""
-        found = {store.buffer for store in self.stores}
+        found = {store.buffer for store in (*self.stores, *self.sums)}
         if self.reduction is not None:
             found.add(self.reduction.buffer)
         if self.product is not None and not self.stores:
@@ -336,7 +338,7 @@ class _Planner:
             return Kernel("loop", extents, stores, origins=[origin])
 
         kernel = self._with_memory(attempt)
-        if buffer.role != "scratch" and not _touch_equally(kernel, kernel):
+        if buffer.role != "scratch" and not touch_equally(kernel, kernel):
             self._realise(node)  # it reads what earlier iterations overwrite
             kernel = attempt()
         self._add(kernel)
@@ -474,7 +476,7 @@ class _Planner:
             return False
         if other.extents != kernel.extents:
             return False
-        if not (_touch_equally(other, kernel) and _touch_equally(kernel, other)):
+        if not (touch_equally(other, kernel) and touch_equally(kernel, other)):
             return False
         other.stores += kernel.stores
         other.origins += [origin for origin in kernel.origins if origin not in other.origins]
@@ -542,7 +544,7 @@ def _makes(written: Buffer, reads: set[Buffer]) -> bool:
     return written in reads and (written.role == "scratch" or written.root is not written)
 
 
-def _touch_equally(writer: Kernel, other: Kernel) -> bool:
+def touch_equally(writer: Kernel, other: Kernel) -> bool:
     """Whether `other` touches what `writer` writes in the same iteration only."""
     places: dict[Buffer, list[Index]] = {}
     for store in writer.stores:
