@@ -135,9 +135,12 @@ DEVICE constexpr int up(int x, int y) { return (x + y - 1) / y; }
 //   first + V * lane + u % V + LANES * (u - u % V)  if SPREAD: V = min(L, 4) at a time are neighbours.
 // `first` is a multiple of 8, and of 16 if LANES * L is above 8. The inner index at step k0 + dk is
 // k0 + dk + inner + j, where k0 is a multiple of 32, dk below 32, and inner's bits are not in dk.
-template <class M, int LANES, int L, bool SPREAD, int DEPTH, int STEP, bool EXACT>
-struct Operand {
+//
+// Of ROWS rows, the first `limit` are there. Sizes are padded with zeros to L * LANES rows and to STEP
+// inner indices.
+template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP> struct Operand {
   static constexpr int V = SPREAD ? smaller(L, 4) : 1;
+  static constexpr bool EXACT = ROWS % (LANES * L) == 0;
   M m;
   int row0, inner, limit;
   int offset = 0;
@@ -148,32 +151,47 @@ struct Operand {
   }
   DEVICE static constexpr int part(int u) { return u % V + LANES * (u - u % V); }
   DEVICE int row(int u) const { return row0 + part(u); }
+  DEVICE bool has_row(int u) const { return (EXACT && limit == ROWS) || row(u) < limit; }
 
-  DEVICE void load(int k0, int dk, float (&v)[L][4]) const { load_from(m, k0, dk, v); }
+  // All, or one of two parts: rows 0 .. L / 2 - 1 and the rest if a lane's inner indices are loaded at
+  // once (BY_ROW), else inner indices 0, 1 and 2, 3.
+  static constexpr bool BY_ROW = SIDE<M> == Side::ALONG && L > 1;
+  static constexpr bool WHOLE = SIDE<M> == Side::ALONG && L == 1;  // the first part is all
+  DEVICE void load(int k0, int dk, float (&v)[L][4]) const {
+    load_half(0, k0, dk, v);
+    load_half(1, k0, dk, v);
+  }
+  DEVICE void load_half(int half, int k0, int dk, float (&v)[L][4]) const {
+    if constexpr (SIDE<M> != Side::ALONG)
+      load_from(m, 0, L, 2 * half, k0, dk, v);
+    else if constexpr (BY_ROW)
+      load_from(m, L / 2 * half, half ? L : L / 2, 0, k0, dk, v);
+    else if (half == 0)
+      load_from(m, 0, 1, 0, k0, dk, v);
+  }
 
  private:
   template <int P> DEVICE int start(Swizzled<P>) const { return row0 * P + (inner ^ swizzle(row0)); }
   template <int P> DEVICE int start(Transposed<Swizzled<P>>) const {
     return inner * P + (row0 ^ swizzle(inner));
   }
-  DEVICE bool has_row(int u) const { return EXACT || row(u) < limit; }
   DEVICE bool has_inner(int k) const { return DEPTH % STEP == 0 || k + inner < DEPTH; }
 
+  // Rows u0 .. u1 - 1, or all rows at inner indices j0, j0 + 1.
   template <int P>
-  DEVICE void load_from(Swizzled<P> s, int k0, int dk, float (&v)[L][4]) const {
-    UNROLL for (int u = 0; u < L; ++u) {
+  DEVICE void load_from(Swizzled<P> s, int u0, int u1, int, int k0, int dk, float (&v)[L][4]) const {
+    UNROLL for (int u = u0; u < u1; ++u) {
       const int shift = swizzle(part(u)) ^ dk;
-      UNROLL for (int j = 0; j < 4; ++j) v[u][j] = 0.0f;
-      if (has_row(u) && has_inner(k0 + dk))
-        tiles::load(s.base + part(u) * P + ((offset ^ shift) + k0), v[u]);
-      UNROLL for (int j = 0; j < 4; ++j)
-        if (DEPTH % 4 && !has_inner(k0 + dk + j)) v[u][j] = 0.0f;
+      float x[4] = {};
+      if (has_row(u) && has_inner(k0 + dk)) tiles::load(s.base + part(u) * P + ((offset ^ shift) + k0), x);
+      UNROLL for (int j = 0; j < 4; ++j) v[u][j] = DEPTH % 4 && !has_inner(k0 + dk + j) ? 0.0f : x[j];
     }
   }
 
   template <int P>
-  DEVICE void load_from(Transposed<Swizzled<P>> t, int k0, int dk, float (&v)[L][4]) const {
-    UNROLL for (int j = 0; j < 4; ++j)
+  DEVICE void load_from(
+      Transposed<Swizzled<P>> t, int, int, int j0, int k0, int dk, float (&v)[L][4]) const {
+    UNROLL for (int j = j0; j < j0 + 2; ++j)
       UNROLL for (int u = 0; u < L; u += V) {
         const int shift = swizzle((dk & 15) + j) ^ part(u);
         float x[V] = {};
@@ -184,26 +202,23 @@ struct Operand {
   }
 
   template <int R, int C, int A>
-  DEVICE void load_from(Strided<R, C, A> s, int k0, int dk, float (&v)[L][4]) const {
+  DEVICE void load_from(
+      Strided<R, C, A> s, int u0, int u1, int j0, int k0, int dk, float (&v)[L][4]) const {
+    constexpr Side side = SIDE<Strided<R, C, A>>;
     const int k = k0 + dk;
-    if constexpr (SIDE<Strided<R, C, A>> == Side::ALONG && DEPTH % 4 == 0) {
-      UNROLL for (int u = 0; u < L; ++u) {
-        UNROLL for (int j = 0; j < 4; ++j) v[u][j] = 0.0f;
-        if (has_row(u) && has_inner(k)) tiles::load(s.base + row(u) * R + (k + inner), v[u]);
+    if constexpr (side == Side::ALONG && DEPTH % 4 == 0) {
+      UNROLL for (int u = u0; u < u1; ++u) {
+        float x[4] = {};
+        if (has_row(u) && has_inner(k)) tiles::load(s.base + row(u) * R + (k + inner), x);
+        UNROLL for (int j = 0; j < 4; ++j) v[u][j] = x[j];
       }
-    } else if constexpr (SIDE<Strided<R, C, A>> == Side::ACROSS && V > 1 && EXACT) {
-      UNROLL for (int j = 0; j < 4; ++j)
-        UNROLL for (int u = 0; u < L; u += V) {
-          float x[V] = {};
-          if (has_inner(k + j)) tiles::load(s.base + row(u) + (k + inner + j) * C, x);
-          UNROLL for (int i = 0; i < V; ++i) v[u + i][j] = x[i];
-        }
     } else {
-      UNROLL for (int u = 0; u < L; ++u)
-        UNROLL for (int j = 0; j < 4; ++j) {
-          float x[1] = {};
+      constexpr int N = side == Side::ACROSS && EXACT ? V : 1;
+      UNROLL for (int u = u0; u < u1; u += N)
+        UNROLL for (int j = j0; j < (side == Side::ALONG ? 4 : j0 + 2); ++j) {
+          float x[N] = {};
           if (has_row(u) && has_inner(k + j)) tiles::load(s.base + row(u) * R + (k + inner + j) * C, x);
-          v[u][j] = x[0];
+          UNROLL for (int i = 0; i < N; ++i) v[u + i][j] = x[i];
         }
     }
   }
@@ -211,39 +226,44 @@ struct Operand {
 
 // ------------------------------------------------------------------------------------- results
 
-template <int N, int P> DEVICE void put(Swizzled<P> m, int i, int j, const float (&v)[N]) {
-  store(&m.at(i, j), v);
+// Where N neighbours of a row may be stored at once.
+template <class M, int N> constexpr bool AT_ONCE = N == 1 || SIDE<M> == Side::ALONG;
+
+// Address of element (i + di, j + dj): di has no bit of the lowest four of i, and dj none of j.
+template <class M> DEVICE float* place(M m, int i, int di, int j, int dj) {
+  return &m.at(i + di, j + dj);
 }
-template <int N, int R, int C, int A> DEVICE void put(Strided<R, C, A> m, int i, int j, const float (&v)[N]) {
-  if constexpr (SIDE<Strided<R, C, A>> == Side::ALONG)
-    store(&m.at(i, j), v);
-  else
-    UNROLL for (int e = 0; e < N; ++e) {
-      const float x[1] = {v[e]};
-      store(&m.at(i, j + e), x);
-    }
-}
-template <int N, int P> DEVICE void put(Transposed<Swizzled<P>> m, int i, int j, const float (&v)[N]) {
-  UNROLL for (int e = 0; e < N; ++e) {
-    const float x[1] = {v[e]};
-    store(&m.at(i, j + e), x);
-  }
+template <int P> DEVICE float* place(Swizzled<P> m, int i, int di, int j, int dj) {
+  return m.base + di * P + ((i * P + (j ^ swizzle(i))) ^ (swizzle(di) ^ (dj & 31))) + (dj & ~31);
 }
 
-// Ends and stores N neighbours of a row, from column j on, a multiple of N up to 4.
-template <End END, int COLUMNS, int N, class OUT>
-DEVICE void finish(OUT out, const float* bias, int i, int j, float (&v)[N]) {
-  static_assert(N <= 4, "16 bytes");
-  if (COLUMNS % N == 0 ? j < COLUMNS : j + N <= COLUMNS) {
-    if (END != End::NOTHING) UNROLL for (int e = 0; e < N; ++e) v[e] += bias[j + e];
-    if (END == End::RELU) UNROLL for (int e = 0; e < N; ++e) v[e] = v[e] < 0.0f ? 0.0f : v[e];
-    put(out, i, j, v);
-  } else if constexpr (N > 1 && COLUMNS % N) {
-    UNROLL for (int e = 0; e < N; ++e) {
-      float x[1] = {v[e]};
-      finish<END, COLUMNS>(out, bias, i, j + e, x);
-    }
+// What is added to N results of a row from column j on.
+template <End END, int COLUMNS, int N> struct Bias {
+  float value[N] = {};
+  DEVICE Bias(const float* bias, int j, bool exact) {
+    if (END != End::NOTHING)
+      UNROLL for (int e = 0; e < N; ++e)
+        if (exact || j + e < COLUMNS) value[e] = bias[j + e];
   }
+};
+
+// Ends and stores N neighbours of a row; `exact`: they are all inside. (i + di, j + dj) as above.
+template <End END, int COLUMNS, int N, class OUT>
+DEVICE void finish(
+    OUT out, int i, int di, int j, int dj, bool exact, const float (&sum)[N], const float* shift) {
+  float v[N];
+  UNROLL for (int e = 0; e < N; ++e) {
+    v[e] = END == End::NOTHING ? sum[e] : sum[e] + shift[e];
+    if (END == End::RELU) v[e] = v[e] < 0.0f ? 0.0f : v[e];
+  }
+  if (AT_ONCE<OUT, N> && (exact || j + dj + N <= COLUMNS))
+    store(place(out, i, di, j, dj), v);
+  else if (!AT_ONCE<OUT, N> || COLUMNS % N)
+    UNROLL for (int e = 0; e < N; ++e)
+      if (exact || j + dj + e < COLUMNS) {
+        const float x[1] = {v[e]};
+        store(&out.at(i + di, j + dj + e), x);
+      }
 }
 
 // ---------------------------------------------------------------------------------- strategies
@@ -286,7 +306,7 @@ DEVICE constexpr Tile tensor_tile(int rows, int columns, int depth, int warps, b
   return best;
 }
 
-// Parts of both operands' numbers that tensor cores multiply.
+// A number as the tensor cores multiply it, and what its rounding left.
 template <bool THREE> struct Split {
   uint32_t high, low;
   DEVICE explicit Split(float x) : high(round_tf32(x)), low(0) {
@@ -294,54 +314,83 @@ template <bool THREE> struct Split {
   }
 };
 
+// Adds products of inner indices 2 half, 2 half + 1 of each quad: eight in all.
+template <bool THREE, int M, int N>
+DEVICE void multiply(
+    float (&sum)[M][N][4], const float (&a)[2 * M][4], const float (&b)[N][4], int half, int n0, int n1) {
+  const int j = 2 * half;
+  UNROLL for (int m = 0; m < M; ++m) {
+    const Split<THREE> a0(a[2 * m][j]), a1(a[2 * m + 1][j]), a2(a[2 * m][j + 1]), a3(a[2 * m + 1][j + 1]);
+    const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high};
+    const uint32_t a_low[4] = {a0.low, a1.low, a2.low, a3.low};
+    UNROLL for (int n = n0; n < n1; ++n) {
+      const Split<THREE> b0(b[n][j]), b1(b[n][j + 1]);
+      const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
+      if (THREE) mma_tf32(sum[m][n], a_low, b_high), mma_tf32(sum[m][n], a_high, b_low);
+      mma_tf32(sum[m][n], a_high, b_high);
+    }
+  }
+}
+
+// Inner indices k0 .. k0 + 31. Numbers are loaded one step, those of `right` half a step, before they
+// are multiplied. `last`: k0 is the last.
+template <bool THREE, int DEPTH, int M, int N, class LEFT, class RIGHT>
+DEVICE void two_steps(
+    const LEFT& left, const RIGHT& right, int k0, bool last, float (&sum)[M][N][4],
+    float (&a)[2][2 * M][4], float (&b)[N][4]) {
+  constexpr int REST = (DEPTH - 1) % 32 + 1;
+  UNROLL for (int s = 0; s < 2; ++s)
+    if (!last || 16 * s < REST) {
+      const bool more = !last || 16 * s + 16 < REST;
+      const int next = s ? k0 + 32 : k0;
+      right.load_half(1, k0, 16 * s, b);
+      if (more) left.load(next, 16 - 16 * s, a[1 - s]);
+      UNROLL for (int half = 0; half < 2; ++half) {
+        if constexpr (RIGHT::BY_ROW) {
+          multiply<THREE>(sum, a[s], b, 0, N / 2 * half, half ? N : N / 2);
+          multiply<THREE>(sum, a[s], b, 1, N / 2 * half, half ? N : N / 2);
+        } else {
+          multiply<THREE>(sum, a[s], b, half, 0, N);
+        }
+        if (more && half == (RIGHT::WHOLE ? 1 : 0)) right.load_half(0, next, 16 - 16 * s, b);
+      }
+    }
+}
+
 template <Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
 DEVICE void tensor_product(X x, Y y, OUT out, const float* bias, int rows) {
   constexpr bool THREE = P == Precision::TF32X3;
   constexpr int WARPS = THREADS / 32, STEP = 16;
   constexpr Tile TILE = tensor_tile(ROWS, COLUMNS, DEPTH, WARPS, THREE);
-  constexpr int ACROSS = up(COLUMNS, TILE.columns), TILES = count(TILE, ROWS, COLUMNS);
+  constexpr int DOWN = up(ROWS, TILE.rows), TILES = count(TILE, ROWS, COLUMNS);
   constexpr int M = TILE.rows / 16, N = TILE.columns / 8;
-  const int thread = fresh_thread_id(), group = thread % 32 / 4, quad = thread % 4;
-  for (int tile = thread / 32; tile < TILES; tile += WARPS) {
-    const int row = tile / ACROSS * TILE.rows, column = tile % ACROSS * TILE.columns;
-    if (row >= rows) continue;
-    const Operand<X, 8, 2 * M, SIDE<X> == Side::ACROSS, DEPTH, STEP, false> left(x, row, group, 4 * quad, rows);
-    const Operand<Y, 8, N, true, DEPTH, STEP, COLUMNS % TILE.columns == 0> right(y, column, group, 4 * quad, COLUMNS);
-    float sum[M][N][4] = {};
-    auto multiply = [&](const float (&a)[2 * M][4], const float (&b)[N][4]) {
-      UNROLL for (int j = 0; j < 4; j += 2)
-        UNROLL for (int m = 0; m < M; ++m) {
-          const Split<THREE> a0(a[2 * m][j]), a1(a[2 * m + 1][j]), a2(a[2 * m][j + 1]), a3(a[2 * m + 1][j + 1]);
-          const uint32_t high[4] = {a0.high, a1.high, a2.high, a3.high}, low[4] = {a0.low, a1.low, a2.low, a3.low};
-          UNROLL for (int n = 0; n < N; ++n) {
-            const Split<THREE> b0(b[n][j]), b1(b[n][j + 1]);
-            const uint32_t other_high[2] = {b0.high, b1.high}, other_low[2] = {b0.low, b1.low};
-            if (THREE) {
-              mma_tf32(sum[m][n], low, other_high);
-              mma_tf32(sum[m][n], high, other_low);
-            }
-            mma_tf32(sum[m][n], high, other_high);
-          }
-        }
-    };
-    // The next step's numbers are on their way while this one's are multiplied.
-    float a[2][2 * M][4], b[2][N][4];
-    left.load(0, 0, a[0]), right.load(0, 0, b[0]);
-    UNROLL_BY(1) for (int k = 0; k < DEPTH; k += 2 * STEP) {
-      if (DEPTH > STEP && (DEPTH % 32 == 0 || DEPTH % 32 > STEP || k + STEP < DEPTH))
-        left.load(k, STEP, a[1]), right.load(k, STEP, b[1]);
-      multiply(a[0], b[0]);
-      if (k + 2 * STEP < DEPTH) left.load(k + 2 * STEP, 0, a[0]), right.load(k + 2 * STEP, 0, b[0]);
-      if (DEPTH > STEP && (DEPTH % 32 == 0 || DEPTH % 32 > STEP || k + STEP < DEPTH)) multiply(a[1], b[1]);
-    }
-    // Columns n + N * (2 quad), n + N * (2 quad + 1) of the tile are this lane's: 2 N neighbours.
+  typedef Operand<X, 8, 2 * M, SIDE<X> == Side::ACROSS, ROWS, DEPTH, STEP> Left;
+  typedef Operand<Y, 8, N, true, COLUMNS, DEPTH, STEP> Right;
+  const unsigned thread = fresh_thread_id();
+  const int group = thread % 32 / 4, quad = thread % 4;
+  UNROLL_BY(1) for (int tile = thread / 32; tile < TILES; tile += WARPS) {
+    const int row = unsigned(tile) % DOWN * TILE.rows, column = unsigned(tile) / DOWN * TILE.columns;
+    if (rows < ROWS && row >= rows) continue;
+    const Left left(x, row, group, 4 * quad, rows);
+    const Right right(y, column, group, 4 * quad, COLUMNS);
+    float sum[M][N][4] = {}, a[2][2 * M][4], b[N][4];
+    left.load(0, 0, a[0]), right.load_half(0, 0, 0, b);
+    constexpr int LAST = (DEPTH - 1) / 32 * 32;
+    UNROLL_BY(1) for (int k = 0; k < LAST; k += 32)
+      two_steps<THREE, DEPTH>(left, right, k, false, sum, a, b);
+    two_steps<THREE, DEPTH>(left, right, LAST, true, sum, a, b);
+    // A lane has columns n + N * (2 quad) and n + N * (2 quad + 1) of the tile: 2 N neighbours.
     constexpr int WIDTH = smaller(2 * N, 4);
+    const int j = column + 2 * N * quad;
+    const Bias<END, COLUMNS, 2 * N> shift(bias, j, Right::EXACT);
     UNROLL for (int u = 0; u < 2 * M; ++u)
-      if (left.row(u) < rows)
+      if (left.has_row(u))
         UNROLL for (int c = 0; c < 2 * N; c += WIDTH) {
           float v[WIDTH];
-          UNROLL for (int e = 0; e < WIDTH; ++e) v[e] = sum[u / 2][(c + e) % N][u % 2 * 2 + (c + e) / N];
-          finish<END, COLUMNS>(out, bias, left.row(u), column + 2 * N * quad + c, v);
+          UNROLL for (int e = 0; e < WIDTH; ++e)
+            v[e] = sum[u / 2][(c + e) % N][u % 2 * 2 + (c + e) / N];
+          finish<END, COLUMNS>(
+              out, left.row0, Left::part(u), j, c, Right::EXACT, v, shift.value + c);
         }
   }
 }
@@ -349,54 +398,66 @@ DEVICE void tensor_product(X x, Y y, OUT out, const float* bias, int rows) {
 template <End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
 DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
   constexpr int WARPS = THREADS / 32, STEP = 4;
-  // Eight rows a thread read fewer bytes a result, but that many warps may be too few.
+  // Eight rows a thread load fewer numbers a result, but may leave too few warps.
   constexpr int L = DEPTH > OUTER_DEPTH && 2 * count({32, 32}, ROWS, COLUMNS) >= WARPS ? 8 : 4;
   constexpr Tile TILE = {4 * L, 32};
-  constexpr int ACROSS = up(COLUMNS, TILE.columns), TILES = count(TILE, ROWS, COLUMNS);
+  constexpr int DOWN = up(ROWS, TILE.rows), TILES = count(TILE, ROWS, COLUMNS);
   constexpr bool SPREAD = SIDE<Y> == Side::ACROSS;  // else a lane's columns are 8 apart
+  typedef Operand<X, 4, L, SIDE<X> == Side::ACROSS, ROWS, DEPTH, STEP> Left;
+  typedef Operand<Y, 8, 4, SPREAD, COLUMNS, DEPTH, STEP> Right;
   // Lanes 1 apart have the same columns, lanes 2 apart the same rows: such pairs are served together.
-  const int thread = fresh_thread_id(), down = (thread & 1) | (thread >> 1 & 2), along = (thread >> 1 & 1) | (thread >> 2 & 6);
-  for (int tile = thread / 32; tile < TILES; tile += WARPS) {
-    const int row = tile / ACROSS * TILE.rows, column = tile % ACROSS * TILE.columns;
-    if (row >= rows) continue;
-    const Operand<X, 4, L, SIDE<X> == Side::ACROSS, DEPTH, STEP, false> left(x, row, down, 0, rows);
-    const Operand<Y, 8, 4, SPREAD, DEPTH, STEP, COLUMNS % TILE.columns == 0> right(y, column, along, 0, COLUMNS);
+  const unsigned thread = fresh_thread_id();
+  const int down = (thread & 1) | (thread >> 1 & 2), along = (thread >> 1 & 1) | (thread >> 2 & 6);
+  UNROLL_BY(1) for (int tile = thread / 32; tile < TILES; tile += WARPS) {
+    const int row = unsigned(tile) % DOWN * TILE.rows, column = unsigned(tile) / DOWN * TILE.columns;
+    if (rows < ROWS && row >= rows) continue;
+    const Left left(x, row, down, 0, rows);
+    const Right right(y, column, along, 0, COLUMNS);
     float sum[L][4] = {};
     UNROLL_BY(1) for (int k = 0; k < DEPTH; k += 32)
       UNROLL for (int dk = 0; dk < 32; dk += STEP)
-        if (k + dk < DEPTH) {
+        if (DEPTH % 32 == 0 || k + dk < DEPTH) {
           float a[L][4], b[4][4];
           left.load(k, dk, a), right.load(k, dk, b);
           UNROLL for (int j = 0; j < 4; ++j)
             UNROLL for (int u = 0; u < L; ++u)
-              UNROLL for (int c = 0; c < 4; ++c) sum[u][c] = __builtin_fmaf(a[u][j], b[c][j], sum[u][c]);
+              UNROLL for (int c = 0; c < 4; ++c)
+                sum[u][c] = __builtin_fmaf(a[u][j], b[c][j], sum[u][c]);
         }
-    UNROLL for (int u = 0; u < L; ++u)
-      if (left.row(u) < rows) {
-        if constexpr (SPREAD) {
-          finish<END, COLUMNS>(out, bias, left.row(u), right.row(0), sum[u]);
-        } else {
-          UNROLL for (int c = 0; c < 4; ++c) {
-            float v[1] = {sum[u][c]};
-            finish<END, COLUMNS>(out, bias, left.row(u), right.row(c), v);
+    if constexpr (SPREAD) {
+      const Bias<END, COLUMNS, 4> shift(bias, right.row0, Right::EXACT);
+      UNROLL for (int u = 0; u < L; ++u)
+        if (left.has_row(u))
+          finish<END, COLUMNS>(
+              out, left.row0, Left::part(u), right.row0, 0, Right::EXACT, sum[u], shift.value);
+    } else {
+      UNROLL for (int c = 0; c < 4; ++c) {
+        const Bias<END, COLUMNS, 1> shift(bias, right.row(c), Right::EXACT);
+        UNROLL for (int u = 0; u < L; ++u)
+          if (left.has_row(u)) {
+            const float v[1] = {sum[u][c]};
+            finish<END, COLUMNS>(
+                out, left.row0, Left::part(u), right.row0, Right::part(c), Right::EXACT, v, shift.value);
           }
-        }
       }
+    }
   }
 }
 
 template <End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
 DEVICE void narrow_product(X x, Y y, OUT out, const float* bias, int rows) {
   constexpr int PARTS = SIDE<X> == Side::ACROSS ? 4 : 8, STEP = 4 * PARTS;  // lanes of a row
-  constexpr int BLOCK = THREADS / PARTS;
-  const int thread = fresh_thread_id(), part = thread % PARTS;
-  const Operand<Y, 1, COLUMNS, false, DEPTH, STEP, true> right(y, 0, 0, 4 * part, COLUMNS);
-  UNROLL_BY(1) for (int row = 0; row < ROWS; row += BLOCK) {
-    const int first = row + thread / 32 * (32 / PARTS);
-    if (first >= rows) continue;  // the same for a warp, which shuffles
-    const Operand<X, 32 / PARTS, 1, false, DEPTH, STEP, false> left(x, first, thread % 32 / PARTS, 4 * part, rows);
+  constexpr int LANES = 32 / PARTS;
+  typedef Operand<X, LANES, 1, false, ROWS, DEPTH, STEP> Left;
+  typedef Operand<Y, 1, COLUMNS, false, COLUMNS, DEPTH, STEP> Right;
+  const unsigned thread = fresh_thread_id();
+  const int part = thread % PARTS;
+  const Right right(y, 0, 0, 4 * part, COLUMNS);
+  UNROLL_BY(1) for (int row = thread / 32 * LANES; row < ROWS; row += THREADS / PARTS) {
+    if (rows < ROWS && row >= rows) continue;  // the whole warp
+    const Left left(x, row, thread % 32 / PARTS, 4 * part, rows);
     float sum[COLUMNS] = {};
-    UNROLL_BY(2) for (int k = 0; k < DEPTH; k += STEP) {
+    UNROLL_BY(4) for (int k = 0; k < DEPTH; k += STEP) {
       float a[1][4], b[COLUMNS][4];
       left.load(k / 32 * 32, k % 32, a), right.load(k / 32 * 32, k % 32, b);
       UNROLL for (int j = 0; j < 4; ++j)
@@ -404,9 +465,10 @@ DEVICE void narrow_product(X x, Y y, OUT out, const float* bias, int rows) {
     }
     UNROLL for (int c = 0; c < COLUMNS; ++c) {
       UNROLL for (int mask = 1; mask < PARTS; mask *= 2) sum[c] += shuffle_xor(sum[c], mask);
-      if (c % PARTS == part && left.row(0) < rows) {
-        float v[1] = {sum[c]};
-        finish<END, COLUMNS>(out, bias, left.row(0), c, v);
+      if (part == c % PARTS && left.has_row(0)) {
+        const Bias<END, COLUMNS, 1> shift(bias, c, true);
+        const float v[1] = {sum[c]};
+        finish<END, COLUMNS>(out, left.row0, 0, c, 0, true, v, shift.value);
       }
     }
   }

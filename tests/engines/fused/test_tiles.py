@@ -48,13 +48,13 @@ struct Arguments {
 };
 
 // x, y and out lie one after another in shared memory. Rows of x from g.rows on stay unwritten.
-template <Precision P, End END, int R, int C, int K, class X, class Y, class OUT>
+template <Precision P, End END, bool ALL, int R, int C, int K, class X, class Y, class OUT>
 DEVICE void run(const Arguments& g, int x_size, int y_size) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const X x{shared};
   const Y y{shared + x_size};
   const OUT out{shared + x_size + y_size};
-  const int rows = int(g.rows);
+  const int rows = ALL ? R : int(g.rows);
   for (int i = thread_id(); i < rows * K; i += 512) x.at(i / K, i % K) = g.x[i];
   for (int i = thread_id(); i < K * C; i += 512) y.at(i / C, i % C) = g.y[i];
   BARRIER();
@@ -94,6 +94,7 @@ class Case:
     x: str = "swizzled"
     y: str = "swizzled"
     out: str = "swizzled"
+    all: bool = True  # `rows` is known to the compiler
 
     @property
     def name(self) -> str:
@@ -113,8 +114,8 @@ class Case:
         sizes = ", ".join(str(size) for _, size in self.memory[:2])
         return (
             f"KERNEL({self.name}, Arguments, {THREADS}) {{\n"
-            f"  run<Precision::{self.precision}, End::{self.end}, {self.rows}, {self.columns}, "
-            f"{self.depth}, {types}>(g, {sizes});\n}}\n"
+            f"  run<Precision::{self.precision}, End::{self.end}, {str(self.all).lower()}, "
+            f"{self.rows}, {self.columns}, {self.depth}, {types}>(g, {sizes});\n}}\n"
         )
 
 
@@ -151,6 +152,8 @@ ODD = [
     Case(70, 45, 3, "TF32X3", "RELU", x="aligned"),
     Case(256, 40, 48, "TF32X3", x="aligned", y="aligned columns", out="aligned"),
     Case(40, 72, 36, "TF32X3", x="aligned columns", y="transposed"),
+    Case(16, 128, 64, "TF32X3", y="transposed"),
+    Case(50, 128, 80, "TF32", "RELU", all=False),
 ]
 CASES = TYPICAL + ODD
 
