@@ -1,0 +1,492 @@
+// Matrix products of one CUDA thread block, included by generated programs after device.h.
+//
+//     product<PRECISION, END, ROWS, COLUMNS, DEPTH, THREADS>(x, y, out, bias, rows);
+//     out[i, j] = sum over k of x[i, k] * y[k, j], then nothing, + bias[j], or relu(... + bias[j])
+//
+// for i < rows <= ROWS. All THREADS threads call it. There is no barrier inside: the caller places one
+// before, if x or y were just written, and one after. Rows beyond are neither read nor written, and a
+// row's result does not depend on `rows`. A matrix is a Swizzled, a Strided or a Transposed one of
+// these; they may be in shared or in global memory. The padding columns of a swizzled matrix may be
+// read, and do no harm.
+//
+// How a product is computed depends on its sizes alone (`strategy`):
+//   NARROW  few columns (Q-values): lanes share a row, then add their parts by shuffles. float32.
+//   PLAIN   fused multiply-adds, a thread 4 or 8 rows of 4 columns. Precision FFMA, or at most 4 deep.
+//   TENSOR  mma.sync, a warp up to 32 x 32 results. Sizes are padded to tiles with zeros.
+//
+// Precisions of TENSOR: TF32 rounds both operands to nearest. TF32X3 adds the products of the rounding
+// errors with the other operand, and is as exact as float32 sums are. Not-finite numbers: PLAIN and
+// NARROW do as float32 does. With TF32X3 a result is NaN wherever float32 has NaN or infinity. With
+// TF32 infinity stays, but round_tf32 turns NaNs whose bits are 0x7ffff000 or above into zero.
+#pragma once
+
+enum class End { NOTHING, BIAS, RELU };
+enum class Precision { FFMA, TF32X3, TF32 };
+
+// ------------------------------------------------------------------------------------- matrices
+
+// What to XOR to the column of a swizzled matrix in shared memory: 16 bytes stay together, and the
+// products' accesses have no bank conflicts. These are (a multiple of 4 that differs where it must):
+// 64 bytes at two rows that differ in bit 0, 1 or 2; 32 bytes at four rows that differ in bits 2 and 3,
+// or in bits 0 and 1; 16 bytes at eight consecutive rows.
+//
+// The swizzle of a XOR b is that of a XOR that of b. So an address that is known but for a constant
+// offset in rows and columns needs one XOR and no arithmetic on rows.
+DEVICE constexpr int swizzle(int row) {
+  return ((row ^ row >> 1 ^ row >> 2) & 1) << 4 | ((row >> 1 ^ row >> 3) & 1) << 3 | (row & 1) << 2;
+}
+
+// Element (i, j) at base[i * PITCH + (j ^ swizzle(i))]. base is aligned to 128 bytes, PITCH a multiple
+// of 32.
+template <int PITCH> struct Swizzled {
+  static_assert(PITCH > 0 && PITCH % 32 == 0, "a swizzle permutes 32 columns");
+  float* base;
+  DEVICE float& at(int i, int j) const { return base[i * PITCH + (j ^ swizzle(i))]; }
+};
+
+// Element (i, j) at base[i * ROW + j * COLUMN]. ALIGNMENT of base in bytes: with 16, numbers that lie
+// side by side are loaded and stored four at a time.
+template <int ROW, int COLUMN, int ALIGNMENT = 4> struct Strided {
+  float* base;
+  DEVICE float& at(int i, int j) const { return base[i * ROW + j * COLUMN]; }
+};
+
+template <class M> struct Transposed {
+  M of;
+  DEVICE float& at(int i, int j) const { return of.at(j, i); }
+};
+
+namespace tiles {
+
+template <int PITCH> DEVICE Transposed<Swizzled<PITCH>> transpose(Swizzled<PITCH> m) { return {m}; }
+template <int ROW, int COLUMN, int ALIGNMENT>
+DEVICE Strided<COLUMN, ROW, ALIGNMENT> transpose(Strided<ROW, COLUMN, ALIGNMENT> m) {
+  return {m.base};
+}
+template <class M> DEVICE M transpose(Transposed<M> m) { return m.of; }
+
+// The same matrix as one of four kinds: Transposed is left for swizzled ones only.
+template <class M> DEVICE M plain(M m) { return m; }
+template <int ROW, int COLUMN, int ALIGNMENT>
+DEVICE Strided<COLUMN, ROW, ALIGNMENT> plain(Transposed<Strided<ROW, COLUMN, ALIGNMENT>> m) {
+  return {m.of.base};
+}
+template <class M> DEVICE auto plain(Transposed<Transposed<M>> m) { return plain(m.of.of); }
+
+template <class M> constexpr bool SWIZZLED = false;
+template <int PITCH> constexpr bool SWIZZLED<Swizzled<PITCH>> = true;
+template <int PITCH> constexpr bool SWIZZLED<Transposed<Swizzled<PITCH>>> = true;
+
+// Whether four numbers that lie side by side differ in the second index (ALONG), in the first (ACROSS),
+// or may not be loaded at once.
+enum class Side { NONE, ALONG, ACROSS };
+template <class M> constexpr Side SIDE = Side::NONE;
+template <int PITCH> constexpr Side SIDE<Swizzled<PITCH>> = Side::ALONG;
+template <int PITCH> constexpr Side SIDE<Transposed<Swizzled<PITCH>>> = Side::ACROSS;
+template <int ROW, int ALIGNMENT>
+constexpr Side SIDE<Strided<ROW, 1, ALIGNMENT>> =
+    ROW % 4 == 0 && ALIGNMENT % 16 == 0 ? Side::ALONG : Side::NONE;
+template <int COLUMN, int ALIGNMENT>
+constexpr Side SIDE<Strided<1, COLUMN, ALIGNMENT>> =
+    COLUMN % 4 == 0 && ALIGNMENT % 16 == 0 ? Side::ACROSS : Side::NONE;
+template <int ALIGNMENT> constexpr Side SIDE<Strided<1, 1, ALIGNMENT>> = Side::NONE;
+
+// ----------------------------------------------------------------------------- memory accesses
+
+#ifndef TILES_ACCESS  // a test may watch the accesses
+#define TILES_ACCESS(pointer, floats)
+#endif
+
+struct alignas(8) Pair { float x, y; };
+
+template <int N> DEVICE void load(const float* p, float (&v)[N]) {
+  TILES_ACCESS(p, N)
+  if constexpr (N == 4) {
+    const float4 x = *reinterpret_cast<const float4*>(p);
+    v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+  } else if constexpr (N == 2) {
+    const Pair x = *reinterpret_cast<const Pair*>(p);
+    v[0] = x.x, v[1] = x.y;
+  } else {
+    static_assert(N == 1, "4, 8 or 16 bytes");
+    v[0] = *p;
+  }
+}
+
+template <int N> DEVICE void store(float* p, const float (&v)[N]) {
+  TILES_ACCESS(p, N)
+  if constexpr (N == 4) {
+    *reinterpret_cast<float4*>(p) = float4{v[0], v[1], v[2], v[3]};
+  } else if constexpr (N == 2) {
+    *reinterpret_cast<Pair*>(p) = Pair{v[0], v[1]};
+  } else {
+    static_assert(N == 1, "4, 8 or 16 bytes");
+    *p = v[0];
+  }
+}
+
+DEVICE constexpr int smaller(int x, int y) { return x < y ? x : y; }
+DEVICE constexpr int up(int x, int y) { return (x + y - 1) / y; }
+
+// Part of an operand that a lane holds: at each step v[u][j], L rows u, at four inner indices j (rows of
+// y are its columns: y comes transposed). Lanes of an access differ in `lane`, one of LANES, which moves
+// along rows, and in `inner`, a multiple of 4. Row u is
+//   first + lane + LANES * u            if not SPREAD,
+//   first + V * lane + u % V + LANES * (u - u % V)  if SPREAD: V = min(L, 4) at a time are neighbours.
+// `first` is a multiple of 8, and of 16 if LANES * L is above 8. The inner index at step k0 + dk is
+// k0 + dk + inner + j, where k0 is a multiple of 32, dk below 32, and inner's bits are not in dk.
+//
+// Of ROWS rows, the first `limit` are there. Sizes are padded with zeros to L * LANES rows and to STEP
+// inner indices.
+template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP> struct Operand {
+  static constexpr int V = SPREAD ? smaller(L, 4) : 1;
+  static constexpr bool EXACT = ROWS % (LANES * L) == 0;
+  M m;
+  int row0, inner, limit;
+  int offset = 0;
+
+  DEVICE Operand(M m, int first, int lane, int inner, int limit)
+      : m(m), row0(first + V * lane), inner(inner), limit(limit) {
+    if constexpr (SWIZZLED<M>) offset = start(m);
+  }
+  DEVICE static constexpr int part(int u) { return u % V + LANES * (u - u % V); }
+  DEVICE int row(int u) const { return row0 + part(u); }
+  DEVICE bool has_row(int u) const { return (EXACT && limit == ROWS) || row(u) < limit; }
+
+  // All, or one of two parts: rows 0 .. L / 2 - 1 and the rest if a lane's inner indices are loaded at
+  // once (BY_ROW), else inner indices 0, 1 and 2, 3.
+  static constexpr bool BY_ROW = SIDE<M> == Side::ALONG && L > 1;
+  static constexpr bool WHOLE = SIDE<M> == Side::ALONG && L == 1;  // the first part is all
+  DEVICE void load(int k0, int dk, float (&v)[L][4]) const {
+    load_half(0, k0, dk, v);
+    load_half(1, k0, dk, v);
+  }
+  DEVICE void load_half(int half, int k0, int dk, float (&v)[L][4]) const {
+    if constexpr (SIDE<M> != Side::ALONG)
+      load_from(m, 0, L, 2 * half, k0, dk, v);
+    else if constexpr (BY_ROW)
+      load_from(m, L / 2 * half, half ? L : L / 2, 0, k0, dk, v);
+    else if (half == 0)
+      load_from(m, 0, 1, 0, k0, dk, v);
+  }
+
+ private:
+  template <int P> DEVICE int start(Swizzled<P>) const { return row0 * P + (inner ^ swizzle(row0)); }
+  template <int P> DEVICE int start(Transposed<Swizzled<P>>) const {
+    return inner * P + (row0 ^ swizzle(inner));
+  }
+  DEVICE bool has_inner(int k) const { return DEPTH % STEP == 0 || k + inner < DEPTH; }
+
+  // Rows u0 .. u1 - 1, or all rows at inner indices j0, j0 + 1.
+  template <int P>
+  DEVICE void load_from(Swizzled<P> s, int u0, int u1, int, int k0, int dk, float (&v)[L][4]) const {
+    UNROLL for (int u = u0; u < u1; ++u) {
+      const int shift = swizzle(part(u)) ^ dk;
+      float x[4] = {};
+      if (has_row(u) && has_inner(k0 + dk)) tiles::load(s.base + part(u) * P + ((offset ^ shift) + k0), x);
+      UNROLL for (int j = 0; j < 4; ++j) v[u][j] = DEPTH % 4 && !has_inner(k0 + dk + j) ? 0.0f : x[j];
+    }
+  }
+
+  template <int P>
+  DEVICE void load_from(
+      Transposed<Swizzled<P>> t, int, int, int j0, int k0, int dk, float (&v)[L][4]) const {
+    UNROLL for (int j = j0; j < j0 + 2; ++j)
+      UNROLL for (int u = 0; u < L; u += V) {
+        const int shift = swizzle((dk & 15) + j) ^ part(u);
+        float x[V] = {};
+        if (has_row(u) && has_inner(k0 + dk + j))
+          tiles::load(t.of.base + (k0 + dk + j) * P + (offset ^ shift), x);
+        UNROLL for (int i = 0; i < V; ++i) v[u + i][j] = x[i];
+      }
+  }
+
+  template <int R, int C, int A>
+  DEVICE void load_from(
+      Strided<R, C, A> s, int u0, int u1, int j0, int k0, int dk, float (&v)[L][4]) const {
+    constexpr Side side = SIDE<Strided<R, C, A>>;
+    const int k = k0 + dk;
+    if constexpr (side == Side::ALONG && DEPTH % 4 == 0) {
+      UNROLL for (int u = u0; u < u1; ++u) {
+        float x[4] = {};
+        if (has_row(u) && has_inner(k)) tiles::load(s.base + row(u) * R + (k + inner), x);
+        UNROLL for (int j = 0; j < 4; ++j) v[u][j] = x[j];
+      }
+    } else {
+      constexpr int N = side == Side::ACROSS && EXACT ? V : 1;
+      UNROLL for (int u = u0; u < u1; u += N)
+        UNROLL for (int j = j0; j < (side == Side::ALONG ? 4 : j0 + 2); ++j) {
+          float x[N] = {};
+          if (has_row(u) && has_inner(k + j)) tiles::load(s.base + row(u) * R + (k + inner + j) * C, x);
+          UNROLL for (int i = 0; i < N; ++i) v[u + i][j] = x[i];
+        }
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------- results
+
+// Where N neighbours of a row may be stored at once.
+template <class M, int N> constexpr bool AT_ONCE = N == 1 || SIDE<M> == Side::ALONG;
+
+// Address of element (i + di, j + dj): di has no bit of the lowest four of i, and dj none of j.
+template <class M> DEVICE float* place(M m, int i, int di, int j, int dj) {
+  return &m.at(i + di, j + dj);
+}
+template <int P> DEVICE float* place(Swizzled<P> m, int i, int di, int j, int dj) {
+  return m.base + di * P + ((i * P + (j ^ swizzle(i))) ^ (swizzle(di) ^ (dj & 31))) + (dj & ~31);
+}
+
+// What is added to N results of a row from column j on.
+template <End END, int COLUMNS, int N> struct Bias {
+  float value[N] = {};
+  DEVICE Bias(const float* bias, int j, bool exact) {
+    if (END != End::NOTHING)
+      UNROLL for (int e = 0; e < N; ++e)
+        if (exact || j + e < COLUMNS) value[e] = bias[j + e];
+  }
+};
+
+// Ends and stores N neighbours of a row; `exact`: they are all inside. (i + di, j + dj) as above.
+template <End END, int COLUMNS, int N, class OUT>
+DEVICE void finish(
+    OUT out, int i, int di, int j, int dj, bool exact, const float (&sum)[N], const float* shift) {
+  float v[N];
+  UNROLL for (int e = 0; e < N; ++e) {
+    v[e] = END == End::NOTHING ? sum[e] : sum[e] + shift[e];
+    if (END == End::RELU) v[e] = v[e] < 0.0f ? 0.0f : v[e];
+  }
+  if (AT_ONCE<OUT, N> && (exact || j + dj + N <= COLUMNS))
+    store(place(out, i, di, j, dj), v);
+  else if (!AT_ONCE<OUT, N> || COLUMNS % N)
+    UNROLL for (int e = 0; e < N; ++e)
+      if (exact || j + dj + e < COLUMNS) {
+        const float x[1] = {v[e]};
+        store(&out.at(i + di, j + dj + e), x);
+      }
+}
+
+// ---------------------------------------------------------------------------------- strategies
+
+enum class Strategy { NARROW, PLAIN, TENSOR };
+constexpr int NARROW_COLUMNS = 8, OUTER_DEPTH = 4;
+
+DEVICE constexpr Strategy strategy(Precision precision, int columns, int depth) {
+  return depth <= OUTER_DEPTH                                            ? Strategy::PLAIN
+         : columns <= NARROW_COLUMNS                                     ? Strategy::NARROW
+         : precision == Precision::FFMA                                  ? Strategy::PLAIN
+                                                                         : Strategy::TENSOR;
+}
+
+// Tile of a warp, in results.
+struct Tile { int rows, columns; };
+
+DEVICE constexpr int count(Tile tile, int rows, int columns) {
+  return up(rows, tile.rows) * up(columns, tile.columns);
+}
+
+// Cycles of a multiprocessor as far as tiles differ in them: a register of a warp from shared memory is
+// a cycle; an mma keeps one of four tensor cores busy for MMA_CYCLES; a tile waits for memory first.
+constexpr int MMA_CYCLES = 6, WAIT_CYCLES = 100;
+DEVICE constexpr int tensor_cycles(Tile tile, int rows, int columns, int depth, int warps, bool three) {
+  const int tiles = count(tile, rows, columns), steps = up(depth, 16);
+  const int loads = tiles * steps * (tile.rows + tile.columns) / 2;
+  const int mma = tile.rows / 16 * (tile.columns / 8) * 2 * (three ? 3 : 1);
+  const int scalar = (tile.rows + tile.columns) / 2 * (three ? 3 : 1);
+  const int busiest = tiles / warps * up(warps, 4) + up(tiles % warps, 4);
+  return loads + busiest * steps * (mma * MMA_CYCLES + scalar) + up(tiles, warps) * WAIT_CYCLES;
+}
+DEVICE constexpr Tile tensor_tile(int rows, int columns, int depth, int warps, bool three) {
+  Tile best = {16, 8};
+  for (int m = 16; m <= 32; m *= 2)
+    for (int n = 8; n <= (three && m > 16 ? 16 : 32); n *= 2)
+      if (tensor_cycles({m, n}, rows, columns, depth, warps, three) <
+          tensor_cycles(best, rows, columns, depth, warps, three))
+        best = {m, n};
+  return best;
+}
+
+// A number as the tensor cores multiply it, and what its rounding left.
+template <bool THREE> struct Split {
+  uint32_t high, low;
+  DEVICE explicit Split(float x) : high(round_tf32(x)), low(0) {
+    if (THREE) low = bits_of(x - float_of(high & ~0x1fffu));
+  }
+};
+
+// Adds products of inner indices 2 half, 2 half + 1 of each quad: eight in all.
+template <bool THREE, int M, int N>
+DEVICE void multiply(
+    float (&sum)[M][N][4], const float (&a)[2 * M][4], const float (&b)[N][4], int half, int n0, int n1) {
+  const int j = 2 * half;
+  UNROLL for (int m = 0; m < M; ++m) {
+    const Split<THREE> a0(a[2 * m][j]), a1(a[2 * m + 1][j]), a2(a[2 * m][j + 1]), a3(a[2 * m + 1][j + 1]);
+    const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high};
+    const uint32_t a_low[4] = {a0.low, a1.low, a2.low, a3.low};
+    UNROLL for (int n = n0; n < n1; ++n) {
+      const Split<THREE> b0(b[n][j]), b1(b[n][j + 1]);
+      const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
+      if (THREE) mma_tf32(sum[m][n], a_low, b_high), mma_tf32(sum[m][n], a_high, b_low);
+      mma_tf32(sum[m][n], a_high, b_high);
+    }
+  }
+}
+
+// Inner indices k0 .. k0 + 31. Numbers are loaded one step, those of `right` half a step, before they
+// are multiplied. `last`: k0 is the last.
+template <bool THREE, int DEPTH, int M, int N, class LEFT, class RIGHT>
+DEVICE void two_steps(
+    const LEFT& left, const RIGHT& right, int k0, bool last, float (&sum)[M][N][4],
+    float (&a)[2][2 * M][4], float (&b)[N][4]) {
+  constexpr int REST = (DEPTH - 1) % 32 + 1;
+  UNROLL for (int s = 0; s < 2; ++s)
+    if (!last || 16 * s < REST) {
+      const bool more = !last || 16 * s + 16 < REST;
+      const int next = s ? k0 + 32 : k0;
+      right.load_half(1, k0, 16 * s, b);
+      if (more) left.load(next, 16 - 16 * s, a[1 - s]);
+      UNROLL for (int half = 0; half < 2; ++half) {
+        if constexpr (RIGHT::BY_ROW) {
+          multiply<THREE>(sum, a[s], b, 0, N / 2 * half, half ? N : N / 2);
+          multiply<THREE>(sum, a[s], b, 1, N / 2 * half, half ? N : N / 2);
+        } else {
+          multiply<THREE>(sum, a[s], b, half, 0, N);
+        }
+        if (more && half == (RIGHT::WHOLE ? 1 : 0)) right.load_half(0, next, 16 - 16 * s, b);
+      }
+    }
+}
+
+template <Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
+DEVICE void tensor_product(X x, Y y, OUT out, const float* bias, int rows) {
+  constexpr bool THREE = P == Precision::TF32X3;
+  constexpr int WARPS = THREADS / 32, STEP = 16;
+  constexpr Tile TILE = tensor_tile(ROWS, COLUMNS, DEPTH, WARPS, THREE);
+  constexpr int DOWN = up(ROWS, TILE.rows), TILES = count(TILE, ROWS, COLUMNS);
+  constexpr int M = TILE.rows / 16, N = TILE.columns / 8;
+  typedef Operand<X, 8, 2 * M, SIDE<X> == Side::ACROSS, ROWS, DEPTH, STEP> Left;
+  typedef Operand<Y, 8, N, true, COLUMNS, DEPTH, STEP> Right;
+  const unsigned thread = fresh_thread_id();
+  const int group = thread % 32 / 4, quad = thread % 4;
+  UNROLL_BY(1) for (int tile = thread / 32; tile < TILES; tile += WARPS) {
+    const int row = unsigned(tile) % DOWN * TILE.rows, column = unsigned(tile) / DOWN * TILE.columns;
+    if (rows < ROWS && row >= rows) continue;
+    const Left left(x, row, group, 4 * quad, rows);
+    const Right right(y, column, group, 4 * quad, COLUMNS);
+    float sum[M][N][4] = {}, a[2][2 * M][4], b[N][4];
+    left.load(0, 0, a[0]), right.load_half(0, 0, 0, b);
+    constexpr int LAST = (DEPTH - 1) / 32 * 32;
+    UNROLL_BY(1) for (int k = 0; k < LAST; k += 32)
+      two_steps<THREE, DEPTH>(left, right, k, false, sum, a, b);
+    two_steps<THREE, DEPTH>(left, right, LAST, true, sum, a, b);
+    // A lane has columns n + N * (2 quad) and n + N * (2 quad + 1) of the tile: 2 N neighbours.
+    constexpr int WIDTH = smaller(2 * N, 4);
+    const int j = column + 2 * N * quad;
+    const Bias<END, COLUMNS, 2 * N> shift(bias, j, Right::EXACT);
+    UNROLL for (int u = 0; u < 2 * M; ++u)
+      if (left.has_row(u))
+        UNROLL for (int c = 0; c < 2 * N; c += WIDTH) {
+          float v[WIDTH];
+          UNROLL for (int e = 0; e < WIDTH; ++e)
+            v[e] = sum[u / 2][(c + e) % N][u % 2 * 2 + (c + e) / N];
+          finish<END, COLUMNS>(
+              out, left.row0, Left::part(u), j, c, Right::EXACT, v, shift.value + c);
+        }
+  }
+}
+
+template <End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
+DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
+  constexpr int WARPS = THREADS / 32, STEP = 4;
+  // Eight rows a thread load fewer numbers a result, but may leave too few warps.
+  constexpr int L = DEPTH > OUTER_DEPTH && 2 * count({32, 32}, ROWS, COLUMNS) >= WARPS ? 8 : 4;
+  constexpr Tile TILE = {4 * L, 32};
+  constexpr int DOWN = up(ROWS, TILE.rows), TILES = count(TILE, ROWS, COLUMNS);
+  constexpr bool SPREAD = SIDE<Y> == Side::ACROSS;  // else a lane's columns are 8 apart
+  typedef Operand<X, 4, L, SIDE<X> == Side::ACROSS, ROWS, DEPTH, STEP> Left;
+  typedef Operand<Y, 8, 4, SPREAD, COLUMNS, DEPTH, STEP> Right;
+  // Lanes 1 apart have the same columns, lanes 2 apart the same rows: such pairs are served together.
+  const unsigned thread = fresh_thread_id();
+  const int down = (thread & 1) | (thread >> 1 & 2), along = (thread >> 1 & 1) | (thread >> 2 & 6);
+  UNROLL_BY(1) for (int tile = thread / 32; tile < TILES; tile += WARPS) {
+    const int row = unsigned(tile) % DOWN * TILE.rows, column = unsigned(tile) / DOWN * TILE.columns;
+    if (rows < ROWS && row >= rows) continue;
+    const Left left(x, row, down, 0, rows);
+    const Right right(y, column, along, 0, COLUMNS);
+    float sum[L][4] = {};
+    UNROLL_BY(1) for (int k = 0; k < DEPTH; k += 32)
+      UNROLL for (int dk = 0; dk < 32; dk += STEP)
+        if (DEPTH % 32 == 0 || k + dk < DEPTH) {
+          float a[L][4], b[4][4];
+          left.load(k, dk, a), right.load(k, dk, b);
+          UNROLL for (int j = 0; j < 4; ++j)
+            UNROLL for (int u = 0; u < L; ++u)
+              UNROLL for (int c = 0; c < 4; ++c)
+                sum[u][c] = __builtin_fmaf(a[u][j], b[c][j], sum[u][c]);
+        }
+    if constexpr (SPREAD) {
+      const Bias<END, COLUMNS, 4> shift(bias, right.row0, Right::EXACT);
+      UNROLL for (int u = 0; u < L; ++u)
+        if (left.has_row(u))
+          finish<END, COLUMNS>(
+              out, left.row0, Left::part(u), right.row0, 0, Right::EXACT, sum[u], shift.value);
+    } else {
+      UNROLL for (int c = 0; c < 4; ++c) {
+        const Bias<END, COLUMNS, 1> shift(bias, right.row(c), Right::EXACT);
+        UNROLL for (int u = 0; u < L; ++u)
+          if (left.has_row(u)) {
+            const float v[1] = {sum[u][c]};
+            finish<END, COLUMNS>(
+                out, left.row0, Left::part(u), right.row0, Right::part(c), Right::EXACT, v, shift.value);
+          }
+      }
+    }
+  }
+}
+
+template <End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
+DEVICE void narrow_product(X x, Y y, OUT out, const float* bias, int rows) {
+  constexpr int PARTS = SIDE<X> == Side::ACROSS ? 4 : 8, STEP = 4 * PARTS;  // lanes of a row
+  constexpr int LANES = 32 / PARTS;
+  typedef Operand<X, LANES, 1, false, ROWS, DEPTH, STEP> Left;
+  typedef Operand<Y, 1, COLUMNS, false, COLUMNS, DEPTH, STEP> Right;
+  const unsigned thread = fresh_thread_id();
+  const int part = thread % PARTS;
+  const Right right(y, 0, 0, 4 * part, COLUMNS);
+  UNROLL_BY(1) for (int row = thread / 32 * LANES; row < ROWS; row += THREADS / PARTS) {
+    if (rows < ROWS && row >= rows) continue;  // the whole warp
+    const Left left(x, row, thread % 32 / PARTS, 4 * part, rows);
+    float sum[COLUMNS] = {};
+    UNROLL_BY(4) for (int k = 0; k < DEPTH; k += STEP) {
+      float a[1][4], b[COLUMNS][4];
+      left.load(k / 32 * 32, k % 32, a), right.load(k / 32 * 32, k % 32, b);
+      UNROLL for (int j = 0; j < 4; ++j)
+        UNROLL for (int c = 0; c < COLUMNS; ++c) sum[c] = __builtin_fmaf(a[0][j], b[c][j], sum[c]);
+    }
+    UNROLL for (int c = 0; c < COLUMNS; ++c) {
+      UNROLL for (int mask = 1; mask < PARTS; mask *= 2) sum[c] += shuffle_xor(sum[c], mask);
+      if (part == c % PARTS && left.has_row(0)) {
+        const Bias<END, COLUMNS, 1> shift(bias, c, true);
+        const float v[1] = {sum[c]};
+        finish<END, COLUMNS>(out, left.row0, 0, c, 0, true, v, shift.value);
+      }
+    }
+  }
+}
+
+}  // namespace tiles
+
+template <Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
+DEVICE void product(X x, Y y, OUT out, const float* bias, int rows) {
+  static_assert(ROWS > 0 && COLUMNS > 0 && DEPTH > 0 && THREADS > 0 && THREADS % 32 == 0, "whole warps");
+  constexpr tiles::Strategy STRATEGY = tiles::strategy(P, COLUMNS, DEPTH);
+  const auto left = tiles::plain(x);
+  const auto right = tiles::plain(tiles::transpose(y));
+  const auto result = tiles::plain(out);
+  if constexpr (STRATEGY == tiles::Strategy::TENSOR)
+    tiles::tensor_product<P, END, ROWS, COLUMNS, DEPTH, THREADS>(left, right, result, bias, rows);
+  else if constexpr (STRATEGY == tiles::Strategy::PLAIN)
+    tiles::plain_product<END, ROWS, COLUMNS, DEPTH, THREADS>(left, right, result, bias, rows);
+  else
+    tiles::narrow_product<END, ROWS, COLUMNS, DEPTH, THREADS>(left, right, result, bias, rows);
+}

@@ -1,0 +1,253 @@
+"""tiles.h, emulated on a CPU, against float64; its accesses of shared memory; its registers."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dqn_fast.engines
+
+HEADERS = Path(dqn_fast.engines.__file__).parent / "fused"
+THREADS = 512
+SOURCE = """
+#ifndef __CUDACC__
+#include <cstdint>
+#include <vector>
+struct Access { int64_t address, floats; };
+static std::vector<Access> accesses[512];
+static void watch(const float* p, int floats);
+#define TILES_ACCESS(pointer, floats) watch(pointer, floats);
+#endif
+#include "device.h"
+#include "tiles.h"
+
+#ifndef __CUDACC__
+static void watch(const float* p, int floats) {
+  accesses[thread_id()].push_back({p - reinterpret_cast<float*>(shared_memory()), floats});
+}
+extern "C" int64_t count_accesses(int64_t thread) { return int64_t(accesses[thread].size()); }
+extern "C" const Access* thread_accesses(int64_t thread) { return accesses[thread].data(); }
+extern "C" void forget() {
+  for (auto& a : accesses) a.clear();
+}
+#endif
+
+struct Arguments {
+  const float *x, *y, *bias;
+  float* out;
+  int64_t rows;
+};
+
+// x, y and out lie one after another in shared memory. Rows of x from g.rows on stay unwritten.
+template <Precision P, End END, bool ALL, int R, int C, int K, class X, class Y, class OUT>
+DEVICE void run(const Arguments& g, int x_size, int y_size) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  const X x{shared};
+  const Y y{shared + x_size};
+  const OUT out{shared + x_size + y_size};
+  const int rows = ALL ? R : int(g.rows);
+  for (int i = thread_id(); i < rows * K; i += 512) x.at(i / K, i % K) = g.x[i];
+  for (int i = thread_id(); i < K * C; i += 512) y.at(i / C, i % C) = g.y[i];
+  BARRIER();
+  product<P, END, R, C, K, 512>(x, y, out, g.bias, rows);
+  BARRIER();
+  for (int i = thread_id(); i < R * C; i += 512) g.out[i] = out.at(i / C, i % C);
+}
+"""
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+# A matrix's C++ type and how many numbers it takes, by its rows and columns.
+LAYOUTS: dict[str, Callable[[int, int], tuple[str, int]]] = {
+    "swizzled": lambda r, c: (f"Swizzled<{up(c, 32)}>", r * up(c, 32)),
+    "transposed": lambda r, c: (f"Transposed<Swizzled<{up(r, 32)}>>", c * up(r, 32)),
+    "packed": lambda r, c: (f"Strided<{c}, 1>", r * c),
+    "columns": lambda r, c: (f"Transposed<Strided<{r}, 1>>", r * c),
+    "aligned": lambda r, c: (f"Strided<{up(c, 4)}, 1, 16>", r * up(c, 4)),
+    "aligned columns": lambda r, c: (f"Strided<1, {up(r, 4)}, 16>", up(r, 4) * c),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product of given sizes, precision, end and layouts."""
+
+    rows: int
+    columns: int
+    depth: int
+    precision: str = "TF32"
+    end: str = "NOTHING"
+    x: str = "swizzled"
+    y: str = "swizzled"
+    out: str = "swizzled"
+    all: bool = True  # `rows` is known to the compiler
+
+    @property
+    def name(self) -> str:
+        layouts = "_".join(layout.replace(" ", "_") for layout in (self.x, self.y, self.out))
+        return f"p{self.rows}x{self.columns}x{self.depth}_{self.precision}_{self.end}_{layouts}"
+
+    @property
+    def memory(self) -> list[tuple[str, int]]:
+        """Types of x, y and out, and their floats, each rounded up to 128 bytes."""
+        shapes = (self.rows, self.depth), (self.depth, self.columns), (self.rows, self.columns)
+        layouts = [LAYOUTS[n](*s) for n, s in zip((self.x, self.y, self.out), shapes, strict=True)]
+        return [(text, up(size, 32)) for text, size in layouts]
+
+    @property
+    def text(self) -> str:
+        types = ", ".join(text for text, _ in self.memory)
+        sizes = ", ".join(str(size) for _, size in self.memory[:2])
+        return (
+            f"KERNEL({self.name}, Arguments, {THREADS}) {{\n"
+            f"  run<Precision::{self.precision}, End::{self.end}, {str(self.all).lower()}, "
+            f"{self.rows}, {self.columns}, {self.depth}, {types}>(g, {sizes});\n}}\n"
+        )
+
+
+# Of a network 15-128-128-2 and a batch of 64, then of odd ones.
+TYPICAL = [
+    Case(64, 128, 15, end="RELU", x="packed"),
+    Case(64, 128, 128, end="RELU"),
+    Case(64, 128, 128, "TF32X3", end="RELU"),
+    Case(64, 128, 128, "FFMA", end="RELU"),
+    Case(64, 128, 128, y="transposed"),
+    Case(64, 128, 128, "TF32X3", y="transposed"),
+    Case(64, 128, 128, "FFMA", y="transposed"),
+    Case(128, 128, 64, x="transposed", out="aligned"),
+    Case(128, 128, 64, "TF32X3", x="transposed", out="aligned"),
+    Case(128, 128, 64, "FFMA", x="transposed", out="aligned"),
+    Case(64, 2, 128, end="BIAS", y="columns", out="packed"),
+    Case(128, 2, 64, x="transposed", y="packed", out="packed"),
+    Case(64, 128, 2, x="packed", y="packed"),
+    Case(15, 128, 64, x="columns", out="aligned"),
+    Case(64, 64, 64, end="BIAS"),
+    Case(64, 32, 32, "TF32X3"),
+]
+ODD = [
+    Case(50, 100, 100, "TF32X3", "RELU", out="transposed"),
+    Case(50, 100, 100, "FFMA", "RELU", x="aligned columns", y="aligned"),
+    Case(33, 37, 19, "TF32X3", "BIAS", y="transposed", out="packed"),
+    Case(33, 37, 19, "FFMA", "BIAS", x="transposed", y="packed", out="columns"),
+    Case(7, 9, 5, "TF32X3", x="columns", y="columns"),
+    Case(7, 9, 5, "FFMA", x="packed", y="transposed"),
+    Case(1, 1, 1, "FFMA", "BIAS"),
+    Case(200, 18, 50, "TF32X3", "BIAS", y="aligned"),
+    Case(200, 7, 50, "TF32X3", "BIAS", y="transposed"),
+    Case(101, 8, 33, "FFMA", x="transposed"),
+    Case(70, 45, 3, "TF32X3", "RELU", x="aligned"),
+    Case(256, 40, 48, "TF32X3", x="aligned", y="aligned columns", out="aligned"),
+    Case(40, 72, 36, "TF32X3", x="aligned columns", y="transposed"),
+    Case(16, 128, 64, "TF32X3", y="transposed"),
+    Case(50, 128, 80, "TF32", "RELU", all=False),
+]
+CASES = TYPICAL + ODD
+
+
+@dataclass
+class Products:
+    """The built cases."""
+
+    library: ctypes.CDLL
+
+    def __call__(
+        self, case: Case, x: Array, y: Array, bias: Array | None = None, rows: int | None = None
+    ) -> Array:
+        """Results of the first `rows` rows, [ROWS, COLUMNS]; the others are NaN."""
+
+        class Arguments(ctypes.Structure):
+            _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y", "bias", "out")] + [
+                ("rows", ctypes.c_int64)
+            ]
+
+        x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+        bias = np.zeros(case.columns, np.float32) if bias is None else bias
+        out = np.empty((case.rows, case.columns), np.float32)
+        pointers = [array.ctypes.data for array in (x, y, bias, out)]
+        arguments = Arguments(*pointers, case.rows if rows is None else rows)
+        shared = 4 * sum(size for _, size in case.memory)
+        entry = getattr(self.library, f"emulate_{case.name}")
+        entry.restype = ctypes.c_int64
+        self.library.forget()
+        assert entry(ctypes.byref(arguments), ctypes.c_int64(1), ctypes.c_int64(shared)) == 0
+        return out
+
+    def accesses(self) -> list[tuple[int, Array]]:
+        """Of the last product, by warp and order: floats a lane, and the 32 lanes' addresses."""
+        get = self.library.thread_accesses
+        get.restype = ctypes.POINTER(ctypes.c_int64)
+        found = []
+        for thread in range(THREADS):
+            count = self.library.count_accesses(ctypes.c_int64(thread))
+            flat = np.array(get(ctypes.c_int64(thread))[: 2 * count], np.int64)
+            found.append(flat.reshape(count, 2))
+        result = []
+        for warp in range(0, THREADS, 32):
+            lanes = found[warp : warp + 32]
+            assert len({len(lane) for lane in lanes}) == 1
+            stacked = np.stack(lanes)
+            assert (stacked[:, :, 1] == stacked[:1, :, 1]).all()
+            result += [(int(a[0, 1]), a[:, 0]) for a in stacked.transpose(1, 0, 2)]
+        return result
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program with all cases."""
+    path = tmp_path_factory.mktemp("tiles") / "cases.cu"
+    path.write_text(SOURCE + "".join(case.text for case in CASES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def products(source: Path) -> Products:
+    """All cases, built for the CPU."""
+    library = source.with_suffix(".so")
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-mfma", "-Wall", "-Wno-unknown-pragmas"]
+    command = ["g++", *flags, "-x", "c++", "-shared", "-fPIC", f"-I{HEADERS}"]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    return Products(ctypes.CDLL(str(library)))
+
+
+def operands(case: Case) -> tuple[Array, Array, Array]:
+    """Normal x, y and bias."""
+    generator = np.random.default_rng([case.rows, case.columns, case.depth])
+    shapes = (case.rows, case.depth), (case.depth, case.columns), (case.columns,)
+    x, y, bias = (generator.normal(size=shape).astype(np.float32) for shape in shapes)
+    return x, y, bias
+
+
+def wavefronts(floats: int, addresses: Array) -> int:
+    """Cycles in which 32 banks serve an access: lanes in groups of 128 bytes, one word a bank."""
+    total = 0
+    for lanes in addresses.reshape(floats, -1):
+        words = np.unique(lanes[:, None] + np.arange(floats))
+        total += int(np.bincount(words % 32).max())
+    return total
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_product_is_as_exact_as_its_precision(products: Products, case: Case) -> None:
+    """Errors against float64: of a float32 sum, or with TF32 of operands rounded to 11 bits."""
+    x, y, bias = operands(case)
+    expected = x.astype(float) @ y + (bias if case.end != "NOTHING" else 0)
+    expected = np.maximum(expected, 0) if case.end == "RELU" else expected
+    size = np.abs(x.astype(float)) @ np.abs(y) + np.abs(bias)
+    narrow = case.precision != "TF32" or case.columns <= 8 or case.depth <= 4
+    unit = 2.0**-24 * (4 + case.depth**0.5) if narrow else 2.0**-11
+    error = np.abs(products(case, x, y, bias) - expected) / size
+    assert error.max() <= unit
