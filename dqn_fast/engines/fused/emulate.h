@@ -38,7 +38,14 @@
 // The thread sanitizer must not look at the machine below the threads. Neither is inlined: kernels
 // meet at many places, and a compiler would need long.
 #ifdef EMULATE_TSAN
-#include <sanitizer/tsan_interface.h>
+extern "C" {
+void __tsan_acquire(void* token);
+void __tsan_release(void* token);
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags); // flag 1: without an order of the two
+}
 #define UNSEEN __attribute__((no_sanitize_thread, noinline))
 #define UNSEEN_INLINE UNSEEN
 #define IF_TSAN(statement) statement
@@ -48,8 +55,11 @@
 #define IF_TSAN(statement)
 #endif
 #ifdef EMULATE_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
+extern "C" {
+void __asan_unpoison_memory_region(const volatile void* start, size_t size);
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** old_bottom, size_t* old_size);
+}
 #define IF_ASAN(statement) statement
 #else
 #define IF_ASAN(statement)
@@ -264,7 +274,7 @@ UNSEEN_INLINE void leave() {
   Fiber& mine = here.fibers[here.thread];
   Fiber& other = here.fibers[next];
   here.thread = next;
-  IF_TSAN(__tsan_switch_to_fiber(other.tsan, __tsan_switch_to_fiber_no_sync));
+  IF_TSAN(__tsan_switch_to_fiber(other.tsan, 1));
   IF_ASAN(__sanitizer_start_switch_fiber(
       mine.place == ENDED ? nullptr : &mine.fake_stack, other.bottom, other.size));
 #ifdef EMULATE_FRAME
