@@ -424,11 +424,13 @@ inline void report() {
     const int place = here.fibers[first].place;
     for (next = first; next < here.threads && here.fibers[next].place == place;)
       ++next;
-    add("%s %d to %d ", first ? "," : " threads", first, next - 1);
+    add("%s %d", first ? "," : " threads", first);
+    if (next - first > 1)
+      add(" to %d", next - 1);
     if (place == ENDED)
-      add("%s", "ended");
+      add("%s", " ended");
     else
-      add("wait at %s of line %d", kinds[place % KINDS], place / KINDS);
+      add(" wait at %s of line %d", kinds[place % KINDS], place / KINDS);
   }
 }
 
