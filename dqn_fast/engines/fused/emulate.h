@@ -159,7 +159,7 @@ constexpr size_t STACK = 64 << 10;
 #endif
 
 // What a thread waits at: kinds of waiting, times a source line.
-enum Kind { BLOCK, WARP, SHUFFLE, BALLOT, PRODUCT, KINDS };
+enum Kind { AT_BARRIER, AT_WARP_BARRIER, AT_SHUFFLE, AT_BALLOT, AT_PRODUCT, KINDS };
 constexpr int RUNS = 0, ENDED = -1; // instead of such a place
 
 // Blocks whose memory and stacks are apart: the thread sanitizer takes what one block does after
@@ -320,7 +320,7 @@ UNSEEN_INLINE void wait() {
 UNSEEN void barrier(int line) {
   if (line == here.skipped_line)
     return;
-  if (arrive(here.all, line * KINDS + BLOCK))
+  if (arrive(here.all, line * KINDS + AT_BARRIER))
     release(here.all);
   wait();
 }
@@ -332,7 +332,7 @@ UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   const int lane = here.thread % 32;
   w.value[lane] = x;
   w.mask[lane] = mask;
-  if (arrive(w, line * KINDS + SHUFFLE)) {
+  if (arrive(w, line * KINDS + AT_SHUFFLE)) {
     uint64_t given[32];
     for (int i = 0; i < 32; ++i)
       given[i] = w.value[i];
@@ -522,7 +522,7 @@ UNSEEN void warp_barrier(int line = __builtin_LINE()) {
   if (line == emulation::here.skipped_line)
     return;
   emulation::Warp& warp = emulation::warp();
-  if (arrive(warp, line * emulation::KINDS + emulation::WARP))
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_WARP_BARRIER))
     release(warp);
   emulation::wait();
 }
@@ -541,7 +541,7 @@ UNSEEN uint32_t ballot(bool x, int line = __builtin_LINE()) {
   emulation::Warp& warp = emulation::warp();
   const int lane = emulation::here.thread % 32;
   warp.value[lane] = x;
-  if (arrive(warp, line * emulation::KINDS + emulation::BALLOT)) {
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_BALLOT)) {
     uint64_t all = 0;
     for (int i = 0; i < 32; ++i)
       all |= warp.value[i] << i;
@@ -562,7 +562,7 @@ UNSEEN void mma_tf32(
   warp.d[lane] = d;
   warp.a[lane] = a;
   warp.b[lane] = b;
-  if (arrive(warp, line * emulation::KINDS + emulation::PRODUCT)) {
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_PRODUCT)) {
     multiply(warp);
     release(warp);
   }
