@@ -22,9 +22,11 @@ typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long uint64_t;
+#define UINT32_C(x) x##U
 #define INT64_C(x) x##L
 #define UINT64_C(x) x##UL
-#define INT64_MIN (-INT64_C(9223372036854775807) - 1)
+#define INT64_MAX INT64_C(9223372036854775807)
+#define INT64_MIN (-INT64_MAX - 1)
 #endif
 
 #pragma nv_diag_suppress 177 // functions that no kernel calls

@@ -38,7 +38,14 @@
 // The thread sanitizer must not look at the machine below the threads. Neither is inlined: kernels
 // meet at many places, and a compiler would need long.
 #ifdef EMULATE_TSAN
-#include <sanitizer/tsan_interface.h>
+extern "C" {
+void __tsan_acquire(void* token);
+void __tsan_release(void* token);
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags); // flag 1: without an order of the two
+}
 #define UNSEEN __attribute__((no_sanitize_thread, noinline))
 #define UNSEEN_INLINE UNSEEN
 #define IF_TSAN(statement) statement
@@ -48,8 +55,11 @@
 #define IF_TSAN(statement)
 #endif
 #ifdef EMULATE_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
+extern "C" {
+void __asan_unpoison_memory_region(const volatile void* start, size_t size);
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** old_bottom, size_t* old_size);
+}
 #define IF_ASAN(statement) statement
 #else
 #define IF_ASAN(statement)
@@ -149,7 +159,7 @@ constexpr size_t STACK = 64 << 10;
 #endif
 
 // What a thread waits at: kinds of waiting, times a source line.
-enum Kind { BLOCK, WARP, SHUFFLE, BALLOT, PRODUCT, KINDS };
+enum Kind { AT_BARRIER, AT_WARP_BARRIER, AT_SHUFFLE, AT_BALLOT, AT_PRODUCT, KINDS };
 constexpr int RUNS = 0, ENDED = -1; // instead of such a place
 
 // Blocks whose memory and stacks are apart: the thread sanitizer takes what one block does after
@@ -264,7 +274,7 @@ UNSEEN_INLINE void leave() {
   Fiber& mine = here.fibers[here.thread];
   Fiber& other = here.fibers[next];
   here.thread = next;
-  IF_TSAN(__tsan_switch_to_fiber(other.tsan, __tsan_switch_to_fiber_no_sync));
+  IF_TSAN(__tsan_switch_to_fiber(other.tsan, 1));
   IF_ASAN(__sanitizer_start_switch_fiber(
       mine.place == ENDED ? nullptr : &mine.fake_stack, other.bottom, other.size));
 #ifdef EMULATE_FRAME
@@ -310,7 +320,7 @@ UNSEEN_INLINE void wait() {
 UNSEEN void barrier(int line) {
   if (line == here.skipped_line)
     return;
-  if (arrive(here.all, line * KINDS + BLOCK))
+  if (arrive(here.all, line * KINDS + AT_BARRIER))
     release(here.all);
   wait();
 }
@@ -322,7 +332,7 @@ UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   const int lane = here.thread % 32;
   w.value[lane] = x;
   w.mask[lane] = mask;
-  if (arrive(w, line * KINDS + SHUFFLE)) {
+  if (arrive(w, line * KINDS + AT_SHUFFLE)) {
     uint64_t given[32];
     for (int i = 0; i < 32; ++i)
       given[i] = w.value[i];
@@ -414,11 +424,13 @@ inline void report() {
     const int place = here.fibers[first].place;
     for (next = first; next < here.threads && here.fibers[next].place == place;)
       ++next;
-    add("%s %d to %d ", first ? "," : " threads", first, next - 1);
+    add("%s %d", first ? "," : " threads", first);
+    if (next - first > 1)
+      add(" to %d", next - 1);
     if (place == ENDED)
-      add("%s", "ended");
+      add("%s", " ended");
     else
-      add("wait at %s of line %d", kinds[place % KINDS], place / KINDS);
+      add(" wait at %s of line %d", kinds[place % KINDS], place / KINDS);
   }
 }
 
@@ -510,7 +522,7 @@ UNSEEN void warp_barrier(int line = __builtin_LINE()) {
   if (line == emulation::here.skipped_line)
     return;
   emulation::Warp& warp = emulation::warp();
-  if (arrive(warp, line * emulation::KINDS + emulation::WARP))
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_WARP_BARRIER))
     release(warp);
   emulation::wait();
 }
@@ -529,7 +541,7 @@ UNSEEN uint32_t ballot(bool x, int line = __builtin_LINE()) {
   emulation::Warp& warp = emulation::warp();
   const int lane = emulation::here.thread % 32;
   warp.value[lane] = x;
-  if (arrive(warp, line * emulation::KINDS + emulation::BALLOT)) {
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_BALLOT)) {
     uint64_t all = 0;
     for (int i = 0; i < 32; ++i)
       all |= warp.value[i] << i;
@@ -550,7 +562,7 @@ UNSEEN void mma_tf32(
   warp.d[lane] = d;
   warp.a[lane] = a;
   warp.b[lane] = b;
-  if (arrive(warp, line * emulation::KINDS + emulation::PRODUCT)) {
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_PRODUCT)) {
     multiply(warp);
     release(warp);
   }
