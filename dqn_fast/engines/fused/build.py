@@ -169,6 +169,7 @@ class Build:
         if code and should_stop():  # whoever stops this process may have stopped that one
             raise StopRequested
         log = (self._work.path / LOG).read_text(errors="replace").strip()
+        log = log.replace(f"{self._work.path}/", "")  # it will be gone
         if code:
             lines = log.splitlines() or ["no message"]
             line = next(filter(ERROR.search, lines), lines[-1])

@@ -1,8 +1,8 @@
 """NVIDIA's run-time compiler (NVRTC): where it is, and one compilation by it as a program.
 
-    python -I -S nvrtc.py SOURCE CUBIN LIBRARIES [OPTION ...]
+    python -I -S nvrtc.py SOURCE CUBIN LIBRARY ... -- [OPTION ...]
 
-LIBRARIES are paths joined by ":"; NVRTC is the last of them. Messages, with what ptxas says of
+The last LIBRARY is NVRTC, and those before it are loaded first. Messages, with what ptxas says of
 registers, go to standard error. A process of its own compiles, so that it can be killed and needs
 no memory afterwards. It imports nothing but the standard library.
 
@@ -42,7 +42,6 @@ def search_folders() -> list[Path]:
     for entry in map(Path, sys.path):
         folders += sorted(entry.glob("nvidia/cu[0-9]*/lib"), reverse=True)
         folders.append(entry / "nvidia/cuda_nvrtc/lib")
-        folders.append(entry / "torch/lib")
     roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")]
     for root in (*filter(None, roots), sys.prefix, "/usr/local/cuda"):
         folders += [Path(root, "lib"), Path(root, "lib64")]
@@ -124,8 +123,8 @@ def compile_file(source: str, cubin: str, libraries: list[str], options: list[st
 
 if __name__ == "__main__":
     try:
-        sys.exit(
-            compile_file(sys.argv[1], sys.argv[2], sys.argv[3].split(os.pathsep), sys.argv[4:])
-        )
+        source, cubin, *words = sys.argv[1:]
+        end = words.index("--")
+        sys.exit(compile_file(source, cubin, words[:end], words[end + 1 :]))
     except (OSError, RuntimeError, AttributeError) as error:
         sys.exit(f"error: {error}")

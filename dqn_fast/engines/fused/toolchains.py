@@ -176,9 +176,8 @@ class NvrtcToolchain:
     def commands(self, parts: Sequence[str]) -> list[str]:
         """nvrtc.py with one part."""
         (part,) = parts
-        libraries = os.pathsep.join(map(str, self.libraries))
-        words = [sys.executable, "-I", "-S", nvrtc.__file__, part + self.suffix, LIBRARY, libraries]
-        return [f"exec {shlex.join([*words, *self._options()])}"]
+        words = [sys.executable, "-I", "-S", nvrtc.__file__, part + self.suffix, LIBRARY]
+        return [f"exec {shlex.join([*words, *map(str, self.libraries), '--', *self._options()])}"]
 
     def _options(self) -> list[str]:
         chosen = f"--gpu-architecture={self.architecture}"

@@ -230,6 +230,7 @@ def test_a_key_changes_with_all_that_the_program_depends_on(compiler, tmp_path, 
         pytest.param("another user's", "belongs to user 12345", marks=as_root),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("kind", ["c++", "nvrtc"], indirect=True)
 def test_a_damaged_or_foreign_package_is_made_again(harm, wrong, own_cache, toolchain):
     """It is removed, and the note says why; nothing of it is loaded."""
     key = key_of(2)
@@ -278,12 +279,10 @@ def test_libraries_do_not_collide(memory, own_cache, monkeypatch):
 
 
 TOGETHER = """
-import sys
 from dqn_fast.engines.fused.build import Build, find, key_of
-from tests.engines.fused.test_build import number_of, program, toolchain_of
-toolchain = toolchain_of(sys.argv[1])
-key = key_of("both", toolchain=toolchain)
-build = Build(program(5), key, {"a": 1}, [], toolchain)
+from tests.engines.fused.test_build import number_of, program
+key = key_of("both")
+build = Build(program(5), key, {"a": 1}, [])
 print("begun", flush=True)
 input()
 made = build.finish()
@@ -293,9 +292,9 @@ assert note is None and number_of(package) == 5 and package == made
 """
 
 
-def test_two_processes_make_the_same_at_once(own_cache, kind):
+def test_two_processes_make_the_same_at_once(own_cache):
     """Both have it, and neither meets a half-written file."""
-    words = [sys.executable, "-c", TOGETHER, kind]
+    words = [sys.executable, "-c", TOGETHER]
     with started(words, stdin=subprocess.PIPE) as one, started(words, stdin=subprocess.PIPE) as two:
         for process in (one, two):
             process.stdout.readline()
