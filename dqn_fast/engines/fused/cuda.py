@@ -445,7 +445,8 @@ class DevicePrinter(Lines):
             return
         row, column = (make("var", (n, size), torch.int64) for n, size in enumerate(kernel.extents))
         place = Index({row: p.out.row}) + Index({column: p.out.column}) + p.out.start
-        result = make("named", ("value",), torch.float32)
+        everywhere = Index({row: 1, column: 1})
+        result = make("named", ("value", everywhere), torch.float32)
         known = {
             load_key(store.buffer, store.offset): store.value
             for store in kernel.stores
@@ -637,34 +638,6 @@ DEVICE void mark(int64_t* phases, int number) {
   const int64_t now = cycles();
   phases[1 + number] += now - phases[0];
   phases[0] = now;
-}
-
-// Results of a product that are given to a function of row, column and value.
-template <class Function>
-struct Results {
-  const Function& function;
-  struct Result {
-    const Function& function;
-    int row, column;
-    DEVICE void operator=(float value) const {
-      function(row, column, value);
-    }
-  };
-  DEVICE Result at(int row, int column) const {
-    return {function, row, column};
-  }
-};
-
-template <int N, class Function>
-DEVICE void put(Results<Function> results, int row, int column, const float (&values)[N]) {
-  UNROLL
-  for (int n = 0; n < N; ++n)
-    results.function(row, column + n, values[n]);
-}
-
-template <class Function>
-DEVICE Results<Function> results_to(const Function& function) {
-  return {function};
 }
 
 } // namespace

@@ -56,6 +56,12 @@ template <class M> struct Transposed {
   DEVICE float& at(int i, int j) const { return of.at(j, i); }
 };
 
+// Results that are given to a function of row, column and value, as the `out` of a product.
+template <class Function> struct Results { const Function& function; };
+template <class Function> DEVICE Results<Function> results_to(const Function& function) {
+  return {function};
+}
+
 namespace tiles {
 
 template <int PITCH> DEVICE Transposed<Swizzled<PITCH>> transpose(Swizzled<PITCH> m) { return {m}; }
@@ -264,6 +270,15 @@ DEVICE void finish(
         const float x[1] = {v[e]};
         store(&out.at(i + di, j + dj + e), x);
       }
+}
+
+template <End END, int COLUMNS, int N, class Function>
+DEVICE void finish(
+    Results<Function> out, int i, int di, int j, int dj, bool exact, const float (&sum)[N],
+    const float*) {
+  static_assert(END == End::NOTHING, "a function adds what is to be added");
+  UNROLL for (int e = 0; e < N; ++e)
+    if (exact || j + dj + e < COLUMNS) out.function(i + di, j + dj + e, sum[e]);
 }
 
 // ---------------------------------------------------------------------------------- strategies
