@@ -33,6 +33,7 @@ from dqn_fast.engines.fused import FusedChunk
 from dqn_fast.engines.fused.build import Build, find, key_of, load
 from dqn_fast.engines.fused.cpp import PACKAGE
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index
+from dqn_fast.engines.fused.native import NativeProgram
 from dqn_fast.engines.fused.planner import Kernel, Program
 from dqn_fast.plan import Chunk
 from dqn_fast.setup import Training
@@ -220,10 +221,12 @@ def measure_phases(
     parts = training.dqn, training.state, training.plan, training.noise
     with one_thread(), closing(FusedChunk(*parts, counted=True)) as fused:
         fused.finish(lambda: False)
+        assert isinstance(fused.program, NativeProgram)
+        library = fused.program.library
         phases, rates_in = phases_of(fused.plans), probes()
-        array = (ctypes.c_int64 * (2 * len(phases))).in_dll(fused.program.library, "phases")
+        array = (ctypes.c_int64 * (2 * len(phases))).in_dll(library, "phases")
         counts = np.ctypeslib.as_array(array).reshape(-1, 2)
-        ticks = fused.program.library.ticks
+        ticks = library.ticks
         ticks.restype = ctypes.c_int64
         chunk, steps, updates = inputs
         num_steps = chunk.num_steps * training.dqn.num_members

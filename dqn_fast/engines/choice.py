@@ -64,7 +64,7 @@ def choose_engine(
     """
     missing = why_not_compiled(device)
     steps = f"{num_updates:,} gradient steps"
-    if name == "fused" and device.type != "cpu":
+    if name == "fused" and device.type not in ("cpu", "cuda"):
         choice = choose_engine("auto", device, num_updates, on_host)
         return replace(choice, reason=f"fused is not available on {device.type}; {choice.reason}")
     if name == "eager":
@@ -73,6 +73,10 @@ def choose_engine(
         if missing:
             return EngineChoice("eager", False, f"compile is not available: {missing}")
         return EngineChoice("compile", True, "asked for")
+    if device.type == "cuda" and name in ("auto", "fused"):
+        # Compiled kernels are for a graph that takes its place.
+        compiled = missing is None and num_updates >= AUTO_COMPILE_ON_CUDA
+        return EngineChoice("fused", compiled, "asked for" if name == "fused" else "CUDA")
     if device.type == "cuda" and not on_host:
         pays = num_updates >= AUTO_COMPILE_ON_CUDA
         compiled = missing is None and (pays or name == "graph")

@@ -200,10 +200,11 @@ _STEP = ("step", "step-update")
 class Runner:
     """Runs the chunks of one state with the chosen engine, or with the next best one.
 
-    If the step cannot be fused, it is compiled where that pays. If the compiler fails, a graph
-    holds plain kernels. If graphs fail, compiled functions are called. If all fail, the plain
-    functions are called. `reason` then says why. An engine fails before it has written the state,
-    so the results are those of the engine that replaces it.
+    If the step cannot be fused, a graph takes its place on a GPU, and elsewhere it is compiled
+    where that pays. If the compiler fails, a graph holds plain kernels. If graphs fail, compiled
+    functions are called. If all fail, the plain functions are called. `reason` then says why. An
+    engine fails before it has written the state, so the results are those of the engine that
+    replaces it.
 
     Attributes:
         engine: the engine that runs now: eager, fused, compile or graph.
@@ -244,16 +245,12 @@ class Runner:
         self._draw: Callable[..., tuple[Tensor, ...]] = algorithm.draw
         self._compiled: CompiledChunk | FusedChunk | None = None
         self.captured: Captured | None = None
-        if choice.engine == "graph":
-            try:
-                self.captured = Captured(self._run, CudaGraphs(noise.device))
-            except RuntimeError as error:
-                self.engine = "compile" if choice.compiled else "eager"
-                self.reason = f"{NO_GRAPHS}: {first_line(error)}"
         if choice.engine == "fused":
             self._start(FusedChunk, algorithm, state, plan, noise)
+        elif choice.engine == "graph":
+            self._capture(choice.compiled)
         if choice.compiled and self._compiled is None:
-            if choice.engine == "fused":
+            if choice.engine == "fused" and self.captured is None:
                 self.engine = "compile"
             self._start(CompiledChunk, algorithm, state, plan, noise)
         if keep_generated is not None:
@@ -266,6 +263,14 @@ class Runner:
             self.reason = "; ".join([self.reason, *self._compiled.notes])
         except EngineUnavailableError as error:
             self._drop_compiler(error)
+
+    def _capture(self, compiled: bool) -> None:
+        """Record graphs from now on, where that is possible."""
+        try:
+            self.captured = Captured(self._run, CudaGraphs(self._noise.device))
+        except RuntimeError as error:
+            self.engine = "compile" if compiled else "eager"
+            self.reason = f"{NO_GRAPHS}: {first_line(error)}"
 
     def _keep(self, folder: Path) -> str:
         """Write the generated source; says where it is, or why it is not."""
@@ -317,8 +322,13 @@ class Runner:
         self.on_change(self.engine, self.reason, self.compile_s, never_ran)
 
     def _drop_compiler(self, error: EngineUnavailableError) -> None:
-        if self.engine == "graph":
-            self.reason = f"plain kernels, {error}"
+        on_cuda = self._noise.device.type == "cuda"
+        if self.engine == "fused" and on_cuda and not self._algorithm.on_host:
+            self.engine, self.reason = "graph", f"{error}; a graph in its place"
+            self._capture(False)
+        elif self.engine == "graph":
+            before = f"{self.reason}; " if self.reason.endswith("in its place") else ""
+            self.reason = f"{before}plain kernels, {error}"
         else:
             before = f"{self.reason}; " if self.reason.startswith((NO_GRAPHS, NOT_FUSED)) else ""
             self.engine, self.reason = "eager", f"{before}{error}"

@@ -29,6 +29,7 @@ from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.chunk import chunk_
 from dqn_fast.engines.fused import expr
 from dqn_fast.engines.fused.build import Build, Package, find, key_of
+from dqn_fast.engines.fused.gpu import Cuda
 from dqn_fast.engines.fused.lower import Lowered, UnknownOperationError, lower
 from dqn_fast.engines.fused.native import Native
 from dqn_fast.engines.fused.table import Table
@@ -61,7 +62,7 @@ class FusedChunk:
     """Generated replacement for `chunk_` of one state, and for the algorithm's `draw`.
 
     One call runs K vector steps of all members. Members are outermost, so that one member's
-    networks stay in the cache, and are shared out to threads.
+    networks stay in the cache. They are shared out to threads; on a GPU, each has a block of them.
 
     Attributes:
         notes: what is wrong with the cache of compiled programs, for the user.
@@ -103,7 +104,7 @@ class FusedChunk:
         self._key: str | None = None
         self._package: Package | None = None
         self._tables: dict[str, Table] = {}
-        self._target: Target = Native() if target is None else target
+        self._target = target or target_of(noise.device)
         try:
             alone, own = algorithm.one_member(), tree.member(state, 0, self._members)
             if counted or not self._find(alone, own):
@@ -312,6 +313,15 @@ class FusedChunk:
         kept = self._enter(name, inputs, results, same)
         self.program.many(name, self._tables[name], count)
         del kept
+
+
+def target_of(device: torch.device) -> Target:
+    """What runs programs on tensors of a device.
+
+    Raises:
+        EngineUnavailableError: nothing does.
+    """
+    return Cuda(device) if device.type == "cuda" else Native()
 
 
 def functions_of(alone: Algorithm, noise: Noise) -> list[Function]:

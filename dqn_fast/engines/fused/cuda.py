@@ -76,7 +76,7 @@ class DeviceBody(Body):
 
     def together(self, buffer: Buffer, index: Index) -> bool:
         """Whether the elements of neighbours lie in 16 aligned bytes."""
-        if buffer.dtype != torch.float32 or buffer.root.size % LANES:
+        if self._along is None or buffer.dtype != torch.float32 or buffer.root.size % LANES:
             return False
         others = {a: c for a, c in index.terms.items() if a is not self._along}
         aligned = all(c % LANES == 0 for c in [*others.values(), index.const])

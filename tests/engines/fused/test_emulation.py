@@ -269,7 +269,9 @@ def test_products_of_a_warp_equal_float64s(run):
         a = numbers[: 16 * depth].reshape(16, depth).astype(np.float64)
         b = numbers[16 * depth :].reshape(depth, 8).astype(np.float64)
         size = 1 + np.abs(a) @ np.abs(b)
-        assert (np.abs(result - (1 + a @ b)) < error * (depth if error < 2**-22 else 1) * size).all()
+        assert (
+            np.abs(result - (1 + a @ b)) < error * (depth if error < 2**-22 else 1) * size
+        ).all()
     assert np.abs(cut - exact).max() > 1e-4
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
