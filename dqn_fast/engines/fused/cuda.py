@@ -303,8 +303,9 @@ class DevicePrinter(Lines):
         if rows:
             text = f"count * {total // extents[0] // step}"
         self.line(f"const int t = {self._threads_for(total // step)};")
-        for expr in by_depth.pop(0, []):
-            body.emit(expr)
+        if extents:  # else they may be what the only thread at work overwrites
+            for expr in by_depth.pop(0, []):
+                body.emit(expr)
         if not rows and total // step <= self._threads:
             self.open(f"if (t < {text}) {{")
             self.line("const int i = t;")
