@@ -1,7 +1,7 @@
 // What a generated CUDA program needs of the machine: here on a GPU, in emulate.h on a CPU.
 //
 // Includes no header of CUDA: NVRTC knows its functions without one, so it needs no toolkit, and
-// nvcc includes its own. Compile without contraction; fmaf is written where it is meant.
+// nvcc includes its own. Compile without contraction: __builtin_fmaf stands where it is meant.
 //
 //     KERNEL(name, Arguments, THREADS) { body that reads `g`, an Arguments }
 //

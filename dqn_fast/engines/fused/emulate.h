@@ -35,8 +35,8 @@
 #endif
 #endif
 
-// The thread sanitizer must not look at the machine below the threads. Neither is inlined: kernels
-// meet at many places, and a compiler would need long.
+// The machine below the threads, which the thread sanitizer must not look at. It is not inlined at
+// the many places of a kernel, so that compilers are quick; reading a number is.
 #ifdef EMULATE_TSAN
 extern "C" {
 void __tsan_acquire(void* token);
@@ -238,18 +238,28 @@ Machine here;
 
 inline size_t stack_stride() { return STACK + sysconf(_SC_PAGESIZE); }
 
-// One stack per thread, each above a page that nobody may touch.
-inline void map_stacks(int64_t count) {
+// One stack per thread, each above a page that nobody may touch; they stay for the next call.
+// Returns whether the system gives them.
+inline bool map_stacks(int64_t count) {
+  if (count <= here.num_stacks)
+    return true;
   const size_t stride = stack_stride(), page = stride - STACK;
+  if (here.num_stacks)
+    munmap(here.stacks, here.num_stacks * stride);
+  here.num_stacks = 0;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
   void* const mapped = mmap(nullptr, count * stride, PROT_NONE, flags, -1, 0);
   if (mapped == MAP_FAILED)
-    abort();
+    return false;
   here.stacks = (char*)mapped;
   here.num_stacks = count;
   for (int64_t i = 0; i < count; ++i)
-    if (mprotect(here.stacks + i * stride + page, STACK, PROT_READ | PROT_WRITE))
-      abort();
+    if (mprotect(here.stacks + i * stride + page, STACK, PROT_READ | PROT_WRITE)) {
+      munmap(here.stacks, count * stride);
+      here.num_stacks = 0;
+      return false;
+    }
+  return true;
 }
 
 UNSEEN_INLINE int choose() {
@@ -476,15 +486,14 @@ inline int64_t run(
   here.random = here.seed;
   here.skipped_line = (int)number_of("EMULATE_SKIP");
   const int64_t apart = APART ? blocks : 1, stride = (shared_bytes + 128) / 128 * 128;
-  if (here.num_stacks < apart * threads) {
-    if (here.stacks)
-      munmap(here.stacks, here.num_stacks * stack_stride());
-    map_stacks(apart * threads);
-  }
   void* memory = nullptr;
-  // Where there is one block, it ends where the shared memory does, for the address sanitizer.
-  if (posix_memalign(&memory, 128, APART ? apart * stride : shared_bytes + !shared_bytes))
-    abort();
+  // For the address sanitizer it ends where a block's shared memory does.
+  const size_t bytes = APART ? apart * stride : shared_bytes ? shared_bytes : 1;
+  if (posix_memalign(&memory, 128, bytes) || !map_stacks(apart * threads)) {
+    snprintf(here.error, sizeof here.error, "no memory for the stacks of %d threads", threads);
+    free(memory);
+    return 1;
+  }
   bool ended = true;
   for (here.block = 0; ended && here.block < blocks; ++here.block) {
     ended = run_block((char*)memory + (APART ? here.block * stride : 0), shared_bytes);
