@@ -206,7 +206,15 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
       Strided<R, C, A> s, int u0, int u1, int j0, int k0, int dk, float (&v)[L][4]) const {
     constexpr Side side = SIDE<Strided<R, C, A>>;
     const int k = k0 + dk;
-    if constexpr (side == Side::ALONG && DEPTH % 4 == 0) {
+    if constexpr (R == 1 && C == L && L == ROWS && A % 16 == 0 && DEPTH % 4 == 0) {
+      // All rows of four inner indices lie side by side.
+      if (j0 == 0)
+        UNROLL for (int i = 0; i < L; ++i) {
+          float x[4] = {};
+          if (has_inner(k)) tiles::load(s.base + ((k + inner) * C + 4 * i), x);
+          UNROLL for (int e = 0; e < 4; ++e) v[(4 * i + e) % L][(4 * i + e) / L] = x[e];
+        }
+    } else if constexpr (side == Side::ALONG && DEPTH % 4 == 0) {
       UNROLL for (int u = u0; u < u1; ++u) {
         float x[4] = {};
         if (has_row(u) && has_inner(k)) tiles::load(s.base + row(u) * R + (k + inner), x);
@@ -314,21 +322,29 @@ template <bool THREE> struct Split {
   }
 };
 
-// Adds products of inner indices 2 half, 2 half + 1 of each quad: eight in all.
+// Adds products of inner indices 2 half, 2 half + 1 of each quad: eight in all. Columns n0 .. n1 - 1.
+// An mma waits for the last one that wrote its results, so those follow one another late.
 template <bool THREE, int M, int N>
 DEVICE void multiply(
     float (&sum)[M][N][4], const float (&a)[2 * M][4], const float (&b)[N][4], int half, int n0, int n1) {
   const int j = 2 * half;
-  UNROLL for (int m = 0; m < M; ++m) {
-    const Split<THREE> a0(a[2 * m][j]), a1(a[2 * m + 1][j]), a2(a[2 * m][j + 1]), a3(a[2 * m + 1][j + 1]);
-    const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high};
-    const uint32_t a_low[4] = {a0.low, a1.low, a2.low, a3.low};
-    UNROLL for (int n = n0; n < n1; ++n) {
-      const Split<THREE> b0(b[n][j]), b1(b[n][j + 1]);
-      const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
-      if (THREE) mma_tf32(sum[m][n], a_low, b_high), mma_tf32(sum[m][n], a_high, b_low);
-      mma_tf32(sum[m][n], a_high, b_high);
+  uint32_t b_high[N][2], b_low[N][2];
+  UNROLL for (int n = n0; n < n1; ++n)
+    UNROLL for (int i = 0; i < 2; ++i) {
+      const Split<THREE> split(b[n][j + i]);
+      b_high[n][i] = split.high, b_low[n][i] = split.low;
     }
+  UNROLL for (int m = 0; m < M; ++m) {
+    uint32_t a_high[4], a_low[4];
+    UNROLL for (int i = 0; i < 4; ++i) {
+      const Split<THREE> split(a[2 * m + i % 2][j + i / 2]);
+      a_high[i] = split.high, a_low[i] = split.low;
+    }
+    if (THREE) {
+      UNROLL for (int n = n0; n < n1; ++n) mma_tf32(sum[m][n], a_low, b_high[n]);
+      UNROLL for (int n = n0; n < n1; ++n) mma_tf32(sum[m][n], a_high, b_low[n]);
+    }
+    UNROLL for (int n = n0; n < n1; ++n) mma_tf32(sum[m][n], a_high, b_high[n]);
   }
 }
 
@@ -444,31 +460,67 @@ DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
   }
 }
 
+// Sums v over lanes that differ in MASK, 2 MASK .. LAST: each level halves the numbers that a lane
+// keeps while they are even. v[0 .. KEPT - 1] are then numbers first + 0 .. KEPT - 1 of v.
+template <int N, int MASK, int LAST> struct Scatter {
+  static constexpr bool HALVE = N % 2 == 0;
+  typedef Scatter<HALVE ? N / 2 : N, 2 * MASK, LAST> Next;
+  static constexpr int KEPT = Next::KEPT;
+  static constexpr int SHARED = HALVE ? Next::SHARED : 2 * Next::SHARED;  // lanes that keep the same
+  DEVICE static int sum(float* v, int lane) {
+    const bool upper = lane & MASK;
+    if constexpr (HALVE) {
+      UNROLL for (int i = 0; i < N / 2; ++i) {
+        const float other = shuffle_xor(upper ? v[i] : v[i + N / 2], MASK);
+        v[i] = (upper ? v[i + N / 2] : v[i]) + other;
+      }
+      return Next::sum(v, lane) + (upper ? N / 2 : 0);
+    } else {
+      UNROLL for (int i = 0; i < N; ++i) v[i] += shuffle_xor(v[i], MASK);
+      return Next::sum(v, lane);
+    }
+  }
+};
+template <int N, int LAST> struct Scatter<N, 2 * LAST, LAST> {
+  static constexpr int KEPT = N, SHARED = 1;
+  DEVICE static int sum(float*, int) { return 0; }
+};
+
+// A warp has 4 rows of which each lane sums a part, or, where x is stored by columns, 8 or 16.
+DEVICE constexpr int narrow_parts(bool across, int depth) {
+  return across || depth < 32 ? 4 : depth < 64 ? 8 : depth < 128 ? 16 : 32;
+}
+
 template <End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
 DEVICE void narrow_product(X x, Y y, OUT out, const float* bias, int rows) {
-  constexpr int PARTS = SIDE<X> == Side::ACROSS ? 4 : 8, STEP = 4 * PARTS;  // lanes of a row
-  constexpr int LANES = 32 / PARTS;
-  typedef Operand<X, LANES, 1, false, ROWS, DEPTH, STEP> Left;
+  constexpr bool ACROSS = SIDE<X> == Side::ACROSS;
+  constexpr int PARTS = narrow_parts(ACROSS, DEPTH), STEP = 4 * PARTS, LANES = 32 / PARTS;
+  constexpr int L = ACROSS ? (ROWS >= THREADS / 4 ? 2 : 1) : PARTS < 8 ? 1 : PARTS / 8;
+  typedef Operand<X, LANES, L, ACROSS, ROWS, DEPTH, STEP> Left;
   typedef Operand<Y, 1, COLUMNS, false, COLUMNS, DEPTH, STEP> Right;
+  typedef Scatter<L * COLUMNS, 1, PARTS / 2> Sums;
   const unsigned thread = fresh_thread_id();
-  const int part = thread % PARTS;
+  const int part = thread % PARTS, lane = thread % 32 / PARTS;
   const Right right(y, 0, 0, 4 * part, COLUMNS);
-  UNROLL_BY(1) for (int row = thread / 32 * LANES; row < ROWS; row += THREADS / PARTS) {
+  UNROLL_BY(1) for (int row = thread / 32 * (L * LANES); row < ROWS; row += THREADS / 32 * (L * LANES)) {
     if (rows < ROWS && row >= rows) continue;  // the whole warp
-    const Left left(x, row, thread % 32 / PARTS, 4 * part, rows);
-    float sum[COLUMNS] = {};
+    const Left left(x, row, lane, 4 * part, rows);
+    float sum[L * COLUMNS] = {};
     UNROLL_BY(4) for (int k = 0; k < DEPTH; k += STEP) {
-      float a[1][4], b[COLUMNS][4];
+      float a[L][4], b[COLUMNS][4];
       left.load(k / 32 * 32, k % 32, a), right.load(k / 32 * 32, k % 32, b);
       UNROLL for (int j = 0; j < 4; ++j)
-        UNROLL for (int c = 0; c < COLUMNS; ++c) sum[c] = __builtin_fmaf(a[0][j], b[c][j], sum[c]);
+        UNROLL for (int u = 0; u < L; ++u)
+          UNROLL for (int c = 0; c < COLUMNS; ++c)
+            sum[u * COLUMNS + c] = __builtin_fmaf(a[u][j], b[c][j], sum[u * COLUMNS + c]);
     }
-    UNROLL for (int c = 0; c < COLUMNS; ++c) {
-      UNROLL for (int mask = 1; mask < PARTS; mask *= 2) sum[c] += shuffle_xor(sum[c], mask);
-      if (part == c % PARTS && left.has_row(0)) {
+    const int first = Sums::sum(sum, part);
+    UNROLL for (int i = 0; i < Sums::KEPT; ++i) {
+      const int u = (first + i) / COLUMNS, c = (first + i) % COLUMNS, r = left.row(u);
+      if (part / (PARTS / Sums::SHARED) == 0 && r < rows) {
         const Bias<END, COLUMNS, 1> shift(bias, c, true);
-        const float v[1] = {sum[c]};
-        finish<END, COLUMNS>(out, left.row0, 0, c, 0, true, v, shift.value);
+        const float v[1] = {sum[i]};
+        finish<END, COLUMNS>(out, r, 0, c, 0, true, v, shift.value);
       }
     }
   }

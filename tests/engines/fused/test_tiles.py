@@ -77,6 +77,7 @@ LAYOUTS: dict[str, Callable[[int, int], tuple[str, int]]] = {
     "transposed": lambda r, c: (f"Transposed<Swizzled<{up(r, 32)}>>", c * up(r, 32)),
     "packed": lambda r, c: (f"Strided<{c}, 1>", r * c),
     "columns": lambda r, c: (f"Transposed<Strided<{r}, 1>>", r * c),
+    "dense": lambda r, c: (f"Strided<{c}, 1, 16>", r * c),
     "aligned": lambda r, c: (f"Strided<{up(c, 4)}, 1, 16>", r * up(c, 4)),
     "aligned columns": lambda r, c: (f"Strided<1, {up(r, 4)}, 16>", up(r, 4) * c),
 }
@@ -131,8 +132,10 @@ TYPICAL = [
     Case(128, 128, 64, x="transposed", out="aligned"),
     Case(128, 128, 64, "TF32X3", x="transposed", out="aligned"),
     Case(128, 128, 64, "FFMA", x="transposed", out="aligned"),
-    Case(64, 2, 128, end="BIAS", y="columns", out="packed"),
-    Case(128, 2, 64, x="transposed", y="packed", out="packed"),
+    Case(64, 2, 128, end="BIAS", y="aligned columns", out="packed"),
+    Case(64, 6, 128, end="BIAS", y="dense", out="packed"),
+    Case(64, 2, 128, end="BIAS", y="dense", out="packed"),
+    Case(128, 2, 64, x="transposed", y="dense", out="packed"),
     Case(64, 128, 2, x="packed", y="packed"),
     Case(15, 128, 64, x="columns", out="aligned"),
     Case(64, 64, 64, end="BIAS"),
@@ -153,6 +156,11 @@ ODD = [
     Case(256, 40, 48, "TF32X3", x="aligned", y="aligned columns", out="aligned"),
     Case(40, 72, 36, "TF32X3", x="aligned columns", y="transposed"),
     Case(16, 128, 64, "TF32X3", y="transposed"),
+    Case(50, 5, 72, end="BIAS", y="dense"),
+    Case(50, 8, 40, end="RELU", x="packed", y="columns"),
+    Case(9, 3, 260, x="aligned", y="packed"),
+    Case(40, 4, 20, x="transposed"),
+    Case(300, 6, 70, x="aligned columns", y="dense"),
     Case(50, 128, 80, "TF32", "RELU", all=False),
 ]
 CASES = TYPICAL + ODD
