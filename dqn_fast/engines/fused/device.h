@@ -1,7 +1,7 @@
 // What a generated CUDA program needs of the machine: here on a GPU, in emulate.h on a CPU.
 //
 // Includes no header of CUDA: NVRTC knows its functions without one, so it needs no toolkit, and
-// nvcc includes its own. Compile without contraction; fmaf is written where it is meant.
+// nvcc includes its own. Compile without contraction: __builtin_fmaf stands where it is meant.
 //
 //     KERNEL(name, Arguments, THREADS) { body that reads `g`, an Arguments }
 //
@@ -22,9 +22,11 @@ typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long uint64_t;
+#define UINT32_C(x) x##U
 #define INT64_C(x) x##L
 #define UINT64_C(x) x##UL
-#define INT64_MIN (-INT64_C(9223372036854775807) - 1)
+#define INT64_MAX INT64_C(9223372036854775807)
+#define INT64_MIN (-INT64_MAX - 1)
 #endif
 
 #pragma nv_diag_suppress 177 // functions that no kernel calls

@@ -35,18 +35,31 @@
 #endif
 #endif
 
-// The thread sanitizer must not look at the machine below the threads.
+// The machine below the threads, which the thread sanitizer must not look at. It is not inlined at
+// the many places of a kernel, so that compilers are quick; reading a number is.
 #ifdef EMULATE_TSAN
-#include <sanitizer/tsan_interface.h>
+extern "C" {
+void __tsan_acquire(void* token);
+void __tsan_release(void* token);
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags); // flag 1: without an order of the two
+}
 #define UNSEEN __attribute__((no_sanitize_thread, noinline))
+#define UNSEEN_INLINE UNSEEN
 #define IF_TSAN(statement) statement
 #else
-#define UNSEEN inline
+#define UNSEEN __attribute__((noinline))
+#define UNSEEN_INLINE inline
 #define IF_TSAN(statement)
 #endif
 #ifdef EMULATE_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
+extern "C" {
+void __asan_unpoison_memory_region(const volatile void* start, size_t size);
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** old_bottom, size_t* old_size);
+}
 #define IF_ASAN(statement) statement
 #else
 #define IF_ASAN(statement)
@@ -146,7 +159,7 @@ constexpr size_t STACK = 64 << 10;
 #endif
 
 // What a thread waits at: kinds of waiting, times a source line.
-enum Kind { BLOCK, WARP, SHUFFLE, BALLOT, PRODUCT, KINDS };
+enum Kind { AT_BARRIER, AT_WARP_BARRIER, AT_SHUFFLE, AT_BALLOT, AT_PRODUCT, KINDS };
 constexpr int RUNS = 0, ENDED = -1; // instead of such a place
 
 // Blocks whose memory and stacks are apart: the thread sanitizer takes what one block does after
@@ -225,21 +238,31 @@ Machine here;
 
 inline size_t stack_stride() { return STACK + sysconf(_SC_PAGESIZE); }
 
-// One stack per thread, each above a page that nobody may touch.
-inline void map_stacks(int64_t count) {
+// One stack per thread, each above a page that nobody may touch; they stay for the next call.
+// Returns whether the system gives them.
+inline bool map_stacks(int64_t count) {
+  if (count <= here.num_stacks)
+    return true;
   const size_t stride = stack_stride(), page = stride - STACK;
+  if (here.num_stacks)
+    munmap(here.stacks, here.num_stacks * stride);
+  here.num_stacks = 0;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
   void* const mapped = mmap(nullptr, count * stride, PROT_NONE, flags, -1, 0);
   if (mapped == MAP_FAILED)
-    abort();
+    return false;
   here.stacks = (char*)mapped;
   here.num_stacks = count;
   for (int64_t i = 0; i < count; ++i)
-    if (mprotect(here.stacks + i * stride + page, STACK, PROT_READ | PROT_WRITE))
-      abort();
+    if (mprotect(here.stacks + i * stride + page, STACK, PROT_READ | PROT_WRITE)) {
+      munmap(here.stacks, count * stride);
+      here.num_stacks = 0;
+      return false;
+    }
+  return true;
 }
 
-UNSEEN int choose() {
+UNSEEN_INLINE int choose() {
   if (here.num_ready == 0)
     return here.threads;
   const int last = --here.num_ready;
@@ -254,14 +277,14 @@ UNSEEN int choose() {
 }
 
 // Runs another thread, until one chooses this one.
-UNSEEN void leave() {
+UNSEEN_INLINE void leave() {
   const int next = choose();
   if (next == here.thread)
     return;
   Fiber& mine = here.fibers[here.thread];
   Fiber& other = here.fibers[next];
   here.thread = next;
-  IF_TSAN(__tsan_switch_to_fiber(other.tsan, __tsan_switch_to_fiber_no_sync));
+  IF_TSAN(__tsan_switch_to_fiber(other.tsan, 1));
   IF_ASAN(__sanitizer_start_switch_fiber(
       mine.place == ENDED ? nullptr : &mine.fake_stack, other.bottom, other.size));
 #ifdef EMULATE_FRAME
@@ -273,7 +296,7 @@ UNSEEN void leave() {
   IF_ASAN(__sanitizer_finish_switch_fiber(mine.fake_stack, nullptr, nullptr));
 }
 
-UNSEEN void make_ready(const Group& group) {
+UNSEEN_INLINE void make_ready(const Group& group) {
   for (int i = 0; i < group.threads; ++i) {
     const int thread = group.first + (here.seed < 0 ? i : group.threads - 1 - i);
     here.fibers[thread].place = RUNS;
@@ -282,7 +305,7 @@ UNSEEN void make_ready(const Group& group) {
 }
 
 // Returns whether the whole group is here; then `release` it. In any case `leave`.
-UNSEEN bool arrive(Group& group, int place) {
+UNSEEN_INLINE bool arrive(Group& group, int place) {
   Fiber& fiber = here.fibers[here.thread];
   fiber.place = place;
   IF_TSAN(fiber.token = &group.tokens[group.turn & 1]);
@@ -293,13 +316,13 @@ UNSEEN bool arrive(Group& group, int place) {
   return group.arrived == group.threads && !group.mixed;
 }
 
-UNSEEN void release(Group& group) {
+UNSEEN_INLINE void release(Group& group) {
   group.arrived = 0;
   IF_TSAN(++group.turn);
   make_ready(group);
 }
 
-UNSEEN void wait() {
+UNSEEN_INLINE void wait() {
   leave();
   IF_TSAN(__tsan_acquire(here.fibers[here.thread].token));
 }
@@ -307,19 +330,19 @@ UNSEEN void wait() {
 UNSEEN void barrier(int line) {
   if (line == here.skipped_line)
     return;
-  if (arrive(here.all, line * KINDS + BLOCK))
+  if (arrive(here.all, line * KINDS + AT_BARRIER))
     release(here.all);
   wait();
 }
 
-UNSEEN Warp& warp() { return here.warps[here.thread / 32]; }
+UNSEEN_INLINE Warp& warp() { return here.warps[here.thread / 32]; }
 
 UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   Warp& w = warp();
   const int lane = here.thread % 32;
   w.value[lane] = x;
   w.mask[lane] = mask;
-  if (arrive(w, line * KINDS + SHUFFLE)) {
+  if (arrive(w, line * KINDS + AT_SHUFFLE)) {
     uint64_t given[32];
     for (int i = 0; i < 32; ++i)
       given[i] = w.value[i];
@@ -331,28 +354,28 @@ UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   return w.value[lane];
 }
 
-UNSEEN float tf32(uint32_t bits) { return float_of(bits & ~0x1fffu); }
-
+// d += a b of matrices, from and to the fragments of the lanes; see device.h.
 UNSEEN void multiply(Warp& w) {
-  typedef float Row __attribute__((vector_size(32)));
-  float a[16][8];
-  Row b[8];
+  typedef float Row __attribute__((vector_size(32), may_alias));
+  alignas(32) float d[16][8], a[16][8], b[8][8];
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i)
-      a[group + i % 2 * 8][t + i / 2 * 4] = tf32(w.a[lane][i]);
-    for (int i = 0; i < 2; ++i)
-      b[t + i * 4][group] = tf32(w.b[lane][i]);
+      a[group + i % 2 * 8][t + i / 2 * 4] = float_of(w.a[lane][i] & ~0x1fffu);
+    for (int i = 0; i < 2; ++i) {
+      b[t + i * 4][group] = float_of(w.b[lane][i] & ~0x1fffu);
+      __builtin_memcpy(&d[group + i * 8][2 * t], w.d[lane] + 2 * i, 8);
+    }
   }
   for (int row = 0; row < 16; ++row) {
-    Row sum;
-    for (int column = 0; column < 8; ++column)
-      sum[column] = w.d[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2];
+    Row sum = *(Row*)d[row];
     for (int k = 0; k < 8; ++k)
-      sum += a[row][k] * b[k];
-    for (int column = 0; column < 8; ++column)
-      w.d[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] = sum[column];
+      sum += a[row][k] * *(Row*)b[k];
+    *(Row*)d[row] = sum;
   }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 2; ++i)
+      __builtin_memcpy(w.d[lane] + 2 * i, &d[lane / 4 + i * 8][lane % 4 * 2], 8);
 }
 
 UNSEEN void begin() {
@@ -411,11 +434,13 @@ inline void report() {
     const int place = here.fibers[first].place;
     for (next = first; next < here.threads && here.fibers[next].place == place;)
       ++next;
-    add("%s %d to %d ", first ? "," : " threads", first, next - 1);
+    add("%s %d", first ? "," : " threads", first);
+    if (next - first > 1)
+      add(" to %d", next - 1);
     if (place == ENDED)
-      add("%s", "ended");
+      add("%s", " ended");
     else
-      add("wait at %s of line %d", kinds[place % KINDS], place / KINDS);
+      add(" wait at %s of line %d", kinds[place % KINDS], place / KINDS);
   }
 }
 
@@ -461,15 +486,14 @@ inline int64_t run(
   here.random = here.seed;
   here.skipped_line = (int)number_of("EMULATE_SKIP");
   const int64_t apart = APART ? blocks : 1, stride = (shared_bytes + 128) / 128 * 128;
-  if (here.num_stacks < apart * threads) {
-    if (here.stacks)
-      munmap(here.stacks, here.num_stacks * stack_stride());
-    map_stacks(apart * threads);
-  }
   void* memory = nullptr;
-  // Where there is one block, it ends where the shared memory does, for the address sanitizer.
-  if (posix_memalign(&memory, 128, APART ? apart * stride : shared_bytes + !shared_bytes))
-    abort();
+  // For the address sanitizer it ends where a block's shared memory does.
+  const size_t bytes = APART ? apart * stride : shared_bytes ? shared_bytes : 1;
+  if (posix_memalign(&memory, 128, bytes) || !map_stacks(apart * threads)) {
+    snprintf(here.error, sizeof here.error, "no memory for the stacks of %d threads", threads);
+    free(memory);
+    return 1;
+  }
   bool ended = true;
   for (here.block = 0; ended && here.block < blocks; ++here.block) {
     ended = run_block((char*)memory + (APART ? here.block * stride : 0), shared_bytes);
@@ -497,17 +521,17 @@ inline int64_t run(
   }                                                                                                \
   static void name([[maybe_unused]] const Arguments& g)
 
-UNSEEN int thread_id() { return emulation::here.thread; }
-UNSEEN int fresh_thread_id() { return emulation::here.thread; }
-UNSEEN int block_id() { return emulation::here.block; }
-UNSEEN int num_blocks() { return emulation::here.blocks; }
-UNSEEN char* shared_memory() { return emulation::here.memory; }
+UNSEEN_INLINE int thread_id() { return emulation::here.thread; }
+UNSEEN_INLINE int fresh_thread_id() { return emulation::here.thread; }
+UNSEEN_INLINE int block_id() { return emulation::here.block; }
+UNSEEN_INLINE int num_blocks() { return emulation::here.blocks; }
+UNSEEN_INLINE char* shared_memory() { return emulation::here.memory; }
 
 UNSEEN void warp_barrier(int line = __builtin_LINE()) {
   if (line == emulation::here.skipped_line)
     return;
   emulation::Warp& warp = emulation::warp();
-  if (arrive(warp, line * emulation::KINDS + emulation::WARP))
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_WARP_BARRIER))
     release(warp);
   emulation::wait();
 }
@@ -526,7 +550,7 @@ UNSEEN uint32_t ballot(bool x, int line = __builtin_LINE()) {
   emulation::Warp& warp = emulation::warp();
   const int lane = emulation::here.thread % 32;
   warp.value[lane] = x;
-  if (arrive(warp, line * emulation::KINDS + emulation::BALLOT)) {
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_BALLOT)) {
     uint64_t all = 0;
     for (int i = 0; i < 32; ++i)
       all |= warp.value[i] << i;
@@ -547,7 +571,7 @@ UNSEEN void mma_tf32(
   warp.d[lane] = d;
   warp.a[lane] = a;
   warp.b[lane] = b;
-  if (arrive(warp, line * emulation::KINDS + emulation::PRODUCT)) {
+  if (arrive(warp, line * emulation::KINDS + emulation::AT_PRODUCT)) {
     multiply(warp);
     release(warp);
   }
