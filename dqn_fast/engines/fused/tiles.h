@@ -83,6 +83,8 @@ template <class M> constexpr bool SWIZZLED = false;
 template <int PITCH> constexpr bool SWIZZLED<Swizzled<PITCH>> = true;
 template <int PITCH> constexpr bool SWIZZLED<Transposed<Swizzled<PITCH>>> = true;
 
+template <class M> using Plain = decltype(plain(M{}));
+
 // Whether four numbers that lie side by side differ in the second index (ALONG), in the first (ACROSS),
 // or may not be loaded at once.
 enum class Side { NONE, ALONG, ACROSS };
@@ -100,13 +102,13 @@ template <int ALIGNMENT> constexpr Side SIDE<Strided<1, 1, ALIGNMENT>> = Side::N
 // ----------------------------------------------------------------------------- memory accesses
 
 #ifndef TILES_ACCESS  // a test may watch the accesses
-#define TILES_ACCESS(pointer, floats)
+#define TILES_ACCESS(pointer, floats, stored)
 #endif
 
 struct alignas(8) Pair { float x, y; };
 
 template <int N> DEVICE void load(const float* p, float (&v)[N]) {
-  TILES_ACCESS(p, N)
+  TILES_ACCESS(p, N, false)
   if constexpr (N == 4) {
     const float4 x = *reinterpret_cast<const float4*>(p);
     v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
@@ -120,7 +122,7 @@ template <int N> DEVICE void load(const float* p, float (&v)[N]) {
 }
 
 template <int N> DEVICE void store(float* p, const float (&v)[N]) {
-  TILES_ACCESS(p, N)
+  TILES_ACCESS(p, N, true)
   if constexpr (N == 4) {
     *reinterpret_cast<float4*>(p) = float4{v[0], v[1], v[2], v[3]};
   } else if constexpr (N == 2) {
@@ -132,6 +134,7 @@ template <int N> DEVICE void store(float* p, const float (&v)[N]) {
 }
 
 DEVICE constexpr int smaller(int x, int y) { return x < y ? x : y; }
+DEVICE constexpr int larger(int x, int y) { return x > y ? x : y; }
 DEVICE constexpr int up(int x, int y) { return (x + y - 1) / y; }
 
 // Part of an operand that a lane holds: at each step v[u][j], L rows u, at four inner indices j (rows of
@@ -212,7 +215,15 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
       Strided<R, C, A> s, int u0, int u1, int j0, int k0, int dk, float (&v)[L][4]) const {
     constexpr Side side = SIDE<Strided<R, C, A>>;
     const int k = k0 + dk;
-    if constexpr (side == Side::ALONG && DEPTH % 4 == 0) {
+    if constexpr (R == 1 && C == L && L == ROWS && A % 16 == 0 && DEPTH % 4 == 0) {
+      // All rows of four inner indices lie side by side.
+      if (j0 == 0)
+        UNROLL for (int i = 0; i < L; ++i) {
+          float x[4] = {};
+          if (has_inner(k)) tiles::load(s.base + ((k + inner) * C + 4 * i), x);
+          UNROLL for (int e = 0; e < 4; ++e) v[(4 * i + e) % L][(4 * i + e) / L] = x[e];
+        }
+    } else if constexpr (side == Side::ALONG && DEPTH % 4 == 0) {
       UNROLL for (int u = u0; u < u1; ++u) {
         float x[4] = {};
         if (has_row(u) && has_inner(k)) tiles::load(s.base + row(u) * R + (k + inner), x);
@@ -287,11 +298,26 @@ enum class Strategy { NARROW, PLAIN, TENSOR };
 constexpr int NARROW_COLUMNS = 8, OUTER_DEPTH = 4;
 
 DEVICE constexpr Strategy strategy(Precision precision, int columns, int depth) {
-  return depth <= OUTER_DEPTH                                            ? Strategy::PLAIN
-         : columns <= NARROW_COLUMNS                                     ? Strategy::NARROW
-         : precision == Precision::FFMA                                  ? Strategy::PLAIN
-                                                                         : Strategy::TENSOR;
+  return depth <= OUTER_DEPTH                ? Strategy::PLAIN
+         : columns <= NARROW_COLUMNS         ? Strategy::NARROW
+         : precision == Precision::FFMA      ? Strategy::PLAIN
+                                             : Strategy::TENSOR;
 }
+
+// What a product takes of a multiprocessor. `memory`: registers of a warp that are loaded, stored or
+// shuffled; shared memory serves one a cycle if there are no bank conflicts. `tensor`, `issue`: mma and
+// all instructions of the busiest of four schedulers, which issues one a cycle. What precedes and
+// follows the loops is not counted.
+//
+// MMA_CYCLES: m16n8k8 of TF32 is 1024 multiply-adds, and an H100's tensor core does 256 a cycle (495
+// TFLOP/s at 1.83 GHz, 132 x 4 cores); mma.sync is said to reach 63 % of that (arXiv 2402.13499).
+struct Cost {
+  int memory, tensor, issue;
+  static constexpr int MMA_CYCLES = 6;
+  // All three at once, or one after another, as it was about with a kernel that loaded just in time.
+  DEVICE constexpr int least() const { return larger(memory, larger(tensor * MMA_CYCLES, issue)); }
+  DEVICE constexpr int most() const { return memory + tensor * MMA_CYCLES + issue; }
+};
 
 // Tile of a warp, in results.
 struct Tile { int rows, columns; };
@@ -299,26 +325,57 @@ struct Tile { int rows, columns; };
 DEVICE constexpr int count(Tile tile, int rows, int columns) {
   return up(rows, tile.rows) * up(columns, tile.columns);
 }
+// Of `tiles`, those of the busiest scheduler: warp w, w + 4 .. are one scheduler's.
+DEVICE constexpr int busiest(int tiles, int warps) {
+  return tiles / warps * up(warps, 4) + up(tiles % warps, 4);
+}
 
-// Cycles of a multiprocessor as far as tiles differ in them: a register of a warp from shared memory is
-// a cycle; an mma keeps one of four tensor cores busy for MMA_CYCLES; a tile waits for memory first.
-constexpr int MMA_CYCLES = 6, WAIT_CYCLES = 100;
-DEVICE constexpr int tensor_cycles(Tile tile, int rows, int columns, int depth, int warps, bool three) {
-  const int tiles = count(tile, rows, columns), steps = up(depth, 16);
-  const int loads = tiles * steps * (tile.rows + tile.columns) / 2;
-  const int mma = tile.rows / 16 * (tile.columns / 8) * 2 * (three ? 3 : 1);
-  const int scalar = (tile.rows + tile.columns) / 2 * (three ? 3 : 1);
-  const int busiest = tiles / warps * up(warps, 4) + up(tiles % warps, 4);
-  return loads + busiest * steps * (mma * MMA_CYCLES + scalar) + up(tiles, warps) * WAIT_CYCLES;
+DEVICE constexpr Cost tensor_cost(Tile t, int rows, int columns, int depth, int warps, bool three) {
+  const int tiles = count(t, rows, columns), steps = up(depth, 16), edges = (t.rows + t.columns) / 2;
+  const int mma = t.rows / 16 * (t.columns / 8) * 2 * (three ? 3 : 1), most = busiest(tiles, warps);
+  return {tiles * (steps * edges + t.rows * t.columns / 32), most * steps * mma,
+          most * steps * (mma + edges / 4 + edges * (three ? 3 : 1) + 10)};
 }
 DEVICE constexpr Tile tensor_tile(int rows, int columns, int depth, int warps, bool three) {
   Tile best = {16, 8};
   for (int m = 16; m <= 32; m *= 2)
-    for (int n = 8; n <= (three && m > 16 ? 16 : 32); n *= 2)
-      if (tensor_cycles({m, n}, rows, columns, depth, warps, three) <
-          tensor_cycles(best, rows, columns, depth, warps, three))
+    for (int n = 8; n <= 32; n *= 2)
+      if (tensor_cost({m, n}, rows, columns, depth, warps, three).most() <
+          tensor_cost(best, rows, columns, depth, warps, three).most())
         best = {m, n};
   return best;
+}
+
+// Rows of a thread, which has 4 columns. 8 rows load fewer numbers a result, but leave fewer warps.
+DEVICE constexpr int plain_rows(int rows, int columns, int depth, int warps) {
+  return depth > OUTER_DEPTH && 2 * count({32, 32}, rows, columns) >= warps ? 8 : 4;
+}
+DEVICE constexpr Cost plain_cost(int rows, int columns, int depth, int warps) {
+  const int l = plain_rows(rows, columns, depth, warps), tiles = count({4 * l, 32}, rows, columns);
+  const int steps = up(depth, 4);
+  // Both operands' 16-byte loads have pairs of lanes with equal addresses, which cost half.
+  return {tiles * (steps * (4 * l + 16) / 2 + 4 * l), 0, busiest(tiles, warps) * steps * (16 * l + 2 * l + 8)};
+}
+
+// Lanes that share rows, and how many rows those share. A warp has 4 rows or, where x is stored by
+// columns, 8 or 16; or 8 where the depth is small.
+DEVICE constexpr int narrow_parts(bool across, int depth) {
+  return across || depth < 32 ? 4 : depth < 64 ? 8 : depth < 128 ? 16 : 32;
+}
+DEVICE constexpr int narrow_rows(bool across, int rows, int depth, int warps) {
+  return across ? (rows >= 8 * warps ? 2 : 1) : up(narrow_parts(across, depth), 8);
+}
+DEVICE constexpr Cost narrow_cost(bool across, int rows, int columns, int depth, int warps) {
+  const int parts = narrow_parts(across, depth), l = narrow_rows(across, rows, depth, warps);
+  const int tiles = up(rows, l * 32 / parts), steps = up(depth, 4 * parts);
+  int shuffles = 0, sums = l * columns;
+  for (int mask = 1; mask < parts; mask *= 2) {
+    sums = sums % 2 ? sums : sums / 2;
+    shuffles += sums;
+  }
+  const int one = steps * 4 * (l + columns) + shuffles + sums;
+  return {tiles * one, 0,
+          busiest(tiles, warps) * (steps * (4 * l * columns + 2 * l + 2 * columns) + 4 * shuffles)};
 }
 
 // A number as the tensor cores multiply it, and what its rounding left.
@@ -329,21 +386,29 @@ template <bool THREE> struct Split {
   }
 };
 
-// Adds products of inner indices 2 half, 2 half + 1 of each quad: eight in all.
+// Adds products of inner indices 2 half, 2 half + 1 of each quad: eight in all. Columns n0 .. n1 - 1.
+// An mma waits for the last one that wrote its results, so those follow one another late.
 template <bool THREE, int M, int N>
 DEVICE void multiply(
     float (&sum)[M][N][4], const float (&a)[2 * M][4], const float (&b)[N][4], int half, int n0, int n1) {
   const int j = 2 * half;
-  UNROLL for (int m = 0; m < M; ++m) {
-    const Split<THREE> a0(a[2 * m][j]), a1(a[2 * m + 1][j]), a2(a[2 * m][j + 1]), a3(a[2 * m + 1][j + 1]);
-    const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high};
-    const uint32_t a_low[4] = {a0.low, a1.low, a2.low, a3.low};
-    UNROLL for (int n = n0; n < n1; ++n) {
-      const Split<THREE> b0(b[n][j]), b1(b[n][j + 1]);
-      const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
-      if (THREE) mma_tf32(sum[m][n], a_low, b_high), mma_tf32(sum[m][n], a_high, b_low);
-      mma_tf32(sum[m][n], a_high, b_high);
+  uint32_t b_high[N][2], b_low[N][2];
+  UNROLL for (int n = n0; n < n1; ++n)
+    UNROLL for (int i = 0; i < 2; ++i) {
+      const Split<THREE> split(b[n][j + i]);
+      b_high[n][i] = split.high, b_low[n][i] = split.low;
     }
+  UNROLL for (int m = 0; m < M; ++m) {
+    uint32_t a_high[4], a_low[4];
+    UNROLL for (int i = 0; i < 4; ++i) {
+      const Split<THREE> split(a[2 * m + i % 2][j + i / 2]);
+      a_high[i] = split.high, a_low[i] = split.low;
+    }
+    if (THREE) {
+      UNROLL for (int n = n0; n < n1; ++n) mma_tf32(sum[m][n], a_low, b_high[n]);
+      UNROLL for (int n = n0; n < n1; ++n) mma_tf32(sum[m][n], a_high, b_low[n]);
+    }
+    UNROLL for (int n = n0; n < n1; ++n) mma_tf32(sum[m][n], a_high, b_high[n]);
   }
 }
 
@@ -413,8 +478,7 @@ DEVICE void tensor_product(X x, Y y, OUT out, const float* bias, int rows) {
 template <End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
 DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
   constexpr int WARPS = THREADS / 32, STEP = 4;
-  // Eight rows a thread load fewer numbers a result, but may leave too few warps.
-  constexpr int L = DEPTH > OUTER_DEPTH && 2 * count({32, 32}, ROWS, COLUMNS) >= WARPS ? 8 : 4;
+  constexpr int L = plain_rows(ROWS, COLUMNS, DEPTH, WARPS);
   constexpr Tile TILE = {4 * L, 32};
   constexpr int DOWN = up(ROWS, TILE.rows), TILES = count(TILE, ROWS, COLUMNS);
   constexpr bool SPREAD = SIDE<Y> == Side::ACROSS;  // else a lane's columns are 8 apart
@@ -459,37 +523,82 @@ DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
   }
 }
 
+// Sums v over lanes that differ in MASK, 2 MASK .. LAST: each level halves the numbers that a lane
+// keeps while they are even. v[0 .. KEPT - 1] are then numbers first + 0 .. KEPT - 1 of v.
+template <int N, int MASK, int LAST> struct Scatter {
+  static constexpr bool HALVE = N % 2 == 0;
+  typedef Scatter<HALVE ? N / 2 : N, 2 * MASK, LAST> Next;
+  static constexpr int KEPT = Next::KEPT;
+  static constexpr int SHARED = HALVE ? Next::SHARED : 2 * Next::SHARED;  // lanes that keep the same
+  DEVICE static int sum(float* v, int lane) {
+    const bool upper = lane & MASK;
+    if constexpr (HALVE) {
+      UNROLL for (int i = 0; i < N / 2; ++i) {
+        const float other = shuffle_xor(upper ? v[i] : v[i + N / 2], MASK);
+        v[i] = (upper ? v[i + N / 2] : v[i]) + other;
+      }
+      return Next::sum(v, lane) + (upper ? N / 2 : 0);
+    } else {
+      UNROLL for (int i = 0; i < N; ++i) v[i] += shuffle_xor(v[i], MASK);
+      return Next::sum(v, lane);
+    }
+  }
+};
+template <int N, int LAST> struct Scatter<N, 2 * LAST, LAST> {
+  static constexpr int KEPT = N, SHARED = 1;
+  DEVICE static int sum(float*, int) { return 0; }
+};
+
 template <End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
 DEVICE void narrow_product(X x, Y y, OUT out, const float* bias, int rows) {
-  constexpr int PARTS = SIDE<X> == Side::ACROSS ? 4 : 8, STEP = 4 * PARTS;  // lanes of a row
-  constexpr int LANES = 32 / PARTS;
-  typedef Operand<X, LANES, 1, false, ROWS, DEPTH, STEP> Left;
+  constexpr bool ACROSS = SIDE<X> == Side::ACROSS;
+  constexpr int PARTS = narrow_parts(ACROSS, DEPTH), STEP = 4 * PARTS, LANES = 32 / PARTS;
+  constexpr int L = narrow_rows(ACROSS, ROWS, DEPTH, THREADS / 32);
+  typedef Operand<X, LANES, L, ACROSS, ROWS, DEPTH, STEP> Left;
   typedef Operand<Y, 1, COLUMNS, false, COLUMNS, DEPTH, STEP> Right;
+  typedef Scatter<L * COLUMNS, 1, PARTS / 2> Sums;
   const unsigned thread = fresh_thread_id();
-  const int part = thread % PARTS;
+  const int part = thread % PARTS, lane = thread % 32 / PARTS;
   const Right right(y, 0, 0, 4 * part, COLUMNS);
-  UNROLL_BY(1) for (int row = thread / 32 * LANES; row < ROWS; row += THREADS / PARTS) {
+  UNROLL_BY(1) for (int row = thread / 32 * (L * LANES); row < ROWS; row += THREADS / 32 * (L * LANES)) {
     if (rows < ROWS && row >= rows) continue;  // the whole warp
-    const Left left(x, row, thread % 32 / PARTS, 4 * part, rows);
-    float sum[COLUMNS] = {};
+    const Left left(x, row, lane, 4 * part, rows);
+    float sum[L * COLUMNS] = {};
     UNROLL_BY(4) for (int k = 0; k < DEPTH; k += STEP) {
-      float a[1][4], b[COLUMNS][4];
+      float a[L][4], b[COLUMNS][4];
       left.load(k / 32 * 32, k % 32, a), right.load(k / 32 * 32, k % 32, b);
       UNROLL for (int j = 0; j < 4; ++j)
-        UNROLL for (int c = 0; c < COLUMNS; ++c) sum[c] = __builtin_fmaf(a[0][j], b[c][j], sum[c]);
+        UNROLL for (int u = 0; u < L; ++u)
+          UNROLL for (int c = 0; c < COLUMNS; ++c)
+            sum[u * COLUMNS + c] = __builtin_fmaf(a[u][j], b[c][j], sum[u * COLUMNS + c]);
     }
-    UNROLL for (int c = 0; c < COLUMNS; ++c) {
-      UNROLL for (int mask = 1; mask < PARTS; mask *= 2) sum[c] += shuffle_xor(sum[c], mask);
-      if (part == c % PARTS && left.has_row(0)) {
+    const int first = Sums::sum(sum, part);
+    UNROLL for (int i = 0; i < Sums::KEPT; ++i) {
+      const int u = (first + i) / COLUMNS, c = (first + i) % COLUMNS, r = left.row(u);
+      if (part / (PARTS / Sums::SHARED) == 0 && r < rows) {
         const Bias<END, COLUMNS, 1> shift(bias, c, true);
-        const float v[1] = {sum[c]};
-        finish<END, COLUMNS>(out, left.row0, 0, c, 0, true, v, shift.value);
+        const float v[1] = {sum[i]};
+        finish<END, COLUMNS>(out, r, 0, c, 0, true, v, shift.value);
       }
     }
   }
 }
 
 }  // namespace tiles
+
+// Predicted cost of a product of whole tiles.
+template <Precision P, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X>
+DEVICE constexpr tiles::Cost product_cost() {
+  constexpr tiles::Strategy STRATEGY = tiles::strategy(P, COLUMNS, DEPTH);
+  constexpr int WARPS = THREADS / 32;
+  constexpr bool THREE = P == Precision::TF32X3;
+  if (STRATEGY == tiles::Strategy::PLAIN) return tiles::plain_cost(ROWS, COLUMNS, DEPTH, WARPS);
+  if (STRATEGY == tiles::Strategy::NARROW)
+    return tiles::narrow_cost(
+        tiles::SIDE<tiles::Plain<X>> == tiles::Side::ACROSS, ROWS, COLUMNS, DEPTH, WARPS);
+  return tiles::tensor_cost(
+      tiles::tensor_tile(ROWS, COLUMNS, DEPTH, WARPS, THREE), ROWS, COLUMNS, DEPTH, WARPS, THREE);
+}
 
 template <Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
 DEVICE void product(X x, Y y, OUT out, const float* bias, int rows) {

@@ -20,23 +20,46 @@ SOURCE = """
 #ifndef __CUDACC__
 #include <cstdint>
 #include <vector>
-struct Access { int64_t address, floats; };
-static std::vector<Access> accesses[512];
-static void watch(const float* p, int floats);
-#define TILES_ACCESS(pointer, floats) watch(pointer, floats);
+static void watch(const float* p, int floats, bool stored);
+#define TILES_ACCESS(pointer, floats, stored) watch(pointer, floats, stored);
 #endif
 #include "device.h"
+#ifndef __CUDACC__
+static int64_t counts[2];  // mma, shuffles; of lanes
+inline void counted_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  ++counts[0];
+  mma_tf32(d, a, b);
+}
+inline float counted_shuffle(float x, int mask) {
+  ++counts[1];
+  return shuffle_xor(x, mask);
+}
+#define mma_tf32 counted_mma
+#define shuffle_xor counted_shuffle
+#endif
 #include "tiles.h"
 
 #ifndef __CUDACC__
-static void watch(const float* p, int floats) {
-  accesses[thread_id()].push_back({p - reinterpret_cast<float*>(shared_memory()), floats});
+struct Access { int64_t address, floats, stored; };
+static std::vector<Access> accesses[512];
+static void watch(const float* p, int floats, bool stored) {
+  const int64_t address = p - reinterpret_cast<float*>(shared_memory());
+  accesses[thread_id()].push_back({address, floats, stored});
 }
 extern "C" int64_t count_accesses(int64_t thread) { return int64_t(accesses[thread].size()); }
 extern "C" const Access* thread_accesses(int64_t thread) { return accesses[thread].data(); }
+extern "C" int64_t count_calls(int64_t which) { return counts[which]; }
 extern "C" void forget() {
   for (auto& a : accesses) a.clear();
+  counts[0] = counts[1] = 0;
 }
+#define COST(name, ...)                                              \\
+  extern "C" int64_t cost_##name(int64_t which) {                    \\
+    constexpr tiles::Cost c = product_cost<__VA_ARGS__>();           \\
+    return which == 0 ? c.memory : which == 1 ? c.tensor : c.issue;  \\
+  }
+#else
+#define COST(name, ...)
 #endif
 
 struct Arguments {
@@ -75,6 +98,7 @@ LAYOUTS: dict[str, Callable[[int, int], tuple[str, int]]] = {
     "transposed": lambda r, c: (f"Transposed<Swizzled<{up(r, 32)}>>", c * up(r, 32)),
     "packed": lambda r, c: (f"Strided<{c}, 1>", r * c),
     "columns": lambda r, c: (f"Transposed<Strided<{r}, 1>>", r * c),
+    "dense": lambda r, c: (f"Strided<{c}, 1, 16>", r * c),
     "aligned": lambda r, c: (f"Strided<{up(c, 4)}, 1, 16>", r * up(c, 4)),
     "aligned columns": lambda r, c: (f"Strided<1, {up(r, 4)}, 16>", up(r, 4) * c),
 }
@@ -97,7 +121,9 @@ class Case:
     @property
     def name(self) -> str:
         layouts = "_".join(layout.replace(" ", "_") for layout in (self.x, self.y, self.out))
-        return f"p{self.rows}x{self.columns}x{self.depth}_{self.precision}_{self.end}_{layouts}"
+        known = "" if self.all else "_any"
+        sizes = f"p{self.rows}x{self.columns}x{self.depth}"
+        return f"{sizes}_{self.precision}_{self.end}_{layouts}{known}"
 
     @property
     def memory(self) -> list[tuple[str, int]]:
@@ -114,6 +140,8 @@ class Case:
             f"KERNEL({self.name}, Arguments, {THREADS}) {{\n"
             f"  run<Precision::{self.precision}, End::{self.end}, {str(self.all).lower()}, "
             f"{self.rows}, {self.columns}, {self.depth}, {types}>(g, {sizes});\n}}\n"
+            f"COST({self.name}, Precision::{self.precision}, {self.rows}, {self.columns}, "
+            f"{self.depth}, {THREADS}, {self.memory[0][0]})\n"
         )
 
 
@@ -129,8 +157,10 @@ TYPICAL = [
     Case(128, 128, 64, x="transposed", out="aligned"),
     Case(128, 128, 64, "TF32X3", x="transposed", out="aligned"),
     Case(128, 128, 64, "FFMA", x="transposed", out="aligned"),
-    Case(64, 2, 128, end="BIAS", y="columns", out="packed"),
-    Case(128, 2, 64, x="transposed", y="packed", out="packed"),
+    Case(64, 2, 128, end="BIAS", y="aligned columns", out="packed"),
+    Case(64, 6, 128, end="BIAS", y="dense", out="packed"),
+    Case(64, 2, 128, end="BIAS", y="dense", out="packed"),
+    Case(128, 2, 64, x="transposed", y="dense", out="packed"),
     Case(64, 128, 2, x="packed", y="packed"),
     Case(15, 128, 64, x="columns", out="aligned"),
     Case(64, 64, 64, end="BIAS"),
@@ -151,9 +181,25 @@ ODD = [
     Case(256, 40, 48, "TF32X3", x="aligned", y="aligned columns", out="aligned"),
     Case(40, 72, 36, "TF32X3", x="aligned columns", y="transposed"),
     Case(16, 128, 64, "TF32X3", y="transposed"),
-    Case(50, 128, 80, "TF32", "RELU", all=False),
+    Case(50, 5, 72, end="BIAS", y="dense"),
+    Case(50, 8, 40, end="RELU", x="packed", y="columns"),
+    Case(9, 3, 260, x="aligned", y="packed"),
+    Case(40, 4, 20, x="transposed"),
+    Case(300, 6, 70, x="aligned columns", y="dense"),
 ]
-CASES = TYPICAL + ODD
+PARTIAL = [
+    Case(64, 128, 128, "TF32X3", "RELU", all=False),
+    Case(50, 128, 80, "TF32", "RELU", x="packed", all=False),
+    Case(64, 64, 100, "FFMA", "BIAS", all=False),
+    Case(50, 2, 128, end="BIAS", y="dense", all=False),
+    Case(40, 40, 3, x="packed", y="packed", all=False),
+]
+CASES = TYPICAL + ODD + PARTIAL
+TENSOR = [case for case in TYPICAL if case.precision != "FFMA" and case.columns > 8]
+COUNTED = [case for case in TENSOR if case.depth not in (2, 15) and case.rows != 15]
+COUNTED += [case for case in TYPICAL if case.columns <= 8]
+CONFLICT_FREE = [case for case in COUNTED if case.out != "aligned" and case.y != "dense"]
+CONFLICT_FREE += [case for case in TYPICAL if case.precision == "FFMA" and case.out == "swizzled"]
 
 
 @dataclass
@@ -185,22 +231,35 @@ class Products:
         return out
 
     def accesses(self) -> list[tuple[int, Array]]:
-        """Of the last product, by warp and order: floats a lane, and the 32 lanes' addresses."""
+        """Of the last product, by warp: floats a lane, and the addresses of the lanes, up to 32."""
         get = self.library.thread_accesses
         get.restype = ctypes.POINTER(ctypes.c_int64)
-        found = []
-        for thread in range(THREADS):
-            count = self.library.count_accesses(ctypes.c_int64(thread))
-            flat = np.array(get(ctypes.c_int64(thread))[: 2 * count], np.int64)
-            found.append(flat.reshape(count, 2))
-        result = []
+        found: list[tuple[int, Array]] = []
         for warp in range(0, THREADS, 32):
-            lanes = found[warp : warp + 32]
-            assert len({len(lane) for lane in lanes}) == 1
-            stacked = np.stack(lanes)
-            assert (stacked[:, :, 1] == stacked[:1, :, 1]).all()
-            result += [(int(a[0, 1]), a[:, 0]) for a in stacked.transpose(1, 0, 2)]
-        return result
+            for stored in (0, 1):
+                lanes = []
+                for thread in range(warp, warp + 32):
+                    count = self.library.count_accesses(ctypes.c_int64(thread))
+                    rows = np.array(get(ctypes.c_int64(thread))[: 3 * count], np.int64)
+                    rows = rows.reshape(count, 3)
+                    lanes += [rows[rows[:, 2] == stored]] if (rows[:, 2] == stored).any() else []
+                if lanes:
+                    stacked = np.stack(lanes, 1)  # fails if lanes differ in how often they access
+                    assert (stacked[:, :, 1] == stacked[:, :1, 1]).all()
+                    found += [(int(a[0, 1]), a[:, 0]) for a in stacked]
+        return found
+
+    def cost(self, case: Case) -> tuple[int, int, int]:
+        """Predicted registers to and from memory, and mma and instructions of a scheduler."""
+        entry = getattr(self.library, f"cost_{case.name}")
+        entry.restype = ctypes.c_int64
+        memory, tensor, issue = (entry(ctypes.c_int64(which)) for which in range(3))
+        return memory, tensor, issue
+
+    def calls(self) -> tuple[int, int]:
+        """Numbers of mma and of shuffles of all warps in the last product."""
+        mma, shuffles = (self.library.count_calls(ctypes.c_int64(which)) for which in range(2))
+        return mma // 32, shuffles // 32
 
 
 @pytest.fixture(scope="module")
@@ -230,22 +289,94 @@ def operands(case: Case) -> tuple[Array, Array, Array]:
 
 
 def wavefronts(floats: int, addresses: Array) -> int:
-    """Cycles in which 32 banks serve an access: lanes in groups of 128 bytes, one word a bank."""
+    """Cycles for an access: lanes in groups of 128 bytes, one word of each of 32 banks a cycle."""
     total = 0
-    for lanes in addresses.reshape(floats, -1):
+    for first in range(0, len(addresses), 32 // floats):
+        lanes = addresses[first : first + 32 // floats]
         words = np.unique(lanes[:, None] + np.arange(floats))
         total += int(np.bincount(words % 32).max())
     return total
+
+
+def expected(case: Case, x: Array, y: Array, bias: Array) -> tuple[Array, Array]:
+    """The product in float64, and the sum of its terms' sizes."""
+    sums = x.astype(float) @ y + (bias if case.end != "NOTHING" else 0)
+    size = np.abs(x.astype(float)) @ np.abs(y) + np.abs(bias)
+    return np.where(sums < 0, 0, sums) if case.end == "RELU" else sums, size
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_product_is_as_exact_as_its_precision(products: Products, case: Case) -> None:
     """Errors against float64: of a float32 sum, or with TF32 of operands rounded to 11 bits."""
     x, y, bias = operands(case)
-    expected = x.astype(float) @ y + (bias if case.end != "NOTHING" else 0)
-    expected = np.maximum(expected, 0) if case.end == "RELU" else expected
-    size = np.abs(x.astype(float)) @ np.abs(y) + np.abs(bias)
-    narrow = case.precision != "TF32" or case.columns <= 8 or case.depth <= 4
-    unit = 2.0**-24 * (4 + case.depth**0.5) if narrow else 2.0**-11
-    error = np.abs(products(case, x, y, bias) - expected) / size
-    assert error.max() <= unit
+    sums, size = expected(case, x, y, bias)
+    exact = case.precision != "TF32" or case.columns <= 8 or case.depth <= 4
+    unit = 2.0**-24 * (4 + case.depth**0.5) if exact else 2.0**-11
+    assert (np.abs(products(case, x, y, bias) - sums) / size).max() <= unit
+
+
+@pytest.mark.parametrize("case", PARTIAL, ids=lambda case: case.name)
+def test_rows_do_not_depend_on_how_many_there_are(products: Products, case: Case) -> None:
+    """The first rows are bitwise the same; the rest is neither read, being NaN, nor written."""
+    x, y, bias = operands(case)
+    whole = products(case, x, y, bias)
+    for rows in (0, 1, 17, 32, case.rows - 1):
+        part = products(case, x[:rows], y, bias, rows)
+        assert (part[:rows] == whole[:rows]).all()
+        assert np.isnan(part[rows:]).all()
+
+
+@pytest.mark.parametrize("case", CONFLICT_FREE, ids=lambda case: case.name)
+def test_typical_products_have_no_bank_conflicts(products: Products, case: Case) -> None:
+    """Each access takes as many cycles as it has registers a lane, or fewer."""
+    products(case, *operands(case))
+    for floats, addresses in products.accesses():
+        assert wavefronts(floats, addresses) <= floats
+
+
+def test_conflicts_are_seen(products: Products) -> None:
+    """Rows of an unswizzled result are stored with conflicts."""
+    case = Case(128, 128, 64, x="transposed", out="aligned")
+    products(case, *operands(case))
+    assert any(wavefronts(floats, a) > floats for floats, a in products.accesses())
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
+def test_the_predicted_cost_is_what_is_executed(products: Products, case: Case) -> None:
+    """Registers that all warps load, store and shuffle, and mma of each of four schedulers."""
+    products(case, *operands(case))
+    mma, shuffles = products.calls()
+    memory, tensor, _ = products.cost(case)
+    assert memory == sum(floats for floats, _ in products.accesses()) + shuffles
+    assert tensor == mma / 4
+
+
+@pytest.mark.parametrize("precision", ["FFMA", "TF32X3"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(products: Products, precision: str, number: float) -> None:
+    """In exactly the results it is part of; also in few columns, and through a ReLU if positive."""
+    for case in (
+        Case(64, 128, 128, precision, end="RELU"),
+        Case(64, 2, 128, end="BIAS", y="dense", out="packed"),
+    ):
+        x, y, bias = operands(case)
+        x[3, 5] = number
+        y[5] = np.abs(y[5])
+        found = products(case, x, y, bias)
+        assert not np.isfinite(found[3]).any()
+        assert np.isfinite(np.delete(found, 3, axis=0)).all()
+
+
+def test_products_fit_into_registers(tmp_path: Path) -> None:
+    """Compiled for an H100 with 128 registers a thread, no product spills any."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source = tmp_path / "typical.cu"
+    source.write_text(SOURCE + "".join(case.text for case in TYPICAL))
+    flags = ["-std=c++17", "-arch=sm_90a", "-fmad=false", "-cubin", "-Xptxas", "-v"]
+    command = [nvcc, *flags, f"-I{HEADERS}", str(source), "-o", str(tmp_path / "typical.cubin")]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
+    assert spills == [("0", "0")] * len(TYPICAL)
+    assert max(int(used) for used in re.findall(r"Used (\d+) registers", report)) <= 128
