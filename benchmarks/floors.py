@@ -170,10 +170,10 @@ def time_in_turns(
     calls: dict[Any, int] = {}
     for name, job in jobs.items():
         job()
-        count, duration = 1, stretch(job, 1, device)
-        while duration < seconds / 4:
+        count = 1
+        # The shorter of two, so that a stall of the machine does not end the search.
+        while (duration := min(stretch(job, count, device) for _ in range(2))) < seconds / 4:
             count *= 2
-            duration = stretch(job, count, device)
         calls[name] = max(1, round(count * seconds / duration))
     for _ in range(repeats):
         yield {name: stretch(job, calls[name], device) / calls[name] for name, job in jobs.items()}

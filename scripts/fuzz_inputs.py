@@ -42,7 +42,7 @@ from dqn_fast.record.run import TrainingError
 from dqn_fast.settings import UsageError
 from dqn_fast.train import Args
 
-PATIENCE, MOST_SECONDS = 2.0, 10.0
+PATIENCE, MOST_SECONDS = 2.0, 30.0
 """Seconds after which a run is asked to stop, and by which it must have ended."""
 MOST_BYTES = 1.5e9
 """Address space that one command may take in addition."""
@@ -404,6 +404,7 @@ def _call(function: Callable[[], object]) -> Outcome:
         outcome, error = None, traceback.format_exc()
     finally:
         timer.cancel()
+        timer.join()  # its signal, if it is on its way, arrives while there is a handler
         for number, handler in handlers.items():
             signal.signal(number, handler)
         gc.unfreeze()  # `main` freezes at its end, which is not the end here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,6 +12,13 @@ from hypothesis import settings
 
 settings.register_profile("dqn_fast", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("dqn_fast")
+
+# A shell that starts the tests in the background lets them ignore SIGINT, and nohup SIGHUP. Their
+# processes would inherit that, and the tests send them these signals; a handler is not inherited.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

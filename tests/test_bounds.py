@@ -51,14 +51,14 @@ LARGE = {
 
 @pytest.mark.parametrize("arguments", LARGE)
 def test_a_size_without_bound_is_one_line(arguments, tmp_path, monkeypatch, capsys):
-    """Exit status 2 within seconds; the flag with its value and what is allowed; nothing made."""
+    """Exit status 2 within seconds of work; the flag, its value and what is allowed; no file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
     many = " ".join(f"0.{i:04d}" for i in range(1, 2_001))
     words = arguments.format(many=many, long="a" * 300, deep="a/" * 2_000).split()
-    began = time.perf_counter()
+    began = time.process_time()
     assert run_main(monkeypatch, *words) == 2
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: --")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from dqn_fast import train as train_module
 from dqn_fast.agent import load_agent
 from dqn_fast.envs import EXPERIMENTS, TENSOR_ENVS, experiment, make_env
+from tests.engines.runs import wait_until
 
 TRAIN = [sys.executable, "-m", "dqn_fast.train"]
 
@@ -211,11 +211,8 @@ def test_a_signal_ends_the_run_well(number, status, tmp_path):
     command += ["--eval-interval", "4096"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
-        while not (run_dir / "best.pt").exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_until(lambda: (run_dir / "best.pt").exists() or process.poll() is not None)
+        assert process.poll() is None
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     finally:

@@ -404,16 +404,16 @@ def test_a_refusal_is_true_whatever_is_asked_for(free, width, **settings):
     "name", ["buffer_size", "num_seeds", "eval_episodes", "hidden_sizes", "num_envs", "batch_size"]
 )
 def test_numbers_of_any_size_are_refused_at_once(name, size, monkeypatch):
-    """No overflow, no allocation, within milliseconds."""
+    """No overflow, no allocation, within milliseconds of the processor's time."""
     set_free(monkeypatch, 10**10)
     large = {"num_envs": ("num_envs", "buffer_size"), "batch_size": ("batch_size", "buffer_size")}
     values = dict.fromkeys(large.get(name, (name,)), size)
     if name == "hidden_sizes":
         values = {name: (size, size)}
-    began = time.perf_counter()
+    began = time.thread_time()
     text = refusal(replace(SMALL, total_timesteps=max(1_000, size), **values))
     assert f"--{name.replace('_', '-')} " in text
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 def test_several_that_are_too_large_are_named_together(monkeypatch):
@@ -526,13 +526,13 @@ def test_a_device_that_holds_no_run_is_named(monkeypatch):
 
 
 def test_the_check_costs_next_to_nothing():
-    """Below 5 ms for usual settings."""
+    """Below 5 ms of the processor's time for usual settings."""
     args, env = Args(), make_env("LineWorld-v0")
     times = []
     for _ in range(20):
-        began = time.perf_counter()
+        began = time.thread_time()
         check_memory(args, env, CPU)
-        times.append(time.perf_counter() - began)
+        times.append(time.thread_time() - began)
     assert sorted(times)[len(times) // 2] < 5e-3
 
 

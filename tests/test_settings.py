@@ -509,12 +509,12 @@ def test_a_usage_error_is_one_printable_line():
 
 
 def test_long_command_lines_are_read_fast():
-    """A hundred thousand words take less than a second each way."""
+    """A hundred thousand words take less than a second of the processor's time each way."""
     words = ["--sweep", "gamma", *(f"0.{i:06d}" for i in range(100_000))]
-    began = time.perf_counter()
+    began = time.thread_time()
     assert len(expand_flags(Args, words)) == len(words)
     assert len(read_sweep(words[1:])["gamma"]) == 100_000
-    assert time.perf_counter() - began < 5.0
+    assert time.thread_time() - began < 5.0
 
 
 @pytest.mark.parametrize("text", ["[" * 5_000, "[" + "9" * 5_000 + "]", "{[]: 1}", "[1, [}"])

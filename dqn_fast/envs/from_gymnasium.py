@@ -76,7 +76,8 @@ Source = str | Callable[..., Any] | AnyVectorEnv
 ENDLESS = 100_000
 """Steps after which an evaluation gives up on an episode without a time limit."""
 _PATIENCE = 5.0
-"""Seconds that a worker process has to finish its step when it is closed."""
+"""Seconds that a worker process has to finish its step when it is closed, or to end when it has
+closed its pipe."""
 _VIOLATION = "dqn_fast_violation"
 """Key in the infos of an env copy that broke the contract."""
 
@@ -695,7 +696,7 @@ class CheckedVectorEnv:
         self._broken = True
         if self._workers is not None and isinstance(error, (EOFError, OSError)):
             processes = self._workers.processes
-            ended = wait([process.sentinel for process in processes], timeout=1.0)
+            ended = wait([process.sentinel for process in processes], timeout=_PATIENCE)
             for i, process in enumerate(processes):
                 if process.sentinel in ended:
                     process.join()

@@ -112,7 +112,10 @@ class Command:
             sys.stderr.flush()
             if (pid := os.fork()) == 0:
                 _become(texts, out.fileno(), err.fileno(), env or {})
-        return cls(texts, pid, folder)
+        command = cls(texts, pid, folder)
+        while not command.poll() and os.getsid(pid) != pid:  # until then `session` is empty
+            time.sleep(0.001)
+        return command
 
     def poll(self) -> bool:
         """Whether the process has ended."""
@@ -140,14 +143,14 @@ class Command:
         if not self.ended:
             os.kill(self.pid, number)
 
-    def catches(self, number: int) -> bool:
-        """Whether the process has a handler for a signal (Linux)."""
+    def catches(self, *numbers: int) -> bool:
+        """Whether the process has handlers for these signals (Linux)."""
         try:
             status = Path(f"/proc/{self.pid}/status").read_text()
         except OSError:
             return False
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
-        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+        return all(int(caught.split()[1], 16) >> (number - 1) & 1 for number in numbers)
 
     def session(self) -> list[int]:
         """Processes of the command's session that are alive, itself included (Linux)."""

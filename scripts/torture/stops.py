@@ -46,7 +46,10 @@ SHORT = (
     "LineWorld, 7 copies, ring wraps", "LineWorld, sweep", "CartPole", "FrozenLake",
     "LineWorld, M = 4, fused",
 )  # fmt: skip
-STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+GONE_S = 20.0
+"""Longest time in which the children of a killed run end."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = {128 + number for number in STOPS}
 
 
 def resume(trial: Trial) -> None:
@@ -77,12 +80,12 @@ def _chain(
     while True:
         command = Command.start(*argv, folder=trial.new("streams"))
         if stops < most:
-            while not command.poll() and not command.catches(signal.SIGTERM):
+            while not command.poll() and not command.catches(*STOPS):
                 time.sleep(0.002)
             end = time.monotonic() + loop_s * trial.random.random()
             while not command.poll() and time.monotonic() < end:
                 time.sleep(0.002)
-            command.signal(trial.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
+            command.signal(trial.random.choice(STOPS))
         outcome = command.wait(1800)
         if not trial.ended(outcome, 0, *STOPPED):
             return stops + 1
@@ -154,11 +157,13 @@ def _killed(
             break
         trial.count("kills")
         trial.count("kills with child processes", int(len(children) > 1))
-        end = time.monotonic() + 2
+        end = time.monotonic() + GONE_S
         while command.session() and time.monotonic() < end:
             time.sleep(0.02)
         left = command.session()
-        trial.check(not left, f"{kind}: {len(left)} child processes live 2 s after the kill")
+        trial.check(
+            not left, f"{kind}: {len(left)} child processes live {GONE_S:.0f} s after the kill"
+        )
         if any(path.glob("checkpoint*.pt")):
             argv = (TRAIN, "--resume", path, "--quiet", "True")
         else:

@@ -102,16 +102,17 @@ def test_floor_of_known_rates():
 
 
 def test_jobs_take_turns():
-    """Every round has a stretch of each job, and slower is slower."""
+    """Every round has a stretch of each job, and what is slower takes longer at its best."""
     x, y = torch.zeros(1), torch.zeros(10**6)
     rounds = list(time_in_turns({"small": x.neg_, "large": y.neg_}, 3, 0.01, CPU))
     assert len(rounds) == 3
-    assert all(0 < each["small"] < each["large"] for each in rounds)
+    small, large = (min(each[name] for each in rounds) for name in ("small", "large"))
+    assert 0 < small < large
 
 
 def test_nothing_is_faster_than_its_floor():
     """Every part and the eager vector step, beside rates of the same rounds."""
-    result = measure(ComponentsArgs(engines=("eager",), repeats=3, seconds=0.02, device="cpu"))
+    result = measure(ComponentsArgs(engines=("eager",), repeats=5, seconds=0.02, device="cpu"))
     json.dumps(result)
     assert [row["part"] for row in result["parts"]] == [
         "env step",

@@ -31,6 +31,7 @@ from benchmarks.throughput import ThroughputArgs
 from dqn_fast.setup import check
 from dqn_fast.train import Args, train
 from scripts.profile_step import ProfileArgs
+from tests.engines.runs import wait_until
 
 # ------------------------------------------------------------------------------------ the commands
 
@@ -150,24 +151,23 @@ def test_a_part_that_fails_is_reported_and_the_rest_goes_on(tmp_path, capsys):
 
 CHILD = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
-print(child.pid)
-time.sleep(60)
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+print(child.pid, flush=True)
+time.sleep(600)
 """
 
 
 def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path):
     """Within its limit, whatever it has started."""
-    began = time.monotonic()
-    outcome = run_part(python("run", CHILD), 3.0, tmp_path / "run")
-    assert outcome.status == "timed out"
-    assert outcome.reason == "stopped after 3 s"
-    assert 3.0 <= time.monotonic() - began < 5.0
-    child = Path("/proc") / (tmp_path / "run" / "out.txt").read_text().strip()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and _runs(child):
-        time.sleep(0.05)
-    assert not _runs(child)
+    for limit_s in (3.0, 10.0, 30.0):  # until it has begun before its end
+        began = time.monotonic()
+        outcome = run_part(python("run", CHILD), limit_s, tmp_path / f"{limit_s:g}")
+        assert outcome.status == "timed out"
+        assert outcome.reason == f"stopped after {limit_s:g} s"
+        assert limit_s <= time.monotonic() - began < limit_s + 20
+        if child := (tmp_path / f"{limit_s:g}" / "out.txt").read_text().strip():
+            break
+    wait_until(lambda: not _runs(Path("/proc") / child), 20)
 
 
 def _runs(process: Path) -> bool:
@@ -180,17 +180,16 @@ def _runs(process: Path) -> bool:
 
 def test_the_deadline_cuts_limits_and_leaves_parts_out(tmp_path):
     """A part has what is left; one for which nothing is left is named as not run."""
-    sleep = "import time; time.sleep(60)"
+    sleep = "import time; time.sleep(600)"
     began = time.monotonic()
     first, second, third = run_parts(
-        [python("run", GOOD), python("tests", sleep), python("components", GOOD)],
+        [python("run", GOOD), python("tests", sleep, 300.0), python("components", GOOD)],
         tmp_path,
-        began + 4.0,
+        began + 5.0,
     )
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 30.0
     assert first.status == "ok"
     assert second.status == "timed out"
-    assert second.seconds < 4.0
     assert (third.status, third.reason) == ("not run", "out of time")
     assert not (tmp_path / "components").exists()
 

@@ -72,8 +72,8 @@ def test_rows_name_the_engine_that_ran():
 
 def test_env_copies_share_the_cost_of_a_step(rows):
     """64 times the copies do not take 64 times the time."""
-    one, many, _ = (row["env_steps_per_s"] for row in rows if row["axis"] == "num_envs")
-    assert many > 8 * one
+    one, many, _ = (row["us_per_step_min"] for row in rows if row["axis"] == "num_envs")
+    assert many < 8 * one
 
 
 def test_a_million_transitions_of_line_world_take_8_mb(memory):

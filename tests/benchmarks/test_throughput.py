@@ -14,12 +14,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import common, throughput
+from benchmarks import common, throughput, turns
 from benchmarks.gate import MARGIN, Finding, Key, check, compare, interval, key_of, name_of
 from benchmarks.reference import ReferenceConfig
 from benchmarks.throughput import (
@@ -319,27 +320,28 @@ def test_the_environment_of_sb3_is_gymnasiums():
 
 def test_rows_are_compared_round_by_round():
     """Ratios are to the reference and to the peers at equal work; without one there is none."""
-    args = ThroughputArgs(repeats=2, seconds=0.1)
+    args = ThroughputArgs(repeats=3, seconds=0.1)
     loops = [Contender(loop, fast_args(64)) for loop in ("eager", "train eager", "sb3")]
     loops[2] = Contender("sb3", replace(fast_args(64), num_seeds=2))
     rows, left_out = measure([Contender("reference", None), *loops], args)
     (sb3,) = left_out
     assert (sb3["contender"], sb3["num_seeds"], sb3["broke"]) == ("sb3", 2, False)
     reference, eager, trained = rows
-    assert len(trained["x_loop_rounds"]) == 2
+    assert len(trained["x_loop_rounds"]) == 3
     assert trained["x_loop_rounds"] == [
         a / b
         for a, b in zip(
             trained["env_steps_per_s_rounds"], eager["env_steps_per_s_rounds"], strict=True
         )
     ]
-    assert 0.1 < trained["x_loop"] < 2
+    best = [row["env_steps_per_s_max"] for row in rows]  # no stall of the machine in that round
+    assert 0.1 < best[2] / best[1] < 2
     assert eager["x_loop"] is reference["x_loop"] is None
     assert eager["ran"] == trained["ran"] == "eager (asked for)"
-    assert reference["x_reference_rounds"] == [1.0, 1.0]
-    assert len(eager["x_reference_rounds"]) == 2
-    assert eager["x_reference"] == pytest.approx(sum(eager["x_reference_rounds"]) / 2)
-    assert eager["x_reference"] > 5
+    assert reference["x_reference_rounds"] == [1.0, 1.0, 1.0]
+    assert len(eager["x_reference_rounds"]) == 3
+    assert eager["x_reference"] == sorted(eager["x_reference_rounds"])[1]
+    assert best[1] > 5 * best[0]
     assert eager["x_sb3"] is eager["x_jax"] is None
     for row in rows:
         assert row["env_steps_per_s"] == pytest.approx(row["updates_per_s"] * row["num_envs"])
@@ -357,7 +359,7 @@ def test_a_compiled_engine_runs_as_itself(engine):
     if left_out:
         pytest.skip(left_out[0]["reason"])
     eager, compiled, trained = rows
-    assert compiled["env_steps_per_s"] > 2 * eager["env_steps_per_s"]
+    assert compiled["env_steps_per_s_max"] > 2 * eager["env_steps_per_s_max"]
     assert compiled["ran"].startswith(f"{engine} (asked for")
     assert trained["ran"].startswith(f"{engine} (asked for")
     assert len(trained["x_loop_rounds"]) == 3
@@ -378,7 +380,7 @@ def sleeper(connection, how: str = "", log: Path | None = None, name: str = "") 
         raise RuntimeError("first line\nsecond line")
     if how == "exits":
         os._exit(3)
-    time.sleep(30 if how == "is slow" else 0.3)
+    time.sleep(600 if how == "is slow" else 0.3)
     if log is not None:
         with log.open("a") as file:
             file.write(f"{name} is warm\n")
@@ -394,12 +396,26 @@ def sleeper(connection, how: str = "", log: Path | None = None, name: str = "") 
     return stopwatch
 
 
+def metronome(connection) -> Stopwatch:
+    """A loop on a clock of its own, which no stall of the machine moves: 0.3 s of warm-up, and
+    0.01 s for each step."""
+    clock = SimpleNamespace(now=0.0)
+    turns.time = SimpleNamespace(perf_counter=lambda: clock.now)  # this process has nothing else
+    stopwatch = Stopwatch(connection, CPU)
+    clock.now, count = 0.3, 0
+    while not stopwatch.lap(count, count):
+        clock.now += 0.01
+        count += 1
+    stopwatch.ran = "nothing"
+    return stopwatch
+
+
 def test_warm_up_is_timed_apart_and_what_cannot_run_is_left_out():
     """A contender that is missing does not stop the others."""
     bodies = [
-        ("a", sleeper),
+        ("a", metronome),
         ("b", partial(sleeper, how="no such package")),
-        ("c", sleeper),
+        ("c", metronome),
     ]
     first, second, third = take_turns(bodies, 0.05, 2, ["in turn", "in turn", "first"])
     assert second.left_out == "no such package"
@@ -408,8 +424,10 @@ def test_warm_up_is_timed_apart_and_what_cannot_run_is_left_out():
     for timing in (first, third):
         assert timing.left_out is None
         assert timing.ran == "nothing"
-        assert timing.warmup_s >= 0.3
-        assert [duration < 0.3 for duration, _, _ in timing.rounds] == [True, True]
+        assert timing.warmup_s == 0.3
+        assert [steps for _, steps, _ in timing.rounds] == pytest.approx([5, 5], abs=1)
+        for duration, steps, _ in timing.rounds:
+            assert duration == pytest.approx(0.01 * steps)
 
 
 def test_a_contender_that_breaks_is_named_and_the_others_go_on():
@@ -446,11 +464,11 @@ def test_what_is_not_warm_in_time_is_left_out():
     """The others have at least one round, and no further one begins once the time is over."""
     bodies = [("slow", partial(sleeper, how="is slow")), ("fast", sleeper)]
     began = time.monotonic()
-    slow, fast = take_turns(bodies, 0.5, 100, ["first", "in turn"], time_limit=15.0)
+    slow, fast = take_turns(bodies, 0.5, 1_000, ["first", "in turn"], time_limit=20.0)
     assert slow.left_out == "was not warm in time"
     assert fast.left_out is None
-    assert 1 <= len(fast.rounds) < 30
-    assert time.monotonic() - began < 30
+    assert 1 <= len(fast.rounds) <= 40
+    assert time.monotonic() - began < 100
 
 
 def test_memory_counts_children():

@@ -166,7 +166,7 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise RuntimeError("this fails on purpose\nand has a second line")
 
 
-def wait_until(true: Callable[[], object], most_s: float = 60.0) -> None:
+def wait_until(true: Callable[[], object], most_s: float = 120.0) -> None:
     """Wait until something is true; fail after `most_s` seconds."""
     end = time.monotonic() + most_s
     while not true():

@@ -42,12 +42,12 @@ def run_dir(whole: Path, tmp_path: Path) -> Path:
 def test_an_odd_directory_is_read(what: str, run_dir: Path) -> None:
     """Whatever a file holds, reading and the health checks end soon, with one sentence a gap."""
     ODD[what](run_dir)
-    began = time.perf_counter()
+    began = time.process_time()
     run = read_run(run_dir)
     for part in split_settings(run):
         assert len(check_health(part)) == 10
     assert all(gap.endswith(".") and "\n" not in gap for gap in run.gaps)
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -184,9 +184,9 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
 def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
     """A million episodes and 20 000 log points: under 10 MB, in seconds."""
     path = write_run(tmp_path / "run", log_points=20_000, episodes=1_000_000)
-    began = time.perf_counter()
+    began = time.process_time()
     out = write_report([path], tmp_path / "report.html")
-    assert time.perf_counter() - began < 30
+    assert time.process_time() - began < 30
     assert out.stat().st_size < 10e6
 
 

@@ -265,12 +265,12 @@ def run_against(
         "HOME": str(tmp_path),
         "NETRC": str(tmp_path / ".netrc"),
         "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
-        "WANDB_HTTP_TIMEOUT": "2",
+        "WANDB_HTTP_TIMEOUT": "30" if status else "2",  # 0 never answers
         **settings,
     }
     command = [*COMMAND, "--entity", "team", "--name", "Overview"]
     done = subprocess.run(
-        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
     server.shutdown()
     server.server_close()

@@ -3,6 +3,7 @@ block, thread by thread, and, where there is one, on a GPU."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -18,11 +19,11 @@ import torch
 
 from dqn_fast import tree
 from dqn_fast.device import cpu_threads
-from dqn_fast.engines import EngineUnavailableError
+from dqn_fast.engines import EngineUnavailableError, chunk_
 from dqn_fast.engines.fused import chunk
 from dqn_fast.engines.fused.gpu import SHARED_BYTES, Emulated, generate
 from dqn_fast.engines.fused.toolchains import NvccToolchain, resources
-from dqn_fast.setup import setup
+from dqn_fast.setup import rows_of, setup
 from dqn_fast.train import Args
 from tests.engines.fused.test_chunk import MORE, assert_same_steps, fuse, single_steps
 from tests.engines.runs import assert_equal
@@ -60,50 +61,32 @@ def test_memory_that_is_not_shared_gives_the_same():
         assert_same_steps(LINE, 4, Emulated("FFMA", shared_bytes))
 
 
-def states_of(args: Args, steps: int, together: bool, target: Emulated) -> tuple[Any, list[Any]]:
-    """State and metrics after some vector steps, in one launch or each in its own."""
+def ran(args: Args, num_steps: int, target: Emulated) -> tuple[Any, list[Any]]:
+    """State and records after some vector steps, each in a launch of its own."""
+    records: list[Any] = []
     with cpu_threads(1):
         training = setup(replace(args, engine="eager"))
         program = fuse(training, target)
-        kept = []
-        if together:
-            _, inputs, updates = next(training.inputs())
-            counts = (0,) * 4 + (1,) * (steps - 4)
-            rows = chunk_rows(inputs, updates, steps)
-            record = program(training.dqn, training.state, *rows, counts)
-            kept = [t.clone() for t in record]
-        else:
-            records: list[Any] = []
-            for number, (counts, inputs, updates) in enumerate(single_steps(training)):
-                if number == steps:
-                    break
-                record = program(training.dqn, training.state, inputs, updates, counts)
-                records.append([t.clone() for t in record])
-            kept = [torch.cat(parts) for parts in zip(*records, strict=True)]
-    return training.state, kept
-
-
-def chunk_rows(steps: Any, updates: Any, count: int) -> tuple[Any, Any]:
-    """The first vector steps of a chunk's inputs, with a gradient step each after the first 4."""
-    from dqn_fast.setup import rows_of
-
-    return rows_of(steps, slice(0, count)), rows_of(updates, slice(0, count - 4))
+        for counts, *inputs in itertools.islice(single_steps(training), num_steps):
+            record = program(training.dqn, training.state, *inputs, counts)
+            records.append([t.clone() for t in record])
+    return training.state, records
 
 
 @pytest.mark.parametrize("order", ["-1", "3"])
 def test_the_order_of_threads_does_not_matter(monkeypatch, order):
     """Bit for bit: the last thread first, and in a random order."""
-    expected = states_of(LINE, 5, False, Emulated("TF32X3"))
+    expected = ran(LINE, 5, Emulated("TF32X3"))
     monkeypatch.setenv("EMULATE_ORDER", order)
-    assert_equal(states_of(LINE, 5, False, Emulated("TF32X3")), expected)
+    assert_equal(ran(LINE, 5, Emulated("TF32X3")), expected)
 
 
 def test_a_member_is_the_run_alone():
     """Bit for bit, in a grid of three blocks."""
     target = Emulated("FFMA")
-    state, _ = states_of(replace(CART, num_seeds=3), 5, False, target)
+    state, _ = ran(replace(CART, num_seeds=3), 5, target)
     for i in range(3):
-        alone, _ = states_of(replace(CART, seed=CART.seed + i), 5, False, target)
+        alone, _ = ran(replace(CART, seed=CART.seed + i), 5, target)
         assert_equal(tree.member(state, i, 3), alone)
 
 
@@ -119,15 +102,43 @@ def test_draws_are_those_of_the_plain_function(many):
 
 def test_environments_on_the_host_act_and_learn():
     """By two kernels that are launched for each of their steps."""
-    plain, other = (setup(replace(MORE["host"], engine="eager")) for _ in range(2))
-    program = fuse(other, Emulated("FFMA"))
-    learned = 0
-    for counts, steps, updates in single_steps(plain):
-        expected = plain.dqn.act_(plain.state, steps.explore[0], steps.epsilon[0])
-        assert torch.equal(program._act_(plain.state, steps.explore[0], steps.epsilon[0]), expected)
-        learned += sum(counts)
-        break
-    assert program.program is not None
+    args = replace(MORE["host"], engine="eager", learning_starts=16)
+    with cpu_threads(1):
+        plain, other = setup(args), setup(args)
+        program = fuse(other, Emulated("FFMA"))
+        learned = 0
+        for (counts, *inputs), same in zip(single_steps(plain), single_steps(other), strict=True):
+            expected = chunk_(plain.dqn, plain.state, *inputs, counts)
+            made = program(other.dqn, other.state, *same[1:], counts)
+            assert torch.equal(made.episode_return, expected.episode_return)
+            torch.testing.assert_close(made.updates, expected.updates, rtol=1e-4, atol=1e-6)
+            learned += sum(counts)
+            if learned >= 3:
+                break
+    for a, b in zip(tree.leaves(plain.state), tree.leaves(other.state), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_of_one_launch_are_those_of_many():
+    """Bit for bit, however many gradient steps follow each vector step."""
+    both = []
+    for apart in (False, True):
+        with cpu_threads(1):
+            training = setup(replace(LINE, engine="eager"))
+            program = fuse(training, Emulated("FFMA"))
+            _, steps, updates = next(training.inputs())
+            counts = (0, 0, 0, 1, 0, 2)
+            kept = []
+            for k in range(6) if apart else [slice(None)]:
+                some = slice(k, k + 1) if apart else slice(6)
+                done = sum(counts[: some.start or 0])
+                now = counts[some]
+                rows = rows_of(steps, some), rows_of(updates, slice(done, done + sum(now)))
+                record = program(training.dqn, training.state, *rows, now)
+                kept.append([t.clone() for t in record])
+            records = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+        both.append((records, training.state))
+    assert_equal(both[0], both[1])
 
 
 # ------------------------------------------------------------------------------ what must not be
@@ -137,7 +148,7 @@ import json, os, sys
 from dataclasses import replace
 from dqn_fast.engines.fused import chunk
 from dqn_fast.engines.fused.gpu import Emulated
-from dqn_fast.setup import setup
+from dqn_fast.setup import rows_of, setup
 from tests.engines.fused.test_chunk import fuse, single_steps
 from tests.engines.fused.test_gpu import CART, LINE
 import torch
