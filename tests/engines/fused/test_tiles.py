@@ -70,20 +70,28 @@ struct Arguments {
   int64_t rows;
 };
 
+// Every third number of what is masked is negative, the next one 0.
+template <class OUT> DEVICE void mask(OUT, int, int) {}
+template <class M> DEVICE void mask(Masked<M> m, int i, int j) {
+  m.at(i, j) = float((i + j) % 3) - 1;
+}
+
 // x, y and out lie one after another in shared memory. Rows of x from g.rows on stay unwritten.
-template <Precision P, End END, bool ALL, int R, int C, int K, class X, class Y, class OUT>
+template <
+    Precision P, End END, bool ALL, int R, int C, int K, int THREADS, class X, class Y, class OUT>
 DEVICE void run(const Arguments& g, int x_size, int y_size) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const X x{shared};
   const Y y{shared + x_size};
   const OUT out{shared + x_size + y_size};
   const int rows = ALL ? R : int(g.rows);
-  for (int i = thread_id(); i < rows * K; i += 512) x.at(i / K, i % K) = g.x[i];
-  for (int i = thread_id(); i < K * C; i += 512) y.at(i / C, i % C) = g.y[i];
+  for (int i = thread_id(); i < rows * K; i += THREADS) x.at(i / K, i % K) = g.x[i];
+  for (int i = thread_id(); i < K * C; i += THREADS) y.at(i / C, i % C) = g.y[i];
+  for (int i = thread_id(); i < R * C; i += THREADS) mask(out, i / C, i % C);
   BARRIER();
-  product<P, END, R, C, K, 512>(x, y, out, g.bias, rows);
+  product<P, END, R, C, K, THREADS>(x, y, out, g.bias, rows);
   BARRIER();
-  for (int i = thread_id(); i < R * C; i += 512) g.out[i] = out.at(i / C, i % C);
+  for (int i = thread_id(); i < R * C; i += THREADS) g.out[i] = out.at(i / C, i % C);
 }
 """
 
@@ -97,6 +105,7 @@ def up(x: int, multiple: int) -> int:
 # A matrix's C++ type and how many numbers it takes, by its rows and columns.
 LAYOUTS: dict[str, Callable[[int, int], tuple[str, int]]] = {
     "swizzled": lambda r, c: (f"Swizzled<{up(c, 32)}>", r * up(c, 32)),
+    "masked": lambda r, c: (f"Masked<Swizzled<{up(c, 32)}>>", r * up(c, 32)),
     "transposed": lambda r, c: (f"Transposed<Swizzled<{up(r, 32)}>>", c * up(r, 32)),
     "packed": lambda r, c: (f"Strided<{c}, 1>", r * c),
     "columns": lambda r, c: (f"Transposed<Strided<{r}, 1>>", r * c),
@@ -119,11 +128,12 @@ class Case:
     y: str = "swizzled"
     out: str = "swizzled"
     all: bool = True  # `rows` is known to the compiler
+    threads: int = THREADS
 
     @property
     def name(self) -> str:
         layouts = "_".join(layout.replace(" ", "_") for layout in (self.x, self.y, self.out))
-        known = "" if self.all else "_any"
+        known = f"_{self.threads}" if self.all else "_any"
         sizes = f"p{self.rows}x{self.columns}x{self.depth}"
         return f"{sizes}_{self.precision}_{self.end}_{layouts}{known}"
 
@@ -139,11 +149,12 @@ class Case:
         types = ", ".join(text for text, _ in self.memory)
         sizes = ", ".join(str(size) for _, size in self.memory[:2])
         return (
-            f"KERNEL({self.name}, Arguments, {THREADS}) {{\n"
+            f"KERNEL({self.name}, Arguments, {self.threads}) {{\n"
             f"  run<Precision::{self.precision}, End::{self.end}, {str(self.all).lower()}, "
-            f"{self.rows}, {self.columns}, {self.depth}, {types}>(g, {sizes});\n}}\n"
+            f"{self.rows}, {self.columns}, {self.depth}, {self.threads}, {types}>"
+            f"(g, {sizes});\n}}\n"
             f"COST({self.name}, Precision::{self.precision}, {self.rows}, {self.columns}, "
-            f"{self.depth}, {THREADS}, {self.memory[0][0]})\n"
+            f"{self.depth}, {self.threads}, {self.memory[0][0]})\n"
         )
 
 
@@ -153,7 +164,7 @@ TYPICAL = [
     Case(64, 128, 128, end="RELU"),
     Case(64, 128, 128, "TF32X3", end="RELU"),
     Case(64, 128, 128, "FFMA", end="RELU"),
-    Case(64, 128, 128, y="transposed"),
+    Case(64, 128, 128, y="transposed", out="masked"),
     Case(64, 128, 128, "TF32X3", y="transposed"),
     Case(64, 128, 128, "FFMA", y="transposed"),
     Case(128, 128, 64, x="transposed", out="aligned"),
@@ -183,6 +194,9 @@ ODD = [
     Case(256, 40, 48, "TF32X3", x="aligned", y="aligned columns", out="aligned"),
     Case(40, 72, 36, "TF32X3", x="aligned columns", y="transposed"),
     Case(16, 128, 64, "TF32X3", y="transposed"),
+    Case(50, 70, 40, "TF32X3", "BIAS", out="masked", threads=128),
+    Case(50, 3, 40, out="masked", threads=96),
+    Case(50, 70, 40, "FFMA", y="transposed", out="masked", threads=32),
     Case(50, 5, 72, end="BIAS", y="dense"),
     Case(50, 8, 40, end="RELU", x="packed", y="columns"),
     Case(9, 3, 260, x="aligned", y="packed"),
@@ -201,6 +215,7 @@ TENSOR = [case for case in TYPICAL if case.precision != "FFMA" and case.columns 
 COUNTED = [case for case in TENSOR if case.depth not in (2, 15) and case.rows != 15]
 COUNTED += [case for case in TYPICAL if case.columns <= 8]
 CONFLICT_FREE = [case for case in COUNTED if case.out != "aligned" and case.y != "dense"]
+COUNTED = [case for case in COUNTED if case.out != "masked"]  # which also loads results
 CONFLICT_FREE += [case for case in TYPICAL if case.precision == "FFMA" and case.out == "swizzled"]
 
 
@@ -304,7 +319,11 @@ def expected(case: Case, x: Array, y: Array, bias: Array) -> tuple[Array, Array]
     """The product in float64, and the sum of its terms' sizes."""
     sums = x.astype(float) @ y + (bias if case.end != "NOTHING" else 0)
     size = np.abs(x.astype(float)) @ np.abs(y) + np.abs(bias)
-    return np.where(sums < 0, 0, sums) if case.end == "RELU" else sums, size
+    if case.end == "RELU":
+        sums = np.where(sums < 0, 0, sums)
+    if case.out == "masked":
+        sums = np.where(np.add.outer(*map(np.arange, sums.shape)) % 3 == 2, sums, 0)
+    return sums, size
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
