@@ -500,7 +500,7 @@ DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
     const Right right(y, column, along, 0, COLUMNS);
     float sum[L][4] = {};
     UNROLL_BY(1) for (int k = 0; k < DEPTH; k += 32)
-      UNROLL for (int dk = 0; dk < 32; dk += STEP)
+      UNROLL_BY(4) for (int dk = 0; dk < 32; dk += STEP)
         if (DEPTH % 32 == 0 || k + dk < DEPTH) {
           float a[L][4], b[4][4];
           left.load(k, dk, a), right.load(k, dk, b);
