@@ -62,6 +62,13 @@ template <class Function> DEVICE Results<Function> results_to(const Function& fu
   return {function};
 }
 
+// As `out`: a result replaces what is there if that is positive, else becomes 0. So gradients pass back
+// through a ReLU, over its results.
+template <class M> struct Masked {
+  M of;
+  DEVICE float& at(int i, int j) const { return of.at(i, j); }
+};
+
 namespace tiles {
 
 template <int PITCH> DEVICE Transposed<Swizzled<PITCH>> transpose(Swizzled<PITCH> m) { return {m}; }
@@ -78,6 +85,7 @@ DEVICE Strided<COLUMN, ROW, ALIGNMENT> plain(Transposed<Strided<ROW, COLUMN, ALI
   return {m.of.base};
 }
 template <class M> DEVICE auto plain(Transposed<Transposed<M>> m) { return plain(m.of.of); }
+template <class M> DEVICE auto plain(Masked<M> m) { return Masked<decltype(plain(m.of))>{plain(m.of)}; }
 
 template <class M> constexpr bool SWIZZLED = false;
 template <int PITCH> constexpr bool SWIZZLED<Swizzled<PITCH>> = true;
@@ -98,6 +106,7 @@ template <int COLUMN, int ALIGNMENT>
 constexpr Side SIDE<Strided<1, COLUMN, ALIGNMENT>> =
     COLUMN % 4 == 0 && ALIGNMENT % 16 == 0 ? Side::ACROSS : Side::NONE;
 template <int ALIGNMENT> constexpr Side SIDE<Strided<1, 1, ALIGNMENT>> = Side::NONE;
+template <class M> constexpr Side SIDE<Masked<M>> = SIDE<M>;
 
 // ----------------------------------------------------------------------------- memory accesses
 
@@ -192,7 +201,7 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
     UNROLL for (int u = u0; u < u1; ++u) {
       const int shift = swizzle(part(u)) ^ dk;
       float x[4] = {};
-      if (has_row(u) && has_inner(k0 + dk)) tiles::load(s.base + part(u) * P + ((offset ^ shift) + k0), x);
+      if (has_row(u) && has_inner(k0 + dk)) tiles::load(s.base + k0 + part(u) * P + (offset ^ shift), x);
       UNROLL for (int j = 0; j < 4; ++j) v[u][j] = DEPTH % 4 && !has_inner(k0 + dk + j) ? 0.0f : x[j];
     }
   }
@@ -205,7 +214,7 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
         const int shift = swizzle((dk & 15) + j) ^ part(u);
         float x[V] = {};
         if (has_row(u) && has_inner(k0 + dk + j))
-          tiles::load(t.of.base + (k0 + dk + j) * P + (offset ^ shift), x);
+          tiles::load(t.of.base + k0 * P + (dk + j) * P + (offset ^ shift), x);
         UNROLL for (int i = 0; i < V; ++i) v[u + i][j] = x[i];
       }
   }
@@ -254,6 +263,18 @@ template <int P> DEVICE float* place(Swizzled<P> m, int i, int di, int j, int dj
   return m.base + di * P + ((i * P + (j ^ swizzle(i))) ^ (swizzle(di) ^ (dj & 31))) + (dj & ~31);
 }
 
+template <class M> DEVICE float* place(Masked<M> m, int i, int di, int j, int dj) {
+  return place(m.of, i, di, j, dj);
+}
+
+template <int N, class M> DEVICE void put(M, float* p, const float (&v)[N]) { store(p, v); }
+template <int N, class M> DEVICE void put(Masked<M>, float* p, const float (&v)[N]) {
+  float old[N], x[N];
+  load(p, old);
+  UNROLL for (int e = 0; e < N; ++e) x[e] = old[e] <= 0.0f ? 0.0f : v[e];
+  store(p, x);
+}
+
 // What is added to N results of a row from column j on.
 template <End END, int COLUMNS, int N> struct Bias {
   float value[N] = {};
@@ -274,12 +295,12 @@ DEVICE void finish(
     if (END == End::RELU) v[e] = v[e] < 0.0f ? 0.0f : v[e];
   }
   if (AT_ONCE<OUT, N> && (exact || j + dj + N <= COLUMNS))
-    store(place(out, i, di, j, dj), v);
+    put(out, place(out, i, di, j, dj), v);
   else if (!AT_ONCE<OUT, N> || COLUMNS % N)
     UNROLL for (int e = 0; e < N; ++e)
       if (exact || j + dj + e < COLUMNS) {
         const float x[1] = {v[e]};
-        store(&out.at(i + di, j + dj + e), x);
+        put(out, &out.at(i + di, j + dj + e), x);
       }
 }
 
@@ -494,7 +515,7 @@ DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
     const Right right(y, column, along, 0, COLUMNS);
     float sum[L][4] = {};
     UNROLL_BY(1) for (int k = 0; k < DEPTH; k += 32)
-      UNROLL for (int dk = 0; dk < 32; dk += STEP)
+      UNROLL_BY(4) for (int dk = 0; dk < 32; dk += STEP)
         if (DEPTH % 32 == 0 || k + dk < DEPTH) {
           float a[L][4], b[4][4];
           left.load(k, dk, a), right.load(k, dk, b);
