@@ -126,7 +126,8 @@ def test_steps_of_one_launch_are_those_of_many():
         with cpu_threads(1):
             training = setup(replace(LINE, engine="eager"))
             program = fuse(training, Emulated("FFMA"))
-            _, steps, updates = next(training.inputs())
+            every = training.inputs()
+            _, steps, updates = next(each for each in every if each[0].num_updates >= 6)
             counts = (0, 0, 0, 1, 0, 2)
             kept = []
             for k in range(6) if apart else [slice(None)]:
