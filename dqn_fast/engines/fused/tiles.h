@@ -27,8 +27,8 @@ enum class Precision { FFMA, TF32X3, TF32 };
 // ------------------------------------------------------------------------------------- matrices
 
 // What to XOR to the column of a swizzled matrix in shared memory, a multiple of 4 below 32: 16
-// bytes stay together, and the products' accesses have no bank conflicts. An access is of 64 bytes at two
-// rows that differ in bit 0, 1 or 2; of 32 bytes at four rows that differ in bits 2 and 3, or 0 and
+// bytes stay together, and the products' accesses have no bank conflicts. An access is of 64 bytes at
+// two rows that differ in bit 0, 1 or 2; of 32 bytes at four rows that differ in bits 2 and 3, or 0 and
 // 1; or of 16 bytes at eight consecutive rows.
 //
 // The swizzle of a XOR b is that of a XOR that of b. So an address that is known but for a constant
@@ -145,8 +145,8 @@ DEVICE constexpr int larger(int x, int y) { return x > y ? x : y; }
 DEVICE constexpr int up(int x, int y) { return (x + y - 1) / y; }
 
 // Part of an operand that a lane holds: at each step v[u][j], L rows u at four inner indices j.
-// Rows of y are its columns: y comes transposed. Lanes differ in `lane`, one of LANES, which moves along
-// rows, and in `inner`, a multiple of 4. Row u is
+// Rows of y are its columns: y comes transposed. Lanes differ in `lane`, one of LANES, which moves
+// along rows, and in `inner`, a multiple of 4. Row u is
 //   first + lane + LANES * u                        if not SPREAD,
 //   first + V * lane + u % V + LANES * (u - u % V)  if SPREAD: V = min(L, 4) lie side by side.
 // `first` is a multiple of L * LANES, or at least of 16. The inner index at step k0 + dk is
@@ -321,8 +321,8 @@ DEVICE constexpr Strategy strategy(Precision precision, int columns, int depth) 
 }
 
 // What a product takes of a multiprocessor. `memory`: registers of a warp that are loaded, stored
-// or shuffled; shared memory serves one a cycle if there are no bank conflicts. `tensor`, `issue`: mma
-// and all instructions of the busiest of four schedulers, which issues one a cycle. Instructions
+// or shuffled; shared memory serves one a cycle if there are no bank conflicts. `tensor`, `issue`:
+// mma and all instructions of the busiest of four schedulers, which issues one a cycle. Instructions
 // before and after the loops are not counted.
 //
 // MMA_CYCLES: m16n8k8 of TF32 is 1024 multiply-adds, and an H100's tensor core does 256 a cycle

@@ -18,6 +18,7 @@ import dqn_fast.engines
 
 HEADERS = Path(dqn_fast.engines.__file__).parent / "fused"
 THREADS = 512
+CUDA_NAN = np.array(0x7FFFFFFF, np.uint32).view(np.float32)[()]
 SOURCE = """
 #ifndef __CUDACC__
 #include <cstdint>
@@ -373,7 +374,7 @@ def test_the_predicted_cost_is_what_is_executed(products: Products, case: Case) 
 
 
 @pytest.mark.parametrize("precision", ["FFMA", "TF32X3"])
-@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("number", [np.nan, CUDA_NAN, np.inf])
 def test_what_is_not_finite_stays_so(products: Products, precision: str, number: float) -> None:
     """In exactly the results it is part of; also in few columns, and through a ReLU if positive."""
     for case in (
