@@ -3,21 +3,22 @@
 //     product<PRECISION, END, ROWS, COLUMNS, DEPTH, THREADS>(x, y, out, bias, rows);
 //     out[i, j] = sum over k of x[i, k] * y[k, j], then nothing, + bias[j], or relu(... + bias[j])
 //
-// for i < rows <= ROWS. All THREADS threads call it. There is no barrier inside: the caller places one
-// before, if x or y were just written, and one after. Rows beyond are neither read nor written, and a
-// row's result does not depend on `rows`. A matrix is a Swizzled, a Strided or a Transposed one of
-// these; they may be in shared or in global memory. The padding columns of a swizzled matrix may be
-// read, and do no harm.
+// for i < rows <= ROWS. All THREADS threads call it. There is no barrier inside: the caller places
+// one before, if x or y were just written, and one after. Rows beyond `rows` are neither read nor
+// written, and a row's result depends neither on `rows` nor on ROWS. A matrix is a Swizzled, a
+// Strided or a Transposed one of these, in shared or in global memory. The padding columns of a
+// swizzled matrix may be read, and do no harm.
 //
 // How a product is computed depends on its sizes alone (`strategy`):
 //   NARROW  few columns (Q-values): lanes share a row, then add their parts by shuffles. float32.
-//   PLAIN   fused multiply-adds, a thread 4 or 8 rows of 4 columns. Precision FFMA, or at most 4 deep.
+//   PLAIN   fused multiply-adds, a thread 4 or 8 rows of 4 columns. For FFMA, or at most 4 deep.
 //   TENSOR  mma.sync, a warp up to 32 x 32 results. Sizes are padded to tiles with zeros.
 //
-// Precisions of TENSOR: TF32 rounds both operands to nearest. TF32X3 adds the products of the rounding
-// errors with the other operand, and is as exact as float32 sums are. Not-finite numbers: PLAIN and
-// NARROW do as float32 does. With TF32X3 a result is NaN wherever float32 has NaN or infinity. With
-// TF32 infinity stays, but round_tf32 turns NaNs whose bits are 0x7ffff000 or above into zero.
+// Precisions of TENSOR: TF32 rounds both operands to nearest. TF32X3 adds the products of the
+// rounding errors with the other operand, so that the sums within mma.sync are what is least exact.
+// Not-finite numbers: PLAIN and NARROW do as float32 does. With TF32X3 a result is NaN or infinite
+// wherever float32 has either. With TF32 infinity stays, but round_tf32 turns NaNs whose bits are
+// 0x7ffff000 or above, as a GPU's are, into zero.
 #pragma once
 
 enum class End { NOTHING, BIAS, RELU };
@@ -25,10 +26,10 @@ enum class Precision { FFMA, TF32X3, TF32 };
 
 // ------------------------------------------------------------------------------------- matrices
 
-// What to XOR to the column of a swizzled matrix in shared memory: 16 bytes stay together, and the
-// products' accesses have no bank conflicts. These are (a multiple of 4 that differs where it must):
-// 64 bytes at two rows that differ in bit 0, 1 or 2; 32 bytes at four rows that differ in bits 2 and 3,
-// or in bits 0 and 1; 16 bytes at eight consecutive rows.
+// What to XOR to the column of a swizzled matrix in shared memory, a multiple of 4 below 32: 16
+// bytes stay together, and the products' accesses have no bank conflicts. An access is of 64 bytes at
+// two rows that differ in bit 0, 1 or 2; of 32 bytes at four rows that differ in bits 2 and 3, or 0 and
+// 1; or of 16 bytes at eight consecutive rows.
 //
 // The swizzle of a XOR b is that of a XOR that of b. So an address that is known but for a constant
 // offset in rows and columns needs one XOR and no arithmetic on rows.
@@ -36,16 +37,17 @@ DEVICE constexpr int swizzle(int row) {
   return ((row ^ row >> 1 ^ row >> 2) & 1) << 4 | ((row >> 1 ^ row >> 3) & 1) << 3 | (row & 1) << 2;
 }
 
-// Element (i, j) at base[i * PITCH + (j ^ swizzle(i))]. base is aligned to 128 bytes, PITCH a multiple
-// of 32.
+// Element (i, j) at base[i * PITCH + (j ^ swizzle(i))]. base is aligned to 128 bytes, PITCH a
+// multiple of 32.
 template <int PITCH> struct Swizzled {
   static_assert(PITCH > 0 && PITCH % 32 == 0, "a swizzle permutes 32 columns");
   float* base;
   DEVICE float& at(int i, int j) const { return base[i * PITCH + (j ^ swizzle(i))]; }
 };
 
-// Element (i, j) at base[i * ROW + j * COLUMN]. ALIGNMENT of base in bytes: with 16, numbers that lie
-// side by side are loaded and stored four at a time.
+// Element (i, j) at base[i * ROW + j * COLUMN]. ALIGNMENT of base in bytes: with 16, numbers that
+// lie side by side are loaded and stored four at a time. Give it to the y of few columns too: four
+// of its rows are then loaded at once.
 template <int ROW, int COLUMN, int ALIGNMENT = 4> struct Strided {
   float* base;
   DEVICE float& at(int i, int j) const { return base[i * ROW + j * COLUMN]; }
@@ -61,13 +63,6 @@ template <class Function> struct Results { const Function& function; };
 template <class Function> DEVICE Results<Function> results_to(const Function& function) {
   return {function};
 }
-
-// As `out`: a result replaces what is there if that is positive, else becomes 0. So gradients pass back
-// through a ReLU, over its results.
-template <class M> struct Masked {
-  M of;
-  DEVICE float& at(int i, int j) const { return of.at(i, j); }
-};
 
 namespace tiles {
 
@@ -85,7 +80,6 @@ DEVICE Strided<COLUMN, ROW, ALIGNMENT> plain(Transposed<Strided<ROW, COLUMN, ALI
   return {m.of.base};
 }
 template <class M> DEVICE auto plain(Transposed<Transposed<M>> m) { return plain(m.of.of); }
-template <class M> DEVICE auto plain(Masked<M> m) { return Masked<decltype(plain(m.of))>{plain(m.of)}; }
 
 template <class M> constexpr bool SWIZZLED = false;
 template <int PITCH> constexpr bool SWIZZLED<Swizzled<PITCH>> = true;
@@ -93,8 +87,8 @@ template <int PITCH> constexpr bool SWIZZLED<Transposed<Swizzled<PITCH>>> = true
 
 template <class M> using Plain = decltype(plain(M{}));
 
-// Whether four numbers that lie side by side differ in the second index (ALONG), in the first (ACROSS),
-// or may not be loaded at once.
+// Whether four numbers that lie side by side differ in the second index (ALONG), in the first
+// (ACROSS), or may not be loaded at once.
 enum class Side { NONE, ALONG, ACROSS };
 template <class M> constexpr Side SIDE = Side::NONE;
 template <int PITCH> constexpr Side SIDE<Swizzled<PITCH>> = Side::ALONG;
@@ -106,7 +100,6 @@ template <int COLUMN, int ALIGNMENT>
 constexpr Side SIDE<Strided<1, COLUMN, ALIGNMENT>> =
     COLUMN % 4 == 0 && ALIGNMENT % 16 == 0 ? Side::ACROSS : Side::NONE;
 template <int ALIGNMENT> constexpr Side SIDE<Strided<1, 1, ALIGNMENT>> = Side::NONE;
-template <class M> constexpr Side SIDE<Masked<M>> = SIDE<M>;
 
 // ----------------------------------------------------------------------------- memory accesses
 
@@ -146,16 +139,16 @@ DEVICE constexpr int smaller(int x, int y) { return x < y ? x : y; }
 DEVICE constexpr int larger(int x, int y) { return x > y ? x : y; }
 DEVICE constexpr int up(int x, int y) { return (x + y - 1) / y; }
 
-// Part of an operand that a lane holds: at each step v[u][j], L rows u, at four inner indices j (rows of
-// y are its columns: y comes transposed). Lanes of an access differ in `lane`, one of LANES, which moves
+// Part of an operand that a lane holds: at each step v[u][j], L rows u at four inner indices j.
+// Rows of y are its columns: y comes transposed. Lanes differ in `lane`, one of LANES, which moves
 // along rows, and in `inner`, a multiple of 4. Row u is
-//   first + lane + LANES * u            if not SPREAD,
-//   first + V * lane + u % V + LANES * (u - u % V)  if SPREAD: V = min(L, 4) at a time are neighbours.
-// `first` is a multiple of 8, and of 16 if LANES * L is above 8. The inner index at step k0 + dk is
+//   first + lane + LANES * u                        if not SPREAD,
+//   first + V * lane + u % V + LANES * (u - u % V)  if SPREAD: V = min(L, 4) lie side by side.
+// `first` is a multiple of L * LANES, or at least of 16. The inner index at step k0 + dk is
 // k0 + dk + inner + j, where k0 is a multiple of 32, dk below 32, and inner's bits are not in dk.
 //
-// Of ROWS rows, the first `limit` are there. Sizes are padded with zeros to L * LANES rows and to STEP
-// inner indices.
+// Of ROWS rows, the first `limit` are there. Sizes are padded with zeros to a multiple of L * LANES
+// rows and of STEP inner indices.
 template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP> struct Operand {
   static constexpr int V = SPREAD ? smaller(L, 4) : 1;
   static constexpr bool EXACT = ROWS % (LANES * L) == 0;
@@ -171,8 +164,8 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
   DEVICE int row(int u) const { return row0 + part(u); }
   DEVICE bool has_row(int u) const { return (EXACT && limit == ROWS) || row(u) < limit; }
 
-  // All, or one of two parts: rows 0 .. L / 2 - 1 and the rest if a lane's inner indices are loaded at
-  // once (BY_ROW), else inner indices 0, 1 and 2, 3.
+  // All, or one of two parts: rows 0 .. L / 2 - 1 and the rest if a row's four inner indices are
+  // loaded at once (BY_ROW), else inner indices 0, 1 and 2, 3.
   static constexpr bool BY_ROW = SIDE<M> == Side::ALONG && L > 1;
   static constexpr bool WHOLE = SIDE<M> == Side::ALONG && L == 1;  // the first part is all
   DEVICE void load(int k0, int dk, float (&v)[L][4]) const {
@@ -189,7 +182,9 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
   }
 
  private:
-  template <int P> DEVICE int start(Swizzled<P>) const { return row0 * P + (inner ^ swizzle(row0)); }
+  template <int P> DEVICE int start(Swizzled<P>) const {
+    return row0 * P + (inner ^ swizzle(row0));
+  }
   template <int P> DEVICE int start(Transposed<Swizzled<P>>) const {
     return inner * P + (row0 ^ swizzle(inner));
   }
@@ -197,12 +192,15 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
 
   // Rows u0 .. u1 - 1, or all rows at inner indices j0, j0 + 1.
   template <int P>
-  DEVICE void load_from(Swizzled<P> s, int u0, int u1, int, int k0, int dk, float (&v)[L][4]) const {
+  DEVICE void load_from(
+      Swizzled<P> s, int u0, int u1, int, int k0, int dk, float (&v)[L][4]) const {
     UNROLL for (int u = u0; u < u1; ++u) {
       const int shift = swizzle(part(u)) ^ dk;
       float x[4] = {};
-      if (has_row(u) && has_inner(k0 + dk)) tiles::load(s.base + k0 + part(u) * P + (offset ^ shift), x);
-      UNROLL for (int j = 0; j < 4; ++j) v[u][j] = DEPTH % 4 && !has_inner(k0 + dk + j) ? 0.0f : x[j];
+      if (has_row(u) && has_inner(k0 + dk))
+        tiles::load(s.base + k0 + part(u) * P + (offset ^ shift), x);
+      UNROLL for (int j = 0; j < 4; ++j)
+        v[u][j] = DEPTH % 4 && !has_inner(k0 + dk + j) ? 0.0f : x[j];
     }
   }
 
@@ -243,7 +241,8 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
       UNROLL for (int u = u0; u < u1; u += N)
         UNROLL for (int j = j0; j < (side == Side::ALONG ? 4 : j0 + 2); ++j) {
           float x[N] = {};
-          if (has_row(u) && has_inner(k + j)) tiles::load(s.base + row(u) * R + (k + inner + j) * C, x);
+          if (has_row(u) && has_inner(k + j))
+            tiles::load(s.base + row(u) * R + (k + inner + j) * C, x);
           UNROLL for (int i = 0; i < N; ++i) v[u + i][j] = x[i];
         }
     }
@@ -261,18 +260,6 @@ template <class M> DEVICE float* place(M m, int i, int di, int j, int dj) {
 }
 template <int P> DEVICE float* place(Swizzled<P> m, int i, int di, int j, int dj) {
   return m.base + di * P + ((i * P + (j ^ swizzle(i))) ^ (swizzle(di) ^ (dj & 31))) + (dj & ~31);
-}
-
-template <class M> DEVICE float* place(Masked<M> m, int i, int di, int j, int dj) {
-  return place(m.of, i, di, j, dj);
-}
-
-template <int N, class M> DEVICE void put(M, float* p, const float (&v)[N]) { store(p, v); }
-template <int N, class M> DEVICE void put(Masked<M>, float* p, const float (&v)[N]) {
-  float old[N], x[N];
-  load(p, old);
-  UNROLL for (int e = 0; e < N; ++e) x[e] = old[e] <= 0.0f ? 0.0f : v[e];
-  store(p, x);
 }
 
 // What is added to N results of a row from column j on.
@@ -295,12 +282,12 @@ DEVICE void finish(
     if (END == End::RELU) v[e] = v[e] < 0.0f ? 0.0f : v[e];
   }
   if (AT_ONCE<OUT, N> && (exact || j + dj + N <= COLUMNS))
-    put(out, place(out, i, di, j, dj), v);
+    store(place(out, i, di, j, dj), v);
   else if (!AT_ONCE<OUT, N> || COLUMNS % N)
     UNROLL for (int e = 0; e < N; ++e)
       if (exact || j + dj + e < COLUMNS) {
         const float x[1] = {v[e]};
-        put(out, &out.at(i + di, j + dj + e), x);
+        store(&out.at(i + di, j + dj + e), x);
       }
 }
 
@@ -319,23 +306,24 @@ enum class Strategy { NARROW, PLAIN, TENSOR };
 constexpr int NARROW_COLUMNS = 8, OUTER_DEPTH = 4;
 
 DEVICE constexpr Strategy strategy(Precision precision, int columns, int depth) {
-  return depth <= OUTER_DEPTH                ? Strategy::PLAIN
-         : columns <= NARROW_COLUMNS         ? Strategy::NARROW
-         : precision == Precision::FFMA      ? Strategy::PLAIN
-                                             : Strategy::TENSOR;
+  return depth <= OUTER_DEPTH           ? Strategy::PLAIN
+         : columns <= NARROW_COLUMNS    ? Strategy::NARROW
+         : precision == Precision::FFMA ? Strategy::PLAIN
+                                        : Strategy::TENSOR;
 }
 
-// What a product takes of a multiprocessor. `memory`: registers of a warp that are loaded, stored or
-// shuffled; shared memory serves one a cycle if there are no bank conflicts. `tensor`, `issue`: mma and
-// all instructions of the busiest of four schedulers, which issues one a cycle. What precedes and
-// follows the loops is not counted.
+// What a product takes of a multiprocessor. `memory`: registers of a warp that are loaded, stored
+// or shuffled; shared memory serves one a cycle if there are no bank conflicts. `tensor`, `issue`:
+// mma and all instructions of the busiest of four schedulers, which issues one a cycle. Instructions
+// before and after the loops are not counted.
 //
-// MMA_CYCLES: m16n8k8 of TF32 is 1024 multiply-adds, and an H100's tensor core does 256 a cycle (495
-// TFLOP/s at 1.83 GHz, 132 x 4 cores); mma.sync is said to reach 63 % of that (arXiv 2402.13499).
+// MMA_CYCLES: m16n8k8 of TF32 is 1024 multiply-adds, and an H100's tensor core does 256 a cycle
+// (495 TFLOP/s at 1.83 GHz, 132 x 4 cores). mma.sync is assumed to reach two thirds of that.
 struct Cost {
   int memory, tensor, issue;
   static constexpr int MMA_CYCLES = 6;
-  // All three at once, or one after another, as it was about with a kernel that loaded just in time.
+  // All three at once, or one after another. A kernel that loaded each operand just before its use
+  // took 6.0 k cycles for a product of which this is 6.3 k, on an H100.
   DEVICE constexpr int least() const { return larger(memory, larger(tensor * MMA_CYCLES, issue)); }
   DEVICE constexpr int most() const { return memory + tensor * MMA_CYCLES + issue; }
 };
@@ -352,7 +340,8 @@ DEVICE constexpr int busiest(int tiles, int warps) {
 }
 
 DEVICE constexpr Cost tensor_cost(Tile t, int rows, int columns, int depth, int warps, bool three) {
-  const int tiles = count(t, rows, columns), steps = up(depth, 16), edges = (t.rows + t.columns) / 2;
+  const int tiles = count(t, rows, columns), steps = up(depth, 16);
+  const int edges = (t.rows + t.columns) / 2;
   const int mma = t.rows / 16 * (t.columns / 8) * 2 * (three ? 3 : 1), most = busiest(tiles, warps);
   return {tiles * (steps * edges + t.rows * t.columns / 32), most * steps * mma,
           most * steps * (mma + edges / 4 + edges * (three ? 3 : 1) + 10)};
@@ -375,7 +364,7 @@ DEVICE constexpr Cost plain_cost(int rows, int columns, int depth, int warps) {
   const int l = plain_rows(rows, columns, depth, warps), tiles = count({4 * l, 32}, rows, columns);
   const int steps = up(depth, 4);
   // Both operands' 16-byte loads have pairs of lanes with equal addresses, which cost half.
-  return {tiles * (steps * (4 * l + 16) / 2 + 4 * l), 0, busiest(tiles, warps) * steps * (16 * l + 2 * l + 8)};
+  return {tiles * (steps * (4 * l + 16) / 2 + 4 * l), 0, busiest(tiles, warps) * steps * 20 * l};
 }
 
 // Lanes that share rows, and how many rows those share. A warp has 4 rows or, where x is stored by
@@ -407,11 +396,12 @@ template <bool THREE> struct Split {
   }
 };
 
-// Adds products of inner indices 2 half, 2 half + 1 of each quad: eight in all. Columns n0 .. n1 - 1.
-// An mma waits for the last one that wrote its results, so those follow one another late.
+// Adds products of inner indices 2 half, 2 half + 1 of each quad, eight in all, to columns
+// n0 .. n1 - 1. An mma waits for the last one that wrote its results, so others come between them.
 template <bool THREE, int M, int N>
 DEVICE void multiply(
-    float (&sum)[M][N][4], const float (&a)[2 * M][4], const float (&b)[N][4], int half, int n0, int n1) {
+    float (&sum)[M][N][4], const float (&a)[2 * M][4], const float (&b)[N][4], int half, int n0,
+    int n1) {
   const int j = 2 * half;
   uint32_t b_high[N][2], b_low[N][2];
   UNROLL for (int n = n0; n < n1; ++n)
@@ -433,8 +423,8 @@ DEVICE void multiply(
   }
 }
 
-// Inner indices k0 .. k0 + 31. Numbers are loaded one step, those of `right` half a step, before they
-// are multiplied. `last`: k0 is the last.
+// Inner indices k0 .. k0 + 31. Numbers are loaded one step before they are multiplied, those of
+// `right` half a step before. `last`: k0 is the last.
 template <bool THREE, int DEPTH, int M, int N, class LEFT, class RIGHT>
 DEVICE void two_steps(
     const LEFT& left, const RIGHT& right, int k0, bool last, float (&sum)[M][N][4],
@@ -458,7 +448,9 @@ DEVICE void two_steps(
     }
 }
 
-template <Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
+template <
+    Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y,
+    class OUT>
 DEVICE void tensor_product(X x, Y y, OUT out, const float* bias, int rows) {
   constexpr bool THREE = P == Precision::TF32X3;
   constexpr int WARPS = THREADS / 32, STEP = 16;
@@ -470,7 +462,8 @@ DEVICE void tensor_product(X x, Y y, OUT out, const float* bias, int rows) {
   const unsigned thread = fresh_thread_id();
   const int group = thread % 32 / 4, quad = thread % 4;
   UNROLL_BY(1) for (int tile = thread / 32; tile < TILES; tile += WARPS) {
-    const int row = unsigned(tile) % DOWN * TILE.rows, column = unsigned(tile) / DOWN * TILE.columns;
+    const int row = unsigned(tile) % DOWN * TILE.rows;
+    const int column = unsigned(tile) / DOWN * TILE.columns;
     if (rows < ROWS && row >= rows) continue;
     const Left left(x, row, group, 4 * quad, rows);
     const Right right(y, column, group, 4 * quad, COLUMNS);
@@ -505,11 +498,12 @@ DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
   constexpr bool SPREAD = SIDE<Y> == Side::ACROSS;  // else a lane's columns are 8 apart
   typedef Operand<X, 4, L, SIDE<X> == Side::ACROSS, ROWS, DEPTH, STEP> Left;
   typedef Operand<Y, 8, 4, SPREAD, COLUMNS, DEPTH, STEP> Right;
-  // Lanes 1 apart have the same columns, lanes 2 apart the same rows: such pairs are served together.
+  // Lanes 1 apart have the same columns, lanes 2 apart the same rows: pairs served together.
   const unsigned thread = fresh_thread_id();
   const int down = (thread & 1) | (thread >> 1 & 2), along = (thread >> 1 & 1) | (thread >> 2 & 6);
   UNROLL_BY(1) for (int tile = thread / 32; tile < TILES; tile += WARPS) {
-    const int row = unsigned(tile) % DOWN * TILE.rows, column = unsigned(tile) / DOWN * TILE.columns;
+    const int row = unsigned(tile) % DOWN * TILE.rows;
+    const int column = unsigned(tile) / DOWN * TILE.columns;
     if (rows < ROWS && row >= rows) continue;
     const Left left(x, row, down, 0, rows);
     const Right right(y, column, along, 0, COLUMNS);
@@ -537,7 +531,8 @@ DEVICE void plain_product(X x, Y y, OUT out, const float* bias, int rows) {
           if (left.has_row(u)) {
             const float v[1] = {sum[u][c]};
             finish<END, COLUMNS>(
-                out, left.row0, Left::part(u), right.row0, Right::part(c), Right::EXACT, v, shift.value);
+                out, left.row0, Left::part(u), right.row0, Right::part(c), Right::EXACT, v,
+                shift.value);
           }
       }
     }
@@ -550,7 +545,7 @@ template <int N, int MASK, int LAST> struct Scatter {
   static constexpr bool HALVE = N % 2 == 0;
   typedef Scatter<HALVE ? N / 2 : N, 2 * MASK, LAST> Next;
   static constexpr int KEPT = Next::KEPT;
-  static constexpr int SHARED = HALVE ? Next::SHARED : 2 * Next::SHARED;  // lanes that keep the same
+  static constexpr int SHARED = HALVE ? Next::SHARED : 2 * Next::SHARED;  // lanes with the same
   DEVICE static int sum(float* v, int lane) {
     const bool upper = lane & MASK;
     if constexpr (HALVE) {
@@ -581,7 +576,8 @@ DEVICE void narrow_product(X x, Y y, OUT out, const float* bias, int rows) {
   const unsigned thread = fresh_thread_id();
   const int part = thread % PARTS, lane = thread % 32 / PARTS;
   const Right right(y, 0, 0, 4 * part, COLUMNS);
-  UNROLL_BY(1) for (int row = thread / 32 * (L * LANES); row < ROWS; row += THREADS / 32 * (L * LANES)) {
+  constexpr int TILE = L * LANES;
+  UNROLL_BY(1) for (int row = thread / 32 * TILE; row < ROWS; row += THREADS / 32 * TILE) {
     if (rows < ROWS && row >= rows) continue;  // the whole warp
     const Left left(x, row, lane, 4 * part, rows);
     float sum[L * COLUMNS] = {};
@@ -621,9 +617,12 @@ DEVICE constexpr tiles::Cost product_cost() {
       tiles::tensor_tile(ROWS, COLUMNS, DEPTH, WARPS, THREE), ROWS, COLUMNS, DEPTH, WARPS, THREE);
 }
 
-template <Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y, class OUT>
+template <
+    Precision P, End END, int ROWS, int COLUMNS, int DEPTH, int THREADS, class X, class Y,
+    class OUT>
 DEVICE void product(X x, Y y, OUT out, const float* bias, int rows) {
-  static_assert(ROWS > 0 && COLUMNS > 0 && DEPTH > 0 && THREADS > 0 && THREADS % 32 == 0, "whole warps");
+  static_assert(ROWS > 0 && COLUMNS > 0 && DEPTH > 0, "sizes are at least 1");
+  static_assert(THREADS > 0 && THREADS % 32 == 0, "whole warps");
   constexpr tiles::Strategy STRATEGY = tiles::strategy(P, COLUMNS, DEPTH);
   const auto left = tiles::plain(x);
   const auto right = tiles::plain(tiles::transpose(y));

@@ -128,7 +128,9 @@ def test_steps_of_one_launch_are_those_of_many():
             program = fuse(training, Emulated("FFMA"))
             several = list(itertools.islice(training.inputs(), 1, 5))
             steps, updates = (
-                type(parts[0])(*(t[0] if t[0] is None else torch.cat(t) for t in zip(*parts)))
+                type(parts[0])(
+                    *(t[0] if t[0] is None else torch.cat(t) for t in zip(*parts, strict=True))
+                )
                 for parts in zip(*(each[1:] for each in several), strict=True)
             )
             counts = (0, 1, 0, 2)
@@ -157,11 +159,11 @@ from tests.engines.fused.test_chunk import fuse, single_steps
 from tests.engines.fused.test_gpu import CART, LINE
 import torch
 torch.set_num_threads(1)
-name, options, steps = sys.argv[1], tuple(json.loads(sys.argv[2])), int(sys.argv[3])
+name, options, mode = sys.argv[1], tuple(json.loads(sys.argv[2])), sys.argv[3]
 training = setup(replace({"LineWorld": LINE, "CartPole": CART}[name], engine="eager"))
 parts = training.dqn, training.state, training.plan, training.noise
 program = chunk.FusedChunk(*parts, target=Emulated("TF32X3", extra=options))
-if not steps:
+if mode == "compile":
     if program._build is not None:
         program._package = program._build.finish()
     sys.exit()
@@ -169,39 +171,37 @@ program.finish(lambda: False)
 
 def run():
     program.draw(training.noise, 2, 2, 0, 0)
-    for number, (counts, inputs, updates) in enumerate(single_steps(training)):
-        if number >= steps - 1:
-            program(training.dqn, training.state, inputs, updates, counts)
-        if sum(counts):
-            break
+    counts, inputs, updates = next(each for each in single_steps(training) if sum(each[0]))
+    program(training.dqn, training.state, inputs, updates, counts)
 
 text = program.source
 after = text.index("DEVICE void step(")
 lines = text[:after].count(chr(10)) + 1
 barriers = [lines + n for n, line in enumerate(text[after:].splitlines()) if "BARRIER();" in line]
-for line in [0, *barriers] if len(sys.argv) > 4 else [0]:
+for line in [0, *barriers] if mode == "each" else [0]:
     print("without", line, file=sys.stderr, flush=True)
     os.environ["EMULATE_SKIP"] = str(line)
     run()
 """
 
 
-def sanitized(name: str, sanitizer: str, library: str, steps: int, *more: str) -> dict[int, bool]:
+def sanitized(name: str, sanitizer: str, library: str, mode: str) -> dict[int, bool]:
     """Run vector steps of a program that a sanitizer watches, in a process of its own; returns
     whether it reports anything, by the line of the barrier that is left out (0: none)."""
     options = json.dumps(["-O1", "-g", f"-fsanitize={sanitizer}"])
     environ = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     environ["UBSAN_OPTIONS"] = "halt_on_error=1"
-    environ |= {"TSAN_OPTIONS": "halt_on_error=0:exitcode=0:suppress_equal_stacks=0:suppress_equal_addresses=0"}
+    again = "suppress_equal_stacks=0:suppress_equal_addresses=0"  # as if there had been no others
+    environ |= {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=0:{again}"}
     words = [sys.executable, "-c", RACES, name, options]
-    subprocess.run([*words, "0"], env=environ, cwd=ROOT, check=True)  # compiles
+    subprocess.run([*words, "compile"], env=environ, cwd=ROOT, check=True)  # compiles
     found = subprocess.run(
         ["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True
     )
     environ["LD_PRELOAD"] = found.stdout.strip()
     fixed = ["setarch", platform.machine(), "-R"]  # where the thread sanitizer finds its memory
     done = subprocess.run(
-        [*fixed, *words, str(steps), *more], env=environ, cwd=ROOT, capture_output=True, text=True
+        [*fixed, *words, mode], env=environ, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3_000:]
     first, *parts = done.stderr.split("without ")
@@ -213,7 +213,7 @@ def sanitized(name: str, sanitizer: str, library: str, steps: int, *more: str) -
 @pytest.mark.parametrize("name", ["LineWorld", "CartPole"])
 def test_each_barrier_is_needed_and_is_enough(name):
     """The thread sanitizer sees no race, and one where any of the barriers is left out."""
-    found = sanitized(name, "thread", "libtsan.so", 4, "each")
+    found = sanitized(name, "thread", "libtsan.so", "each")
     assert not found.pop(0)
     assert len(found) > 15
     assert [line for line, noticed in found.items() if not noticed] == []
@@ -223,7 +223,7 @@ def test_each_barrier_is_needed_and_is_enough(name):
 @pytest.mark.parametrize("name", ["LineWorld", "CartPole"])
 def test_sanitizers_find_nothing(name):
     """No access outside of memory, nothing undefined."""
-    assert sanitized(name, "address,undefined", "libasan.so", 3) == {0: False}
+    assert sanitized(name, "address,undefined", "libasan.so", "whole") == {0: False}
 
 
 class Text:
