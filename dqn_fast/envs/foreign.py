@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from dqn_fast.envs.from_gymnasium import parse_text
+from dqn_fast.envs.params import parse_text
 
 _NAMES = re.compile(
     r"(^|_)(env|envs|id|ids|spec|entry|point|module|import|package|plugin|class|cls|"

@@ -1172,16 +1172,3 @@ def _parse_params(name: str, spec: Any, params: Mapping[str, Any]) -> dict[str, 
         is_text = isinstance(value, str) and not isinstance(default, str)
         values[key] = parse_text(value) if is_text else value
     return values
-
-
-def parse_text(text: str) -> Any:
-    """Text of the command line as the number, truth value, None or list that it reads as."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", text, re.IGNORECASE):
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
-    if text[:1] in "[{":
-        with contextlib.suppress(ValueError):
-            return json.loads(text)
-    return text

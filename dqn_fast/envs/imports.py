@@ -1,0 +1,138 @@
+"""Import paths that a person has named, such as `--env my_package.my_module:make`.
+
+Whatever the import of foreign code raises becomes one line that names the flag.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from dqn_fast.envs.params import parse_text
+from dqn_fast.envs.spaces import describe_error
+
+
+class ImportFailed(ValueError):
+    """A module or a name in it cannot be imported."""
+
+
+def import_module(flag: str, module: str) -> ModuleType:
+    """Import a module.
+
+    Args:
+        flag: with its value, for the message.
+        module: its dotted name.
+
+    Raises:
+        ImportFailed: whatever the import raised, also if it ended the program.
+    """
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        reason = describe_error(error)
+        raise ImportFailed(f"{flag}: {module} cannot be imported ({reason})") from error
+
+
+def import_object(flag: str, path: str) -> Any:
+    """The object that "module:name" names; the name may have dots.
+
+    Raises:
+        ImportFailed: the path has another form, the module cannot be imported, or has no such name.
+    """
+    module, _, name = path.partition(":")
+    if not (_is_dotted(module) and _is_dotted(name)):
+        raise ImportFailed(f"{flag}: must be module:name, such as my_package.my_module:make_env")
+    found = import_module(flag, module)
+    try:
+        return operator.attrgetter(name)(found)
+    except AttributeError:
+        raise ImportFailed(f"{flag}: {module} has no {name}") from None
+
+
+def _is_dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+def path_of(thing: Any) -> str | None:
+    """The import path of a function or class; None: it has none that another program could use."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if not (isinstance(module, str) and isinstance(name, str)) or module == "__main__":
+        return None
+    return f"{module}:{name}" if _is_dotted(module) and _is_dotted(name) else None
+
+
+def arguments_for(
+    flag: str, function: Callable[..., Any], params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments for a callable: text as the value that it reads as, unless the default is
+    text; names checked if the signature lists them.
+
+    Raises:
+        ValueError: the callable has no such argument.
+    """
+    known, any_name = dict[str, inspect.Parameter](), True
+    try:
+        known = dict(inspect.signature(function).parameters)
+        any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    except (TypeError, ValueError):  # some callables have no signature
+        pass
+    values = {}
+    for name, value in params.items():
+        if not any_name and name not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"--env-params {name} {value}: {flag} has no such parameter; it has {names}")
+        default = known[name].default if name in known else None
+        is_text = isinstance(value, str) and not isinstance(default, str)
+        values[name] = parse_text(value) if is_text else value
+    return values
+
+
+class WrapperCall(NamedTuple):
+    """A wrapper and its arguments, as `--wrappers module:Wrapper,key=value` names them.
+
+    Attributes:
+        wrapper: called with the environment and the arguments.
+        arguments: by name.
+    """
+
+    wrapper: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def __call__(self, env: Any) -> Any:
+        return self.wrapper(env, **self.arguments)
+
+
+def read_wrapper(text: str) -> WrapperCall:
+    """Import the wrapper that a value of --wrappers names, and read its arguments.
+
+    Raises:
+        ValueError: the text has another form, or the wrapper cannot be imported.
+    """
+    flag = f"--wrappers {text}"
+    path, *pairs = _split(text)
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (equals and key.strip().isidentifier()):
+            raise ValueError(f"{flag}: {pair!r} must be name=value")
+        arguments[key.strip()] = parse_text(value)
+    wrapper = import_object(flag, path)
+    if not callable(wrapper):
+        raise ValueError(f"{flag}: is {type(wrapper).__name__}; must be a wrapper's class")
+    return WrapperCall(wrapper, arguments)
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas that are in no brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
