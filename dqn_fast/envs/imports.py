@@ -5,14 +5,16 @@ Whatever the import of foreign code raises becomes one line that names the flag.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
-from dqn_fast.envs.params import parse_text
+from dqn_fast.envs.params import cast, parse_text
 from dqn_fast.envs.spaces import describe_error
 
 
@@ -65,29 +67,55 @@ def path_of(thing: Any) -> str | None:
     return f"{module}:{name}" if _is_dotted(module) and _is_dotted(name) else None
 
 
-def arguments_for(
-    flag: str, function: Callable[..., Any], params: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Keyword arguments for a callable: text as the value that it reads as, unless the default is
-    text; names checked if the signature lists them.
-
-    Raises:
-        ValueError: the callable has no such argument.
-    """
-    known, any_name = dict[str, inspect.Parameter](), True
+def parameters_of(function: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Parameters of a callable by name, and whether it takes others too; some have no signature."""
     try:
         known = dict(inspect.signature(function).parameters)
-        any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    except (TypeError, ValueError):  # some callables have no signature
-        pass
+    except (TypeError, ValueError):
+        return {}, True
+    return known, any(p.kind is p.VAR_KEYWORD for p in known.values())
+
+
+_PLUMBING = ("render_mode", "disable_env_checker")
+"""Parameters that Gymnasium and this program set; they are taken and not listed."""
+
+
+def arguments_for(
+    owner: str, function: Any, params: Mapping[str, Any], also: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Keyword arguments for a callable.
+
+    Text is cast to the types of a dataclass's fields; for other callables it becomes the value that
+    it reads as, unless the default is text.
+
+    Args:
+        owner: name of the callable, for the message.
+        function: the callable.
+        params: the arguments by name.
+        also: names that are taken beside those of the callable.
+
+    Raises:
+        ValueError: the callable has no such parameter, or its type is another.
+    """
+    known, any_name = parameters_of(function)
+    hints: dict[str, Any] = {}
+    if dataclasses.is_dataclass(function):
+        with contextlib.suppress(NameError, TypeError):
+            hints = get_type_hints(function)
     values = {}
     for name, value in params.items():
-        if not any_name and name not in known:
-            names = ", ".join(known) or "none"
-            raise ValueError(f"--env-params {name} {value}: {flag} has no such parameter; it has {names}")
+        if not any_name and name not in (*known, *also, *_PLUMBING):
+            names = ", ".join(n for n in (*known, *also) if n not in _PLUMBING) or "none"
+            raise ValueError(
+                f"--env-params {name} {value}: {owner} has no such parameter; it has {names}"
+            )
         default = known[name].default if name in known else None
-        is_text = isinstance(value, str) and not isinstance(default, str)
-        values[name] = parse_text(value) if is_text else value
+        if name in hints:
+            values[name] = cast(name, value, hints[name])
+        elif isinstance(value, str) and not isinstance(default, str):
+            values[name] = parse_text(value)
+        else:
+            values[name] = value
     return values
 
 

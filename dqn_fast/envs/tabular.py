@@ -2,9 +2,9 @@
 
 Toy-text environments have a table `P[s][a] = [(probability, next state, reward, terminated), ...]`.
 A table is played only if it is the whole environment: the registered entry point is a class, no
-wrapper but those of `gymnasium.make` is around it, and its `step` and `reset` are those of Gymnasium's
-toy-text classes or of a class that declares `plays_its_table = True`. Nothing else is known to follow
-its `P`, and steps on the host.
+wrapper but those of `gymnasium.make` is around it, and its `step` and `reset` are those of
+Gymnasium's toy-text classes or of a class that declares `plays_its_table = True`. Nothing else is
+known to follow its `P`; it steps on the host.
 
     env = GymTable("FrozenLake8x8-v1", {"is_slippery": False})
 """
