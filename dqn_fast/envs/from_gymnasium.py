@@ -168,16 +168,20 @@ def from_gymnasium(
     elif vectorization_mode == "async":
         evaluation = EnvFactory(source, params, "sync", max_steps, wrappers)
     env = GymnasiumEnv(factory, evaluation)
-    env.made_from = MadeFrom(source, tuple(wrappers), vectorization_mode, max_steps, eval_source)
+    env.made_from = MadeFrom(
+        source, factory.params, vectorization_mode, tuple(wrappers), max_steps, eval_source
+    )
     return env
 
 
 class MadeFrom(NamedTuple):
-    """The arguments of `from_gymnasium` that an environment was made from; without `params`."""
+    """The arguments of `from_gymnasium` that an environment was made from; `params` are cast and
+    include the time limit."""
 
     source: Source
-    wrappers: tuple[AnyWrapper, ...]
+    params: Mapping[str, Any]
     vectorization_mode: VectorizationMode
+    wrappers: tuple[AnyWrapper, ...]
     max_steps: int | None
     eval_source: Source | None
 
@@ -277,6 +281,10 @@ class GymnasiumEnv(TensorEnv):
         if self._sibling is None:
             self._sibling = GymnasiumEnv(self._evaluation, None)
         return self._sibling
+
+    def make_single(self, render_mode: str) -> gymnasium.Env[Any, Any]:
+        """One more copy for evaluation by itself; see `EnvFactory.make_single`."""
+        return (self._evaluation or self._factory).make_single(render_mode)
 
     def close(self) -> None:
         """Close all copies, those for evaluation too, and end their processes.
@@ -408,8 +416,8 @@ class GymnasiumEnv(TensorEnv):
         if done.any():
             self._elapsed, self._return = elapsed.copy(), episode_return.copy()
             self._elapsed[done], self._return[done] = 0, 0.0
-            reported, returns = _reported_returns(infos, done)
-            episode_return[reported] = returns[reported]
+            is_reported, reported = _reported_returns(infos, done)
+            episode_return[is_reported] = reported[is_reported]
             if envs.mode is AutoresetMode.SAME_STEP:
                 next_obs = stored.copy()
                 next_obs[done] = self._final_obs(infos, done)
@@ -529,11 +537,10 @@ def _reported_returns(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Which finished copies report the return of their episode, and these returns, [E] each."""
     for part in (infos, infos.get("final_info")):
-        episode = part.get("episode") if isinstance(part, Mapping) else None
-        if not isinstance(episode, Mapping):
+        if not isinstance(part, Mapping):
             continue
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            returns = np.asarray(episode["r"], np.float64)
+        with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
+            returns = np.asarray(part["episode"]["r"], np.float64)
             reported = np.asarray(part.get("_episode", done), np.bool_) & np.isfinite(returns)
             if returns.shape == reported.shape == done.shape:
                 return reported & done, returns
@@ -1051,7 +1058,7 @@ class EnvFactory:
             raise ValueError(f"params {dict(params)}: must be empty unless the source is an id")
         self.ready = source if isinstance(source, VectorEnv) else None
         make: Any = source
-        makes_vector = _makes_vector_envs(source)
+        makes_vector = makes_vector_envs(source)
         if wrappers:
             if self.ready is not None:
                 raise ValueError("wrappers: must be empty with a VectorEnv; put them around it")
@@ -1123,6 +1130,27 @@ class EnvFactory:
             kind = "vector.VectorEnv" if self._makers is None else "Env or VectorEnv"
             raise ValueError(f"{label}: it makes {describe_value(env)}, not a gymnasium.{kind}")
         return env
+
+    def make_single(self, render_mode: str) -> gymnasium.Env[Any, Any]:
+        """One copy by itself, like the others; it is told the render mode if its maker takes one.
+
+        Raises:
+            ValueError: the source makes no single copies.
+        """
+        make: Any = self._makers[0] if self._makers else self._make_vector
+        if getattr(make, "func", None) is gymnasium.make_vec:
+            options = {k: v for k, v in make.keywords.items() if k != "vectorization_mode"}
+            make = functools.partial(gymnasium.make, *make.args, **options)
+        elif not self._makers:
+            raise ValueError(f"{self.name}: a VectorEnv's copies have no pictures of their own")
+        inner = make.make if isinstance(make, Wrapped) else make
+        known, any_name = parameters_of(inner)
+        if "render_mode" in known or any_name:
+            with contextlib.suppress(TypeError):
+                return _make_limited(
+                    functools.partial(make, render_mode=render_mode), self._time_limit
+                )
+        return _make_limited(make, self._time_limit)
 
     def make(self, num_envs: int) -> AnyVectorEnv:
         """A VectorEnv of `num_envs` copies.
@@ -1227,7 +1255,7 @@ def _source_like(env: AnyVectorEnv) -> Callable[..., Any] | Sequence[Callable[[]
     return Wrapped(make, wrappers or ())
 
 
-def _makes_vector_envs(source: Any) -> bool:
+def makes_vector_envs(source: Any) -> bool:
     """Whether a source is or makes a VectorEnv; the others make single environments."""
     if isinstance(source, Sequence | VectorEnv):
         return isinstance(source, VectorEnv)

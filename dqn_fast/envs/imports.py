@@ -10,9 +10,11 @@ import dataclasses
 import importlib
 import inspect
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 from dqn_fast.envs.params import cast, parse_text
 from dqn_fast.envs.spaces import describe_error
@@ -46,7 +48,7 @@ def import_object(flag: str, path: str) -> Any:
         ImportFailed: the path has another form, the module cannot be imported, or has no such name.
     """
     module, _, name = path.partition(":")
-    if not (_is_dotted(module) and _is_dotted(name)):
+    if not is_path(path):
         raise ImportFailed(f"{flag}: must be module:name, such as my_package.my_module:make_env")
     found = import_module(flag, module)
     try:
@@ -55,8 +57,9 @@ def import_object(flag: str, path: str) -> Any:
         raise ImportFailed(f"{flag}: {module} has no {name}") from None
 
 
-def _is_dotted(text: str) -> bool:
-    return all(part.isidentifier() for part in text.split("."))
+def is_path(value: Any) -> bool:
+    """Whether a value has the form of an import path, "module:name"."""
+    return isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", value) is not None
 
 
 def path_of(thing: Any) -> str | None:
@@ -64,7 +67,8 @@ def path_of(thing: Any) -> str | None:
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if not (isinstance(module, str) and isinstance(name, str)) or module == "__main__":
         return None
-    return f"{module}:{name}" if _is_dotted(module) and _is_dotted(name) else None
+    path = f"{module}:{name}"
+    return path if is_path(path) else None
 
 
 def parameters_of(function: Any) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -119,7 +123,8 @@ def arguments_for(
     return values
 
 
-class WrapperCall(NamedTuple):
+@dataclass(frozen=True)
+class WrapperCall:
     """A wrapper and its arguments, as `--wrappers module:Wrapper,key=value` names them.
 
     Attributes:
