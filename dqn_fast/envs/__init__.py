@@ -12,7 +12,6 @@ from dqn_fast.envs.core import (
     check_env,
 )
 from dqn_fast.envs.from_gymnasium import VectorizationMode, from_gymnasium
-from dqn_fast.envs.host_state import global_state_kept
 from dqn_fast.envs.line_world import LineWorld
 from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.recipe import (
@@ -51,6 +50,5 @@ __all__ = [
     "differences",
     "experiment",
     "from_gymnasium",
-    "global_state_kept",
     "make_env",
 ]

@@ -89,8 +89,7 @@ class TensorEnv(ABC):
 
     Attributes:
         num_actions: actions are the int64 numbers 0 .. num_actions - 1.
-        action_start: number that the environment's owner gives to action 0, as in Gymnasium's
-            `Discrete(n, start)`; only `Agent.act` adds it.
+        action_start: the number that the environment itself gives to action 0.
         max_steps: time limit of an episode in steps, >= 1.
         reset_noise_dim: uniform numbers that `reset` reads for each copy.
         step_noise_dim: uniform numbers that `step` reads for each copy.

@@ -61,7 +61,6 @@ from dqn_fast.envs.host_state import (
     UnsavableError,
     identical,
     load_state_,
-    seed_global,
 )
 from dqn_fast.envs.imports import arguments_for, import_module, parameters_of, read_wrapper
 from dqn_fast.envs.params import plain
@@ -892,8 +891,6 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        if self._in_worker and seed is not None:  # a fork has inherited its trainer's numbers
-            seed_global(seed)
         try:
             result: Any = self.env.reset(seed=seed, options=options)
             if not (isinstance(result, tuple) and len(result) == 2):

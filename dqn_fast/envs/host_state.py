@@ -88,7 +88,7 @@ class StateKeeper:
         """Two copies with one state must give the same results, bit for bit."""
         copies: list[Env] = []
         try:
-            with global_state_kept(), warnings.catch_warnings():
+            with _global_state_kept(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 first = self._make()
                 copies.append(first)
@@ -522,25 +522,12 @@ def _plain_result(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def global_state_kept(seed: int | None = None) -> Iterator[None]:
-    """Leave the global random generators of Python, NumPy and torch (CPU) as they were.
-
-    Args:
-        seed: seeds them inside, so that an environment that draws from them repeats itself.
-    """
+def _global_state_kept() -> Iterator[None]:
+    """Leave the global random generators as they were: an environment may use them."""
     python, legacy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
-        if seed is not None:
-            seed_global(seed)
         yield
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
         torch.set_rng_state(torchs)
-
-
-def seed_global(seed: int) -> None:
-    """Seed the global random generators of Python, NumPy and torch (CPU)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)

@@ -72,6 +72,10 @@ class NotNamedError(ValueError):
             self.arguments["wrappers"] = list(recipe.wrappers)
 
 
+class CannotMakeError(ValueError):
+    """A callable that should make an environment raised something."""
+
+
 class OwnedError(ValueError):
     """A Python program made the environment, and has to make it again; the message says how."""
 
@@ -444,6 +448,7 @@ def source_of(path: str, params: Mapping[str, Any]) -> Any:
 
     Raises:
         ImportFailed: nothing is called like this.
+        CannotMakeError: the callable raised something.
         ValueError: it makes no environment, or takes no such parameters.
     """
     flag = f"--env {path}"
@@ -471,7 +476,7 @@ def source_of(path: str, params: Mapping[str, Any]) -> Any:
     try:
         made = source()
     except Exception as error:
-        raise ValueError(f"{flag}: raises {describe_error(error)}") from error
+        raise CannotMakeError(f"{flag}: raises {describe_error(error)}") from error
     if isinstance(made, (TensorEnv, VectorEnv)):
         return made
     if isinstance(made, gymnasium.Env):

@@ -18,8 +18,6 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 
-from dqn_fast.envs.host_state import global_state_kept
-
 _CLASSES = re.compile("running|mean_?std|_?rms|normali[sz]er|welford", re.IGNORECASE)
 """Names of classes that hold statistics."""
 _NUMBERS = re.compile(
@@ -46,7 +44,7 @@ def keeper_of_statistics(layers: Sequence[Any]) -> str | None:
     doubtful = [wrapper for wrapper in wrappers if _numbers(wrapper)]
     if doubtful:
         outer = layers[0]
-        with contextlib.suppress(Exception), global_state_kept():  # training will name the fault
+        with contextlib.suppress(Exception):  # training will name the fault
             before = _play(outer, doubtful, 1)
             after = _play(outer, doubtful, _STEPS)
             for wrapper, old, new in zip(doubtful, before, after, strict=True):
