@@ -519,6 +519,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
+        if resumed is not None:
+            resumed.lock.release()
         gc.freeze()  # saves 0.8 s at exit, in which the interpreter would visit torch's objects
     return 1 if result.missing else 0
 

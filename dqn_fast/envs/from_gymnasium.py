@@ -1139,7 +1139,12 @@ class EnvFactory:
             options = {k: v for k, v in make.keywords.items() if k != "vectorization_mode"}
             make = functools.partial(gymnasium.make, *make.args, **options)
         elif not self._makers:
-            raise ValueError(f"{self.name}: a VectorEnv's copies have no pictures of their own")
+            vector = None if self.ready is not None else self._make_vector(num_envs=1)
+            copies: Any = getattr(vector, "envs", None)
+            if not (isinstance(vector, SyncVectorEnv) and copies):
+                raise ValueError(f"{self.name}: its VectorEnv shows no single copy")
+            env: gymnasium.Env[Any, Any] = copies[0]
+            return env
         inner = make.make if isinstance(make, Wrapped) else make
         known, any_name = parameters_of(inner)
         if "render_mode" in known or any_name:

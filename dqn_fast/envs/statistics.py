@@ -59,7 +59,9 @@ def _wraps(layer: Any) -> bool:
 
 def _is_statistics(value: Any) -> bool:
     return isinstance(value, RunningMeanStd) or (
-        type(value).__module__ != "builtins" and bool(_CLASSES.search(type(value).__name__))
+        type(value).__module__ != "builtins"
+        and not isinstance(value, gymnasium.Env | VectorEnv)
+        and bool(_CLASSES.search(type(value).__name__))
     )
 
 
