@@ -34,7 +34,7 @@ from dqn_fast.engines import (
     choose_engine,
     without_compiler,
 )
-from dqn_fast.envs import EnvCheckError, EnvError, Recipe, TensorEnv, check_env
+from dqn_fast.envs import EnvCheckError, EnvError, Recipe, TensorEnv, check_env, differences
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
 from dqn_fast.memory import check_memory, fits
@@ -182,6 +182,8 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                         )
                 recipe = Recipe.of(env)
             env_id = recipe.name(env)
+            if resumed is not None:
+                resumed.notes += differences(resumed.config.get("environment") or {}, env)
             if not env.on_host and (recipe.is_owned or recipe.env is not None):
                 check_env(env, num_envs=2, num_steps=2)
             check_memory(args, env, device)

@@ -971,7 +971,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 def _only_return(info: Any) -> dict[str, Any]:
     """The info of an episode's last step, without all but its return."""
     try:
-        return {"episode": {"r": float(info["episode"]["r"])}}
+        return {"episode": {"r": float(np.asarray(info["episode"]["r"]).item())}}
     except (IndexError, KeyError, TypeError, ValueError):
         return {}
 

@@ -38,6 +38,7 @@ from dqn_fast.envs.params import cast, plain
 from dqn_fast.envs.spaces import describe_error, describe_value
 from dqn_fast.envs.tabular import GymTable, NoTableError
 from dqn_fast.experiments import EXPERIMENTS, GYMNASIUM_PREFIX, experiment
+from dqn_fast.settings import one_line
 
 TENSOR_ENVS: dict[str, type[TensorEnv]] = {
     "Acrobot-v1": Acrobot,
@@ -188,7 +189,8 @@ class Recipe:
 
     def described(self, env: TensorEnv) -> dict[str, Any]:
         """The recipe of `env` for a file, with what shows whether another environment is the same:
-        the classes around a copy, the number of action 0, and the parts left out."""
+        the classes around a copy, its time limit, the number of action 0, and the parts left out.
+        """
         return {
             "env_id": self.env_id,
             "env": self.env,
@@ -199,6 +201,7 @@ class Recipe:
             "is_owned": self.is_owned,
             "hint": self.hint,
             "layers": list(getattr(env, "layers", (type(env).__name__,))),
+            "max_steps": env.max_steps,
             "action_start": env.action_start,
             "left_out": list(getattr(env, "left_out", ())),
         }
@@ -214,13 +217,10 @@ class Recipe:
         """
         saved = content.get("environment")
         if saved is None:
-            args = content.get("args") or {}
-            return cls(
-                content["env_id"],
-                params=content["env_params"],
-                vectorization_mode=args.get("vectorization_mode", "sync"),
-                is_owned=bool(content.get("own_env")),
-            )
+            env_id, params = content.get("env_id"), content.get("env_params")
+            if not (isinstance(env_id, str) and isinstance(params, dict)):
+                raise ValueError("its environment cannot be read")
+            return cls(env_id, params=params, is_owned=bool(content.get("own_env")))
         rules: dict[str, Any] = {
             "env_id": lambda v: isinstance(v, str),
             "env": lambda v: v is None or is_path(v),
@@ -299,6 +299,7 @@ def differences(saved: Mapping[str, Any], env: TensorEnv) -> list[str]:
     lines = []
     for name, what in (
         ("layers", "wrappers"),
+        ("max_steps", "time limit"),
         ("action_start", "number of the first action"),
         ("left_out", "parts left out of observations"),
     ):
@@ -306,8 +307,11 @@ def differences(saved: Mapping[str, Any], env: TensorEnv) -> list[str]:
         if name == "layers":  # the innermost is the environment itself
             old, new = (old[:-1] if isinstance(old, list) else old), new[:-1]
         if old != new and old is not None:
-            texts = (", ".join(v) or "none" if isinstance(v, list) else str(v) for v in (old, new))
-            lines.append("{}: {} in the run, {} here".format(what, *texts))
+            texts = [
+                one_line(", ".join(map(str, v)) or "none" if isinstance(v, list) else v, 200)
+                for v in (old, new)
+            ]
+            lines.append(f"{what}: {texts[0]} in the run, {texts[1]} here")
     return lines
 
 

@@ -164,10 +164,10 @@ CASES: dict[str, tuple[dict[str, Any], Make | None, str, Make]] = {
         partial(gymnasium.make, "dqn_fast/CartPole-v1", length=1.0),
     ),
     "tabular": (
-        {"env_id": "FrozenLake-v1", "env_params": {"map_name": "8x8", "max_steps": 9}},
+        {"env_id": "FrozenLake-v1", "env_params": {"success_rate": 0.9, "max_steps": 9}},
         None,
         "",
-        partial(gymnasium.make, "FrozenLake-v1", map_name="8x8", max_episode_steps=9),
+        partial(gymnasium.make, "FrozenLake-v1", success_rate=0.9, max_episode_steps=9),
     ),
 }
 
@@ -281,8 +281,11 @@ def test_a_run_made_in_python_names_what_it_needs(tmp_path, monkeypatch, capsys)
     assert evaluate.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "its environment, Walk, was made in Python; name a callable that makes it, --env" in line
-    with pytest.warns(RuntimeWarning, match="wrappers: Swapped in the run, none here"):
-        load_agent(tmp_path / "run", env=from_gymnasium(Walk, max_steps=7)).env.close()
+    with pytest.warns(RuntimeWarning) as warned:
+        load_agent(tmp_path / "run", env=from_gymnasium(Walk, max_steps=8)).env.close()
+    wrappers, limit = (str(warning.message) for warning in warned)
+    assert "wrappers: Swapped in the run, none here" in wrappers
+    assert "time limit: 7 in the run, 8 here" in limit
     run(tmp_path / "other", {}, partial(from_gymnasium, in_own_units))
     with pytest.raises(ValueError, match=f"--env {HERE}:in_own_units"):
         load_agent(tmp_path / "other")
@@ -304,6 +307,9 @@ def test_an_import_path_in_a_file_is_not_imported(name, tmp_path, monkeypatch, c
     assert flags in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*resume, *flags.split()])
     assert main() == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["resumed"][0]["differs"] == [
+        "total_timesteps 120 -> 240: schedules follow the new length from here on"
+    ]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["global_step"] == 240
 
