@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dqn_fast.device import choose_device
 from dqn_fast.dqn import QFunction
-from dqn_fast.envs import TensorEnv, UnknownEnvError, flags_for, make_env, refusal
-from dqn_fast.envs.foreign import doubtful_param
+from dqn_fast.envs import NotNamedError, OwnedError, Recipe, TensorEnv, UnknownEnvError, differences
 from dqn_fast.envs.spaces import describe_error, describe_value
 from dqn_fast.heads import make_head
 from dqn_fast.networks import QNetwork
@@ -83,36 +82,44 @@ class Agent:
     @overload
     def act(self, obs: NDArray[Any] | float) -> NDArray[np.int64]: ...
     def act(self, obs: Tensor | NDArray[Any] | float) -> Tensor | NDArray[np.int64]:
-        """Greedy action of one observation or of each in a batch; int64, NumPy for NumPy input."""
+        """Greedy action of one observation or of each in a batch, as the environment numbers it;
+        int64, NumPy for NumPy input."""
         if isinstance(obs, Tensor):
-            return self.q_values(obs).argmax(-1)
-        return self.q_values(torch.as_tensor(np.asarray(obs))).argmax(-1).cpu().numpy()
+            return self.q_values(obs).argmax(-1) + self.env.action_start
+        action = self.q_values(torch.as_tensor(np.asarray(obs))).argmax(-1)
+        return action.cpu().numpy() + self.env.action_start
 
 
 def load_agent(
     run_dir: Path | str,
     which: AgentFile = "best",
     member: int | None = None,
-    env: TensorEnv | None = None,
+    env: TensorEnv | str | None = None,
     device: str = "auto",
     env_id: str | None = None,
     env_params: Mapping[str, Any] | None = None,
+    wrappers: Sequence[str] | None = None,
 ) -> Agent:
     """Load a saved agent.
 
-    Nothing foreign is run: a file may choose an environment that is registered here, with numbers
-    and plain words as parameters. A module is imported, and other parameters are used, only if you
-    name them.
+    It plays the environment on which it was trained. Nothing foreign is run: a file may choose an
+    environment that is registered here, with numbers and plain words as parameters. A module is
+    imported, and other parameters are used, only if you name them.
 
     Args:
         run_dir: directory of the run.
         which: "best", of the best evaluation during training, or "last".
         member: number of the member; None takes the member with the best evaluation.
-        env: the environment; None makes it from the run's own settings.
+        env: the environment, or the import path of a callable that makes it, "module:callable";
+            None makes it from the run's own settings.
         device: as the flag --device.
         env_id: name of the environment to make, such as "module:ID"; None: the one in the file.
         env_params: parameters of the environment, in place of those in the file that have their
             names.
+        wrappers: "module:Wrapper,key=value", in place of those in the file.
+
+    Warns:
+        RuntimeWarning: the environment that you name has other wrappers than the run's.
 
     Raises:
         ValueError: the run, the agent or the member does not exist, the file cannot be read, or its
@@ -143,9 +150,9 @@ def load_agent(
         member = int(np.argmax(np.nan_to_num(returns, nan=-np.inf)))
     if not 0 <= member < len(returns):
         raise ValueError(f"member {member}: must be in 0 .. {len(returns) - 1}")
-    made = None if env is not None else _make_env(path, content, env_id, env_params or {})
-    env = env or made
-    assert env is not None
+    made = None
+    if not isinstance(env, TensorEnv):
+        env = made = _make_env(path, content, env_id, env_params or {}, env, wrappers)
     try:
         _check_fit(env, q_net, path)
         agent = Agent(env, q_net, member, content["global_step"], returns, content.get("members"))
@@ -154,40 +161,49 @@ def load_agent(
             made.close()
         raise
     agent.env_id = content["env_id"]
+    for line in differences(content.get("environment") or {}, env):
+        warnings.warn(f"{path}: {shown(line)}", RuntimeWarning, stacklevel=2)
     return agent
 
 
 def _make_env(
-    path: Path, content: Mapping[str, Any], env_id: str | None, named: Mapping[str, Any]
+    path: Path,
+    content: Mapping[str, Any],
+    env_id: str | None,
+    env_params: Mapping[str, Any],
+    env: str | None,
+    wrappers: Sequence[str] | None,
 ) -> TensorEnv:
     """The environment of a file, as far as the file may choose it.
 
     Raises:
         ValueError: it cannot be made, or must be named.
     """
-    asked = content["env_id"] if env_id is None else env_id
-    own = {key: value for key, value in content["env_params"].items() if key not in named}
-    reason = refusal(asked, own, named=env_id is not None)
-    if reason is not None:
-        params = {**own, **named} if doubtful_param(own) is not None or named else {}
-        flags = flags_for(asked, params)
+    name = shown(content["env_id"])
+    try:
+        recipe = Recipe.read(content).named(env_id, env_params, env, wrappers)
+    except NotNamedError as unnamed:
         how = "load_agent(run_dir, env=...)"
-        if flags is not None:  # else the parameters may be too many to print
-            call = f"env_id={asked!r}" + (f", env_params={params}" if params else "")
+        if unnamed.flags is not None:  # else the parameters may be too many to print
             folder = str(path.parent)
+            call = ", ".join(f"{key}={value!r}" for key, value in unnamed.arguments.items())
             how = (
-                f"python -m dqn_fast.evaluate {shlex.quote(folder)} {flags}, or "
+                f"python -m dqn_fast.evaluate {shlex.quote(folder)} {unnamed.flags}, or "
                 f"load_agent({folder!r}, {call})"
             )
         raise ValueError(
-            f"{path}: its environment is {shown(asked)}; {shown(reason)} is done only if you name "
-            f"it: {how}"
-        )
+            f"{path}: its environment is {name}; {shown(unnamed)} is done only if you name it: "
+            f"{how}"
+        ) from None
+    except OwnedError as owned:
+        raise ValueError(f"{path}: its environment, {name}, {shown(owned)}") from None
+    except ValueError as error:
+        raise ValueError(shown(error)) from None
     try:
-        return make_env(asked, {**own, **named})
+        return recipe.make(in_process=True)
     except UnknownEnvError as error:
         raise ValueError(
-            f"{path}: was trained on {shown(asked)}, which is no known id here; give the "
+            f"{path}: was trained on {shown(recipe.env_id)}, which is no known id here; give the "
             f"environment, load_agent(run_dir, env=...)"
         ) from error
     except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +144,13 @@ class EvaluateArgs:
     env_id: str | None = None
     """Name of the environment. Only needed where the run's own is of another module, MODULE:ID,
     which is imported only if you name it."""
+    env: str | None = None
+    """Callable that makes the environment, module:callable, in place of an id. Needed where a
+    callable or a Python program has made the run's own."""
+    wrappers: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(metavar="[MODULE:WRAPPER[,NAME=VALUE] ...]")
+    ] = None
+    """Wrappers around the environment, the first one innermost. Needed where the run has any."""
     env_params: Annotated[
         dict[str, str | int | float | bool], tyro.conf.arg(metavar="[NAME VALUE ...]")
     ] = field(default_factory=dict)
@@ -164,13 +172,19 @@ def main() -> int:
     """Print one line per member, then one JSON line; returns the exit status."""
     try:
         args = check_settings(parse(EvaluateArgs))
-        agent = load_agent(
-            args.run_dir,
-            args.agent,
-            device=args.device,
-            env_id=args.env_id,
-            env_params=args.env_params,
-        )
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", RuntimeWarning)
+            agent = load_agent(
+                args.run_dir,
+                args.agent,
+                env=args.env,
+                device=args.device,
+                env_id=args.env_id,
+                env_params=args.env_params,
+                wrappers=args.wrappers,
+            )
+        for warned in notes:
+            print(f"note: {warned.message}", file=sys.stderr)
         q_net = agent.q_net
         hidden = tuple(q_net.network.sizes[1:-1])
         check_evaluation(agent.env, q_net.num_members, args.episodes, hidden, q_net.device)

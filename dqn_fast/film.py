@@ -57,7 +57,8 @@ class Moment(NamedTuple):
         state: of the environment, for `Renderer.frame`.
         q_values: float32 [A].
         step: steps taken in the episode.
-        episode_return: undiscounted sum of their rewards.
+        episode_return: undiscounted sum of their rewards; at the end of the episode as an
+            evaluation reports it.
         ending: "" while the episode goes on; "terminated" or "truncated" at its end, "cut" if
             the film stops before it.
     """
@@ -199,6 +200,8 @@ def play(agent: Agent, env: TensorEnv, episode: int, seed: int, max_steps: int) 
             state, reward, terminated = env.step(state, action, step_noise)
             obs, truncated = env.observe(state), step + 1 == env.max_steps
         episode_return += float(reward)
+        if env.on_host and bool(outcome.done):  # in the environment's own units
+            episode_return = float(outcome.episode_return)
         if bool(terminated):
             ending = "terminated"
         elif truncated:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ import torch
 
 from dqn_fast import tree
 from dqn_fast.dqn import DQN, State
-from dqn_fast.envs import TensorEnv, flags_for, refusal
+from dqn_fast.envs import NotNamedError, OwnedError, Recipe, TensorEnv
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.record.checkpoint import (
     kept_paths,
@@ -68,6 +68,9 @@ MAY_CHANGE: dict[str, str] = {
 }
 """Settings that a resumed run may change, each with its effect on the results."""
 
+
+ENVIRONMENT = ("env", "env_params", "wrappers")
+"""Settings that name an environment which a Python program had made."""
 
 SAVED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(
@@ -169,6 +172,9 @@ class Resumption:
             old, new = getattr(before, name), getattr(args, name)
             if name not in given or new == old or name in ("resume", "run_dir"):
                 continue
+            if self.recipe.is_owned and name in ENVIRONMENT:
+                self.changes[name] = new
+                continue
             if name not in MAY_CHANGE:
                 raise UsageError(
                     f"{flag(name)} {new}: must be {old}, as in {self.run_dir}, which is resumed"
@@ -177,40 +183,52 @@ class Resumption:
             if MAY_CHANGE[name]:
                 self.notes.append(f"{name} {old} -> {new}: {MAY_CHANGE[name]}")
         complete = dataclasses.replace(before, **self.changes)
+        if env is not None:
+            complete = dataclasses.replace(complete, env=None, env_params={}, wrappers=())
         if -(-complete.total_timesteps // complete.num_envs) * complete.num_envs < self.global_step:
             raise UsageError(
                 f"--total-timesteps {complete.total_timesteps}: must be at least "
                 f"{self.global_step}, the transitions that {self.run_dir} has taken"
             )
-        own = bool(self.config.get("own_env"))
-        if own and env is None:
+        if self.recipe.is_owned and env is None and complete.env is None:
             raise UsageError(
-                f"--resume {self.run_dir}: its environment was made in Python; "
-                "use train(Args(resume=...), env=...)"
+                f"--resume {self.run_dir}: its environment {OwnedError(self.recipe.hint)}"
             )
         return complete
 
-    def named(self, env_id: str | None, env_params: Mapping[str, Any]) -> None:
+    @property
+    def recipe(self) -> Recipe:
+        """How the environment of the run was made."""
+        return Recipe.read(self.config)
+
+    def named(
+        self,
+        env_id: str | None,
+        env_params: Mapping[str, Any],
+        env: str | None = None,
+        wrappers: Sequence[str] | None = None,
+    ) -> None:
         """Check that the environment may be made: a path to code in a file is only a name, and is
         imported where the person names it too.
 
         Args:
-            env_id: id that the person has named; None: none.
-            env_params: parameters that the person has named.
+            env_id, env_params, env, wrappers: as the person has named them; None: not named.
 
         Raises:
-            UsageError: it has to be named.
+            UsageError: something has to be named.
         """
-        args = self.config["args"]
-        if self.config.get("own_env"):
-            return
-        unnamed = {k: v for k, v in args["env_params"].items() if k not in env_params}
-        if why := refusal(args["env_id"], unnamed, named=env_id == args["env_id"]):
-            flags = flags_for(args["env_id"], args["env_params"]) or "--env-id and --env-params"
+        if self.recipe.is_owned and env is None:
+            return  # `complete` asks for it
+        try:
+            self.recipe.named(env_id, env_params, env, wrappers)
+        except NotNamedError as unnamed:
+            flags = unnamed.flags or "--env-id and --env-params"
             raise UsageError(
-                f"--resume {self.run_dir}: its environment is {args['env_id']!r}; {why} is done "
-                f"only if you name it: add {flags}"
-            )
+                f"--resume {self.run_dir}: its environment is {self.config['env_id']!r}; {unnamed} "
+                f"is done only if you name it: add {flags}"
+            ) from None
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def restore_(self, state: State, dqn: DQN, noise: Noise) -> list[dict[str, Any]]:
         """Overwrite the state of a new run with the saved one.
@@ -293,6 +311,7 @@ def _check_types(path: Path, content: Mapping[str, Any]) -> None:
         config["args"].get("env_id"), str
     ):
         raise ValueError(f"{path}: its environment cannot be read")
+    Recipe.read(config)
     for name, allowed in SAVED.items():
         value = saved.get(name)
         if not isinstance(value, allowed) or (isinstance(value, int) and value < 0):

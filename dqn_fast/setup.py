@@ -34,7 +34,7 @@ from dqn_fast.engines import (
     choose_engine,
     without_compiler,
 )
-from dqn_fast.envs import EnvCheckError, EnvError, TensorEnv, check_env, make_env
+from dqn_fast.envs import EnvCheckError, EnvError, Recipe, TensorEnv, check_env, differences
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
 from dqn_fast.memory import check_memory, fits
@@ -58,6 +58,7 @@ class Training:
         args: settings, checked and complete.
         env_id: name of the environment.
         env: the environment.
+        recipe: how it is made.
         plan: which vector steps learn, and where chunks end.
         schedules: values that follow from the step count.
         noise: random numbers of the members.
@@ -75,6 +76,7 @@ class Training:
     args: Args
     env_id: str
     env: TensorEnv
+    recipe: Recipe
     plan: Plan
     schedules: Schedules
     noise: Noise
@@ -162,8 +164,8 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
     with ExitStack() as stack:
         try:
             if env is None:
-                env_id = args.env_id
-                env = make_env(env_id, args.env_params, args.vectorization_mode)
+                recipe = recipe_of(args)
+                env = recipe.make()
                 stack.callback(env.close)
             else:
                 if not isinstance(env, TensorEnv):
@@ -171,14 +173,19 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                         f"env {env}: must be a TensorEnv; dqn_fast.envs.from_gymnasium converts "
                         "an environment of Gymnasium"
                     )
-                if args.env_params:
-                    pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
-                    raise UsageError(
-                        f"--env-params {pairs}: must be empty with an environment of your own"
-                    )
-                env_id = getattr(env, "name", type(env).__name__)
-                if not env.on_host:
-                    check_env(env, num_envs=2, num_steps=2)
+                pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
+                names = {"env-params": pairs, "env": args.env, "wrappers": " ".join(args.wrappers)}
+                for name, text in names.items():
+                    if text:
+                        raise UsageError(
+                            f"--{name} {text}: must be empty with an environment of your own"
+                        )
+                recipe = Recipe.of(env)
+            env_id = recipe.name(env)
+            if resumed is not None:
+                resumed.notes += differences(resumed.config.get("environment") or {}, env)
+            if not env.on_host and (recipe.is_owned or recipe.env is not None):
+                check_env(env, num_envs=2, num_steps=2)
             check_memory(args, env, device)
             gammas = member_values(args, "gamma")
             exact = solve(env, gammas.tolist(), device)
@@ -212,9 +219,15 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
         )
         runner = Runner(dqn, state, plan, noise, choice, args.keep_generated)
         stack.callback(runner.close)
-        parts = (env_id, env, plan, schedules_of(args), noise, dqn, state, exact, runner)
+        parts = (env_id, env, recipe, plan, schedules_of(args), noise, dqn, state, exact, runner)
         return Training(args, *parts, probe, *position, cut, on_close=stack.pop_all())
     raise AssertionError  # for mypy: the stack suppresses no exception
+
+
+def recipe_of(args: Args) -> Recipe:
+    """How the settings make the environment."""
+    mode = args.vectorization_mode
+    return Recipe(args.env_id, args.env, args.env_params, args.wrappers, mode)
 
 
 def make_folder(name: str, path: Path) -> None:

@@ -79,6 +79,14 @@ class Args:
         dict[str, str | int | float | bool], tyro.conf.arg(metavar="[NAME VALUE ...]")
     ] = field(default_factory=dict)
     """Parameters of the environment, as pairs: --env-params n_states 31 slip_prob 0.1."""
+    env: str | None = None
+    """Callable that makes the environment, in place of env_id: my_module:make_env, or the class of
+    an environment; env_params are its arguments."""
+    wrappers: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="[MODULE:WRAPPER[,NAME=VALUE] ...]")
+    ] = ()
+    """Wrappers around each copy, the first one innermost: minigrid.wrappers:ImgObsWrapper
+    gymnasium.wrappers:FrameStackObservation,stack_size=4. The environment is Gymnasium's then."""
     vectorization_mode: VectorizationMode = "sync"
     """How the copies of a Gymnasium environment are stepped: sync, one after the other; async,
     each in its own process, while the learner learns; vector_entry_point, by the environment's
@@ -305,7 +313,13 @@ def train(
             resumed = open_run(args.resume)
             stack.callback(resumed.lock.release)
             if env is None:
-                resumed.named(args.env_id, args.env_params)
+                usual = type(args)()
+                resumed.named(
+                    None if args.env_id == usual.env_id else args.env_id,
+                    args.env_params,
+                    args.env,
+                    args.wrappers or None,
+                )
             args = resumed.complete(args, env)
         return train_or_resume(args, env, resumed, on_log, should_stop)
 
@@ -328,7 +342,7 @@ def train_or_resume(
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
         training = stack.enter_context(closing(setup(args, env, resumed)))
-        own_env, env = env is not None, training.env
+        env = training.env
         q_net, noise, exact, plan = training.q_net, training.noise, training.exact, training.plan
         gammas = member_values(args, "gamma")
         differs = bool(args.sweep.keys() & {"eps_start", "eps_end", "eps_fraction"})
@@ -343,7 +357,7 @@ def train_or_resume(
             stack.callback(lock.release)
         else:
             run_dir = resumed.run_dir
-        config = describe_training(training) | {"own_env": own_env}
+        config = describe_training(training)
         if resumed is not None:
             config["resumed"] = resumed.history()
         metrics = Metrics(training.dqn.num_members, most_episodes(args), noise.device)
@@ -428,6 +442,7 @@ def describe_training(training: Training) -> dict[str, Any]:
         vars(Args.for_env(training.env_id)) | intervals(usual),
         training.env_id,
         training.env,
+        training.recipe,
         training.plan,
         training.dqn,
         training.noise.device,
@@ -458,8 +473,15 @@ def most_episodes(args: Args) -> int:
 
 
 def asked_env_id(argv: list[str]) -> str:
-    """The value of --env-id, on which the defaults of the other flags depend."""
-    return asked(argv, "--env-id") or Args.env_id
+    """The value of --env-id, on which the defaults of the other flags depend.
+
+    Raises:
+        UsageError: --env is given too.
+    """
+    env_id, env = asked(argv, "--env-id"), asked(argv, "--env")
+    if env_id is not None and env is not None:
+        raise UsageError(f"--env {env}: must not be given together with --env-id {env_id}")
+    return env_id or Args.env_id
 
 
 def asked(argv: list[str], name: str) -> str | None:
@@ -481,8 +503,13 @@ def main() -> int:
         if (run_dir := asked(argv, "--resume")) is not None:
             resumed = open_run(Path(run_dir))
             args = parse(Args, default=resumed.args_of(Args))
-            named = "--env-params" in expand_flags(Args, argv)
-            resumed.named(asked(argv, "--env-id"), args.env_params if named else {})
+            words = expand_flags(Args, argv)
+            resumed.named(
+                asked(argv, "--env-id"),
+                args.env_params if "--env-params" in words else {},
+                asked(argv, "--env"),
+                args.wrappers if "--wrappers" in words else None,
+            )
             args = resumed.complete(args, exact=True)
         else:
             args = parse(Args, default=Args.for_env(asked_env_id(argv)))
@@ -492,6 +519,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
+        if resumed is not None:
+            resumed.lock.release()
         gc.freeze()  # saves 0.8 s at exit, in which the interpreter would visit torch's objects
     return 1 if result.missing else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -214,8 +215,9 @@ def test_an_environment_of_ones_own_has_to_be_given(tmp_path, capsys, monkeypatc
     """One line that says how, in Python and at the command line."""
     args = Args(total_timesteps=500, quiet=True, report=False, run_dir=tmp_path / "run")
     train(args, env=Scaled())
-    message = f"{tmp_path}/run/best.pt: was trained on Scaled, which is no known id here; "
-    with pytest.raises(ValueError, match=message + r"give .* load_agent\(run_dir, env=...\)$"):
+    message = f"{tmp_path}/run/best.pt: its environment, Scaled, was made in Python; name a "
+    how = "callable that makes it, --env tests.test_agent:Scaled, or give it in Python, env=..."
+    with pytest.raises(ValueError, match=f"^{re.escape(message + how)}$"):
         load_agent(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "run")])
     assert evaluate.main() == 2

@@ -523,7 +523,7 @@ def test_copies_that_cannot_be_pickled_are_noted():
     [
         ("Continuous", "is not Discrete, as DQN needs it"),
         ("Words", "has no fixed size"),
-        ("CannotBeMade", "raises RuntimeError: no board"),
+        ("CannotBeMade", "cannot be made: RuntimeError: no board"),
     ],
 )
 def test_environments_that_cannot_be_played_are_a_fault(name, words):
@@ -589,10 +589,6 @@ class SameStep(Vector):
     mode = behaves = AutoresetMode.SAME_STEP
 
 
-class SameStepUndeclared(SameStep):
-    mode = None
-
-
 class SameStepDeclaredNextStep(SameStep):
     mode = AutoresetMode.NEXT_STEP
 
@@ -638,6 +634,12 @@ class Walks:
     )
 
 
+def test_an_undeclared_autoreset_is_a_fault():
+    """The line says what to declare."""
+    with pytest.raises(BrokenError, match=r"does not declare when it resets .* set it to one of"):
+        checked("Undeclared")
+
+
 @pytest.mark.parametrize(
     ("name", "expected", "words"),
     [
@@ -646,8 +648,6 @@ class Walks:
         ("Walks.next_step", [], ""),
         ("Walks.same_step", [], ""),
         ("Walks.disabled", [], ""),
-        ("Undeclared", [("note", "autoreset")], "not declared, which counts as NEXT_STEP"),
-        ("SameStepUndeclared", [("fault", "autoreset")], "declares none, which counts as"),
         ("SameStepDeclaredNextStep", [("fault", "autoreset")], "declares NEXT_STEP"),
         ("SameStepWithoutLast", [("fault", "autoreset"), ("fault", "adapted")], "lacks"),
         ("GoesOn", [("fault", "autoreset")], "the step after an end brings rewards"),
@@ -657,7 +657,7 @@ class Walks:
     ],
 )
 def test_autoreset_of_a_vector_env(name, expected, words):
-    """Wrong and missing declarations are named; the three modes of Gymnasium are right."""
+    """Wrong declarations are named; the three modes of Gymnasium are right."""
     findings = checked(name)
     assert remarks(findings) == expected
     assert any(words in finding.words for finding in findings)
@@ -899,9 +899,9 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("--env-id Nope-v3", "--env-id Nope-v3: unknown environment"),
         ("--env-id no_such_module:Env-v0", "no_such_module cannot be imported"),
         ("--env-id json:Env-v0", "json registers no such id"),
-        ("--env json", "--env json: must be module:Name"),
-        ("--env json:nothing", "--env json:nothing: json has no such name"),
-        ("--env json:__name__", "--env-id json: unknown environment"),
+        ("--env json", "--env json: must be module:name"),
+        ("--env json:nothing", "--env json:nothing: json has no nothing and registers no such id"),
+        ("--env json:__name__", "--env json:__name__: is str; must be an environment's class"),
         ("--env math:pi", "--env math:pi: is float; must be"),
         ("--env-id CartPole-v1 --env-params colour red", "--env-params colour red: CartPole-v1"),
         ("--env-params length 1", "--env-params length: needs --env-id or --env"),

@@ -322,7 +322,7 @@ def test_an_environment_that_cannot_be_drawn_names_the_method():
 
     gymnasium = pytest.importorskip("gymnasium")
     env = from_gymnasium(lambda: gymnasium.make("CartPole-v1"))
-    with pytest.raises(ValueError, match="must be a registered id with the render mode rgb_array"):
+    with pytest.raises(ValueError, match="its copies must have the render mode rgb_array"):
         ready(agent(env, 0.0, 1.0), Path("film.gif"))
     env.close()
 

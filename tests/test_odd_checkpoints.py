@@ -18,7 +18,7 @@ import torch
 
 from dqn_fast import evaluate
 from dqn_fast.agent import load_agent
-from dqn_fast.envs import LineWorld, make_env, refusal
+from dqn_fast.envs import LineWorld, NotNamedError, Recipe, make_env
 from dqn_fast.envs.foreign import doubtful_param, flags_for
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
@@ -399,11 +399,20 @@ FOREIGN: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def refusal(env_id: str, params: dict[str, Any], named: str | None = None) -> str | None:
+    """What the person, who may have named the id, has to name of an environment in a file."""
+    try:
+        Recipe(env_id, params=params).named(named)
+    except NotNamedError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize(("env_id", "params"), FOREIGN, ids=range(len(FOREIGN)))
 def test_what_may_run_something_is_refused(env_id, params):
     """Modules, environments, files, windows and callables, nested too."""
     assert refusal(env_id, params)
-    assert ":" not in env_id.removeprefix("gym:") or refusal(env_id, {}, named=True) is None
+    assert ":" not in env_id.removeprefix("gym:") or refusal(env_id, {}, env_id) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -292,17 +293,33 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert (run_dir / ".notes").exists()
 
 
+@dataclass(frozen=True)
+class Own(LineWorld):
+    """A class that only its owner knows."""
+
+
 def test_an_environment_of_ones_own_has_to_be_given_again(tmp_path):
-    """The run cannot make it; with it, it goes on."""
+    """The run cannot make it; with it, it goes on, and so it does with its import path."""
+    train(settings(tmp_path / "whole"), env=Own(9, 20))
+    for number, given in enumerate(({"env": Own(9, 20)}, {})):
+        run_dir = tmp_path / f"run{number}"
+        train(settings(run_dir), env=Own(9, 20), should_stop=after(9))
+        with pytest.raises(UsageError, match=r"its environment was made in Python; .*env=\.\.\."):
+            train(Args(resume=run_dir))
+        with pytest.raises(UsageError, match=r"checkpoint.pt: params/0: must be"):
+            train(Args(resume=run_dir), env=Own(10, 20))
+        named: dict[str, Any] = {"env": "tests.test_resume:Own"}
+        named["env_params"] = {"n_states": 9, "max_steps": 20}
+        train(Args(resume=run_dir, **({} if given else named)), **given)
+        assert content(run_dir) == content(tmp_path / "whole")
+
+
+def test_an_instance_of_a_known_class_is_made_again(tmp_path):
+    """Its id and its parameters are in the run."""
     train(settings(tmp_path / "whole"), env=LineWorld(9, 20))
-    run_dir = tmp_path / "run"
-    train(settings(run_dir), env=LineWorld(9, 20), should_stop=after(9))
-    with pytest.raises(UsageError, match=r"its environment was made in Python; .*env=\.\.\."):
-        train(Args(resume=run_dir))
-    with pytest.raises(UsageError, match=r"checkpoint.pt: params/0: must be"):
-        train(Args(resume=run_dir), env=LineWorld(10, 20))
-    train(Args(resume=run_dir), env=LineWorld(9, 20))
-    assert content(run_dir) == content(tmp_path / "whole")
+    train(settings(tmp_path / "run"), env=LineWorld(9, 20), should_stop=after(9))
+    train(Args(resume=tmp_path / "run"))
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("engine", ["fused", pytest.param("compile", marks=pytest.mark.slow)])

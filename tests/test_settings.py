@@ -75,13 +75,14 @@ CHOICES = {
 BOOLS = (
     "double_q", "stop_when_optimal", "checkpoint_replay", "report", "quiet", "track", "tensorboard",
 )  # fmt: skip
-TEXTS = ("env_id", "device", "name", "wandb_project", "wandb_entity", "wandb_group")
+TEXTS = ("env_id", "env", "device", "name", "wandb_project", "wandb_entity", "wandb_group")
 OTHERS = (
     "env_params", "hidden_sizes", "resume", "run_dir", "keep_generated", "wandb_tags", "sweep",
+    "wrappers",
 )  # fmt: skip
 OPTIONAL = {
     "learning_rate_end", "resume", "run_dir", "log_interval", "eval_interval", "stop_at_return",
-    "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode", "keep_generated",
+    "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode", "keep_generated", "env",
 }  # fmt: skip
 RANGES = {**INTS, **FLOATS, "hidden_sizes": ([(1,), ()], [(64, 0), (-1,)], "at least 1 each")}
 
@@ -109,7 +110,8 @@ def wrong_types() -> list[tuple[str, Any, str]]:
     cases += [("hidden_sizes", v, sizes) for v in (64, "64", (1.5,), (True,), ((64,),), {64})]
     for name in ("resume", "run_dir", "keep_generated"):
         cases += [(name, v, "a path, or None") for v in (3, True, ["x"])]
-    cases += [("wandb_tags", v, "a tuple of texts") for v in ("tag", (1,), None)]
+    for name in ("wandb_tags", "wrappers"):
+        cases += [(name, v, "a tuple of texts") for v in ("tag", (1,), None)]
     parameters = "a dict from names to numbers, texts or truth values"
     cases += [("env_params", v, parameters) for v in (3, "n 5", [("n", 5)], {1: 2}, {"f": abs})]
     cases += [("sweep", v, parameters) for v in (3, "gamma 0.9", [("gamma", [0.9])], {1: [2]})]

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import importlib
-import inspect
-import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, get_type_hints
+from typing import Any
 
 import gymnasium
 from gymnasium.vector import VectorEnv
@@ -32,8 +27,9 @@ from dqn_fast.envs import (
     from_gymnasium,
     make_env,
 )
-from dqn_fast.envs.from_gymnasium import EnvFactory, GymnasiumEnv
-from dqn_fast.envs.params import cast
+from dqn_fast.envs.from_gymnasium import EnvFactory, GymnasiumEnv, makes_vector_envs
+from dqn_fast.envs.imports import ImportFailed, import_module
+from dqn_fast.envs.recipe import CannotMakeError, source_of
 from dqn_fast.envs.spaces import describe_error
 from dqn_fast.experiments import GYMNASIUM_PREFIX
 from dqn_fast.settings import UsageError
@@ -90,19 +86,27 @@ def find(env_id: str | None, env: str | None, params: Mapping[str, Any]) -> Subj
     """
     if env is not None:
         module, _, name = env.rpartition(":")
-        if not module or not name:
-            raise UsageError(
-                f"--env {env}: must be module:Name, such as my_package.my_module:MyEnv"
-            )
-        found = _found(f"--env {env}", module, name)
-        if isinstance(found, str):
-            env_id = found
-        else:
-            return _of_object(env, found, params)
+        try:
+            return _of_source(env, source_of(env, params))
+        except ImportFailed as error:
+            if not module or name not in gymnasium.registry:  # by the import
+                raise UsageError(
+                    f"{error} and registers no such id" if module else str(error)
+                ) from error
+            env_id = env
+        except CannotMakeError as error:
+            raise BrokenError("made", str(error)) from error
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     assert env_id is not None
-    module, _, name = env_id.removeprefix(GYMNASIUM_PREFIX).rpartition(":")
+    flag, (module, _, name) = f"--env-id {env_id}", env_id.removeprefix("gym:").rpartition(":")
     if module:
-        _found(f"--env-id {env_id}", module, name, registered=True)
+        try:
+            import_module(flag, module)
+        except ImportFailed as error:
+            raise UsageError(str(error)) from error
+        if name not in gymnasium.registry:
+            raise UsageError(f"{flag}: {module} registers no such id")
     try:
         made = make_env(env_id, params)
     except UnknownEnvError as error:
@@ -116,89 +120,18 @@ def find(env_id: str | None, env: str | None, params: Mapping[str, Any]) -> Subj
     return Subject(env_id, made, source, env_id=env_id)
 
 
-def _found(flag: str, module: str, name: str, registered: bool = False) -> Any:
-    """An attribute of a module, or "module:ID" if the module registers that id."""
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:
-        words = f"{flag}: {module} cannot be imported ({describe_error(error)})"
-        raise UsageError(words) from error
-    if not registered:
-        with contextlib.suppress(AttributeError):
-            return operator.attrgetter(name)(found)
-    if name in gymnasium.registry:
-        return f"{module}:{name}"
-    what = "registers no such id" if registered else "has no such name and registers no such id"
-    raise UsageError(f"{flag}: {module} {what}")
-
-
-def _of_object(name: str, found: Any, params: Mapping[str, Any]) -> Subject:
-    """An environment, a class or a callable that makes one; `name` is the value of --env."""
-    flag = f"--env {name}"
-    if isinstance(found, gymnasium.Env):
-        words = f"{flag}: is a single environment; name its class, or a callable that makes it"
-        raise UsageError(words)
-    if not callable(found) and not isinstance(found, (TensorEnv, VectorEnv)):
-        words = f"{flag}: is {type(found).__name__}; must be an environment's class or id, or a "
-        raise UsageError(f"{words}callable that makes one")
-    if isinstance(found, (TensorEnv, VectorEnv)) and params:
-        raise UsageError(
-            f"--env-params {next(iter(params))}: must be empty, {flag} is made already"
-        )
-    source = found
-    if not isinstance(found, (TensorEnv, VectorEnv)):
-        arguments = _arguments(flag, found, params)
-        source = functools.partial(found, **arguments) if arguments else found
-    is_vector = isinstance(source, VectorEnv) or _takes_num_envs(source)
-    made: Any = found
-    if not is_vector and not isinstance(found, TensorEnv):
-        try:
-            made = source()
-        except Exception as error:
-            raise BrokenError("made", f"{flag}: raises {describe_error(error)}") from error
-    if isinstance(made, TensorEnv):
-        return Subject(name, made)
-    if isinstance(made, VectorEnv) and not is_vector:
-        source, is_vector = made, True
-    elif isinstance(made, gymnasium.Env):
-        made.close()
+def _of_source(name: str, source: Any) -> Subject:
+    """What --env `name` makes; see `source_of`."""
+    if isinstance(source, TensorEnv):
+        return Subject(name, source)
+    is_vector = makes_vector_envs(source)
     try:
         if isinstance(source, VectorEnv):
             return Subject(name, GymnasiumEnv(EnvFactory(source), None), source, True)
         return Subject(name, from_gymnasium(source), source, is_vector)
     except ValueError as error:
-        raise BrokenError("made", str(error)) from error
-
-
-def _takes_num_envs(source: Callable[..., Any]) -> bool:
-    with contextlib.suppress(TypeError, ValueError):
-        return "num_envs" in inspect.signature(source).parameters
-    return False
-
-
-def _arguments(flag: str, found: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a callable, text cast to the types of its fields, else as it reads."""
-    known: dict[str, inspect.Parameter] = {}
-    with contextlib.suppress(TypeError, ValueError):
-        known = dict(inspect.signature(found).parameters)
-    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    hints: dict[str, Any] = {}
-    if dataclasses.is_dataclass(found):
-        with contextlib.suppress(NameError, TypeError):
-            hints = get_type_hints(found)
-    values = {}
-    for name, value in params.items():
-        if known and not any_name and name not in known:
-            names = ", ".join(known) or "none"
-            words = f"--env-params {name} {value}: {flag} has no such parameter; it has {names}"
-            raise UsageError(words)
-        try:
-            wanted = (hints[name],) if name in hints else (int, float, bool, NoneType, str)
-            is_text = name in known and isinstance(known[name].default, str)
-            values[name] = value if is_text else cast(name, value, *wanted)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    return values
+        words = str(error).removeprefix("from_gymnasium: ")
+        raise BrokenError("made", f"--env {name}: {words}") from error
 
 
 # --------------------------------------------------------------------------------------- checks

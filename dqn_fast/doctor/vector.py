@@ -9,20 +9,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode
 
 from dqn_fast.doctor.adapted import seed_noise
 from dqn_fast.doctor.findings import Finding, fault, note, ok
 from dqn_fast.doctor.plays import BrokenError, actions_of, equal, first_difference
 from dqn_fast.envs import EnvError
-from dqn_fast.envs.from_gymnasium import AnyVectorEnv, EnvFactory, GymnasiumEnv
+from dqn_fast.envs.from_gymnasium import (
+    AnyVectorEnv,
+    EnvFactory,
+    GymnasiumEnv,
+    declared_mode,
+)
 from dqn_fast.envs.spaces import describe_error, describe_value
 
 VECTOR_STEPS, PLAY_S = 300, 2.0
 """Vector steps of a play; fewer, if they take longer than PLAY_S seconds."""
 
 HELP = "declare it in the class: metadata = {'autoreset_mode': AutoresetMode.NEXT_STEP}, or the one"
-"""What to do about an autoreset mode that is not declared, or wrongly."""
+"""What to do about an autoreset mode that is declared wrongly."""
 
 
 @dataclass
@@ -91,16 +96,7 @@ def check_vector(factory: EnvFactory) -> Iterator[Finding]:
     yield ok("adapted", words) if stored == lengths else fault("adapted", f"{words}; report it")
 
 
-def declared_mode(env: AnyVectorEnv) -> AutoresetMode | None:
-    """Autoreset mode that a VectorEnv declares."""
-    base: Any = env.unwrapped
-    if isinstance(base, (SyncVectorEnv, AsyncVectorEnv)):
-        return AutoresetMode(base.autoreset_mode)
-    mode = env.metadata.get("autoreset_mode")
-    return None if mode is None else AutoresetMode(mode)
-
-
-def play(env: AnyVectorEnv, mode: AutoresetMode | None, num_steps: int | None = None) -> Played:
+def play(env: AnyVectorEnv, mode: AutoresetMode, num_steps: int | None = None) -> Played:
     """Play random actions.
 
     Args:
@@ -158,30 +154,24 @@ def _see_finals(played: Played, obs: Any, done: Any, infos: Any) -> None:
             played.resets_as_finals += equal(np.asarray(last), np.asarray(obs[i]))
 
 
-def _about_mode(mode: AutoresetMode | None, played: Played) -> Iterator[Finding]:
+def _about_mode(mode: AutoresetMode, played: Played) -> Iterator[Finding]:
     what, ends = "autoreset", played.num_ends
     if ends == 0:
         words = f"no episode ends within {played.num_steps} steps, so it was not seen"
-        declared = f"declared as {mode.name}" if mode else f"not declared; {HELP} that it is"
-        yield note(what, f"{declared}; {words}")
+        yield note(what, f"declared as {mode.name}; {words}")
     elif played.finals and mode is not AutoresetMode.SAME_STEP:
-        said = "none, which counts as NEXT_STEP" if mode is None else mode.name
         yield fault(
             what,
-            f"it puts last observations into the infos, as in SAME_STEP, but declares {said}: the "
-            "first step of each episode would be lost; "
+            f"it puts last observations into the infos, as in SAME_STEP, but declares {mode.name}: "
+            "the first step of each episode would be lost; "
             f"{HELP.replace('NEXT_STEP', 'SAME_STEP')} that it is",
         )
-    elif mode in (None, AutoresetMode.NEXT_STEP) and played.acted:
-        said = "not declared, which counts as NEXT_STEP" if mode is None else "NEXT_STEP"
+    elif mode is AutoresetMode.NEXT_STEP and played.acted:
         yield fault(
             what,
-            f"{said}; but the step after an end brings rewards or ends, so it is no mere reset, "
+            f"NEXT_STEP; but the step after an end brings rewards or ends, so it is no mere reset, "
             f"and its transitions would be lost: {HELP} that it is",
         )
-    elif mode is None:
-        words = "not declared, which counts as NEXT_STEP; that agrees with what was played"
-        yield note(what, f"{words}: {HELP} that it is")
     elif mode is AutoresetMode.SAME_STEP and played.finals < ends:
         words = f"SAME_STEP, but infos['final_obs'] lacks {ends - played.finals} of {ends} last "
         yield fault(what, f"{words}observations: put the true successors there")

@@ -60,7 +60,8 @@ class Outcome(NamedTuple):
         next_obs: the true successor's observation [E, ...], never one from after a reset.
         terminated: the MDP ended, bool [E]; the only flag that stops the bootstrap.
         truncated: the time limit was reached, bool [E]; may be true together with `terminated`.
-        episode_return: return of the episode up to and with this step, float32 [E].
+        episode_return: return of the episode up to and with this step, float32 [E]. At the end of
+            an episode it is in the environment's own units, if the environment reports that.
         episode_length: its length in steps, int32 [E].
         valid: bool [E]; False for a copy that was only reset, as in Gymnasium's NEXT_STEP mode, so
             that it has no transition to store. None: all copies took a step.
@@ -88,12 +89,14 @@ class TensorEnv(ABC):
 
     Attributes:
         num_actions: actions are the int64 numbers 0 .. num_actions - 1.
+        action_start: the number that the environment itself gives to action 0.
         max_steps: time limit of an episode in steps, >= 1.
         reset_noise_dim: uniform numbers that `reset` reads for each copy.
         step_noise_dim: uniform numbers that `step` reads for each copy.
     """
 
     num_actions: ClassVar[int]
+    action_start: ClassVar[int] = 0
     max_steps: int
     reset_noise_dim: ClassVar[int] = 0
     step_noise_dim: ClassVar[int] = 0

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dqn_fast.envs.from_gymnasium import parse_text
+from dqn_fast.envs.params import parse_text
 
 _NAMES = re.compile(
     r"(^|_)(env|envs|id|ids|spec|entry|point|module|import|package|plugin|class|cls|"
@@ -63,16 +63,26 @@ def _is_plain(key: str, value: Any, budget: list[int], depth: int) -> bool:
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
-def flags_for(env_id: str, params: Mapping[str, Any]) -> str | None:
-    """The flags that name an environment and its parameters, to be typed in a shell; None: the
-    names hold what nobody can type."""
+def flags_for(
+    env_id: str, params: Mapping[str, Any], env: str | None = None, wrappers: Sequence[str] = ()
+) -> str | None:
+    """The flags that name an environment, its parameters and its wrappers, to be typed in a shell;
+    None: they hold what nobody can type.
+
+    Args:
+        env_id: id, if `env` is None.
+        params: parameters.
+        env: import path of a callable.
+        wrappers: import paths with arguments.
+    """
     if not _is_small(params, [_MOST_LINE], 0):
         return None
-    words = ["--env-id", env_id]
+    words = ["--env-id", env_id] if env is None else ["--env", env]
     if params:
         words.append("--env-params")
     for key, value in params.items():
         words += [key, value if isinstance(value, str) else json.dumps(value)]
+    words += ["--wrappers", *wrappers] if wrappers else []
     line = " ".join(map(shlex.quote, words))
     return line if line.isprintable() and len(line) <= _MOST_LINE else None
 

@@ -19,23 +19,21 @@ import atexit
 import contextlib
 import copy
 import functools
-import importlib
 import inspect
 import itertools
-import json
 import math
 import multiprocessing
 import multiprocessing.util  # registers its exit handler
 import numbers
 import os
 import pickle
-import re
 import signal
 import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -44,15 +42,27 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import (
+    AsyncVectorEnv,
+    AutoresetMode,
+    SyncVectorEnv,
+    VectorEnv,
+    VectorWrapper,
+)
 from gymnasium.vector.utils import concatenate
-from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.device import upload
 from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
-from dqn_fast.envs.host_state import StateKeeper, UnsavableError, identical, load_state_
+from dqn_fast.envs.host_state import (
+    StateKeeper,
+    UnsavableError,
+    identical,
+    load_state_,
+)
+from dqn_fast.envs.imports import arguments_for, import_module, parameters_of, read_wrapper
 from dqn_fast.envs.params import plain
 from dqn_fast.envs.spaces import (
     ARRAYS,
@@ -63,7 +73,9 @@ from dqn_fast.envs.spaces import (
     describe_value,
     first_true,
     shorten,
+    without_text,
 )
+from dqn_fast.envs.statistics import keeper_of_statistics
 from dqn_fast.process import STOP_SIGNALS
 
 VectorizationMode = Literal["sync", "async", "vector_entry_point"]
@@ -72,6 +84,7 @@ the environment's own vector version."""
 
 AnyVectorEnv = VectorEnv[Any, Any, Any]
 Source = str | Callable[..., Any] | AnyVectorEnv
+AnyWrapper = str | Callable[[Any], Any]
 
 ENDLESS = 100_000
 """Steps after which an evaluation gives up on an episode without a time limit."""
@@ -92,8 +105,14 @@ def from_gymnasium(
     vectorization_mode: VectorizationMode = "sync",
     eval_source: Source | None = None,
     max_steps: int | None = None,
+    wrappers: Sequence[AnyWrapper] = (),
 ) -> GymnasiumEnv:
     """Adapt an environment with Gymnasium's interface.
+
+    Text of no fixed size in a Dict observation, such as MiniGrid's mission, is left out; `left_out`
+    names it. Where the info of an episode's last step reports the return, info["episode"]["r"] of
+    Gymnasium's RecordEpisodeStatistics, this is the return of the episode: in the environment's own
+    units, whatever other wrappers do to the rewards that the agent learns from.
 
     Args:
         source: one of
@@ -115,17 +134,22 @@ def from_gymnasium(
             own limit; for it, this is the length that no episode exceeds. Without any limit the
             task is continuing: training goes on, and an evaluation gives up on an episode of more
             than ENDLESS steps.
+        wrappers: put around each copy, the first one innermost: callables that take the
+            environment, or texts "module:Wrapper,key=value". Around the VectorEnv if the source
+            makes one.
 
     Raises:
         ValueError: the environment cannot be made, its observations have no fixed size, its actions
-            are not Discrete, or evaluation has no copies of its own.
+            are not Discrete, evaluation has no copies of its own, a VectorEnv does not declare its
+            autoreset mode, or a wrapper keeps running statistics: copies for training, for
+            evaluation and of a saved agent would each have others.
     """
     if vectorization_mode not in get_args(VectorizationMode):
         modes = " or ".join(get_args(VectorizationMode))
         raise ValueError(f"--vectorization-mode {vectorization_mode}: must be {modes}")
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps {max_steps}: must be at least 1")
-    evaluation = factory = EnvFactory(source, params, vectorization_mode, max_steps)
+    evaluation = factory = EnvFactory(source, params, vectorization_mode, max_steps, wrappers)
     if isinstance(eval_source, VectorEnv):
         raise ValueError(
             "eval_source: a VectorEnv has a fixed number of copies; must be an id or a callable"
@@ -142,8 +166,24 @@ def from_gymnasium(
         evaluation = EnvFactory(_source_like(source), max_steps=max_steps)
         factory.name = evaluation.name
     elif vectorization_mode == "async":
-        evaluation = EnvFactory(source, params, "sync", max_steps)
-    return GymnasiumEnv(factory, evaluation)
+        evaluation = EnvFactory(source, params, "sync", max_steps, wrappers)
+    env = GymnasiumEnv(factory, evaluation)
+    env.made_from = MadeFrom(
+        source, factory.params, vectorization_mode, tuple(wrappers), max_steps, eval_source
+    )
+    return env
+
+
+class MadeFrom(NamedTuple):
+    """The arguments of `from_gymnasium` that an environment was made from; `params` are cast and
+    include the time limit."""
+
+    source: Source
+    params: Mapping[str, Any]
+    vectorization_mode: VectorizationMode
+    wrappers: tuple[AnyWrapper, ...]
+    max_steps: int | None
+    eval_source: Source | None
 
 
 class GymnasiumEnv(TensorEnv):
@@ -158,9 +198,14 @@ class GymnasiumEnv(TensorEnv):
 
     Attributes:
         name: id, or name of the class.
-        num_actions: n of the Discrete action space; action 0 is sent as its `start`.
+        num_actions: n of the Discrete action space.
+        action_start: its `start`, as which action 0 is sent.
         max_steps: time limit in steps; ENDLESS without a limit.
-        single_observation_space: Gymnasium's space of one copy's observation.
+        single_observation_space: Gymnasium's space of one copy's observation, without `left_out`.
+        left_out: names of the parts of an observation that are text of no fixed size.
+        layers: names of the classes around one copy, from the outside inwards, and of its own;
+            without the wrappers of `gymnasium.make`.
+        made_from: arguments of `from_gymnasium`; None: made otherwise.
         background: steps run in worker processes, between `send` and `vector_step`.
         host_state_refusal: why the last call of `host_state` returned None; else empty.
     """
@@ -171,6 +216,9 @@ class GymnasiumEnv(TensorEnv):
     def __init__(self, factory: EnvFactory, evaluation: EnvFactory | None) -> None:
         self.name = factory.name
         self.num_actions = int(factory.action_space.n)  # type: ignore[misc]
+        self.action_start = int(factory.action_space.start)  # type: ignore[misc]
+        self.left_out, self.layers = factory.left_out, (evaluation or factory).layers
+        self.made_from: MadeFrom | None = None
         self.max_steps = factory.max_steps or ENDLESS
         self.single_observation_space = factory.observation_space
         self.background = factory.background
@@ -234,6 +282,10 @@ class GymnasiumEnv(TensorEnv):
             self._sibling = GymnasiumEnv(self._evaluation, None)
         return self._sibling
 
+    def make_single(self, render_mode: str) -> gymnasium.Env[Any, Any]:
+        """One more copy for evaluation by itself; see `EnvFactory.make_single`."""
+        return (self._evaluation or self._factory).make_single(render_mode)
+
     def close(self) -> None:
         """Close all copies, those for evaluation too, and end their processes.
 
@@ -252,11 +304,9 @@ class GymnasiumEnv(TensorEnv):
             EnvError: a copy breaks the contract.
         """
         num_envs, self._step = len(noise), 0
-        # A seed in [0, 2**31) from two uniform numbers of 24 bits.
-        high, low = (noise.cpu().double() * torch.tensor([2.0**16, 2.0**15])).long().unbind(1)
         try:
             self._envs = envs = self._open_envs(num_envs)
-            obs = envs.reset(seed=((high << 15) | low).tolist())
+            obs = envs.reset(seed=episode_seeds(noise))
             stored = self._encoder.encode(self._encoder.parts(obs), num_envs)
         except Violation as violation:
             raise self._error(violation) from violation.error
@@ -366,6 +416,8 @@ class GymnasiumEnv(TensorEnv):
         if done.any():
             self._elapsed, self._return = elapsed.copy(), episode_return.copy()
             self._elapsed[done], self._return[done] = 0, 0.0
+            is_reported, reported = _reported_returns(infos, done)
+            episode_return[is_reported] = reported[is_reported]
             if envs.mode is AutoresetMode.SAME_STEP:
                 next_obs = stored.copy()
                 next_obs[done] = self._final_obs(infos, done)
@@ -473,6 +525,28 @@ class GymnasiumEnv(TensorEnv):
         return EnvError(f"{where}, step {self._step:,}: {violation.text}")
 
 
+def episode_seeds(noise: Tensor) -> list[int]:
+    """Seeds in [0, 2**31) of E copies, from two uniform numbers of 24 bits each, [E, 2]."""
+    high, low = (noise.cpu().double() * torch.tensor([2.0**16, 2.0**15])).long().unbind(1)
+    seeds: list[int] = ((high << 15) | low).tolist()
+    return seeds
+
+
+def _reported_returns(
+    infos: Mapping[str, Any], done: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Which finished copies report the return of their episode, and these returns, [E] each."""
+    for part in (infos, infos.get("final_info")):
+        if not isinstance(part, Mapping):
+            continue
+        with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
+            returns = np.asarray(part["episode"]["r"], np.float64)
+            reported = np.asarray(part.get("_episode", done), np.bool_) & np.isfinite(returns)
+            if returns.shape == reported.shape == done.shape:
+                return reported & done, returns
+    return np.zeros_like(done), np.zeros(len(done))
+
+
 def _upload(arrays: list[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Arrays as tensors on `device`, in one transfer; on the CPU they share the arrays' memory."""
     tensors = list(map(torch.from_numpy, arrays))
@@ -523,9 +597,7 @@ class CheckedVectorEnv:
         # A wrapper has no step_async: with one, `send` takes the whole step.
         self._async = env if isinstance(env, AsyncVectorEnv) else None
         self._is_gymnasiums = isinstance(base, (SyncVectorEnv, AsyncVectorEnv))
-        # Instances of a class may share their metadata (Gymnasium 1.1).
-        mode = base.autoreset_mode if self._is_gymnasiums else env.metadata.get("autoreset_mode")
-        self.mode = AutoresetMode.NEXT_STEP if mode is None else AutoresetMode(mode)
+        self.mode = declared_mode(env)
         self._result: Any = None
         self._broken, self._owner = False, os.getpid()
         _open_envs.add(self)
@@ -713,6 +785,28 @@ class CheckedVectorEnv:
             raise Violation(violation.text, index, violation.error)
 
 
+def declared_mode(env: AnyVectorEnv) -> AutoresetMode:
+    """When a VectorEnv resets a copy whose episode has ended.
+
+    Raises:
+        ValueError: it does not say. Playing cannot tell for sure, and a wrong guess stores
+            transitions that never happened.
+    """
+    base: Any = env.unwrapped
+    # Instances of a class may share their metadata (Gymnasium 1.1).
+    is_gymnasiums = isinstance(base, (SyncVectorEnv, AsyncVectorEnv))
+    mode = base.autoreset_mode if is_gymnasiums else (env.metadata or {}).get("autoreset_mode")
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        choices = ", ".join(f"AutoresetMode.{choice.name}" for choice in AutoresetMode)
+        raise ValueError(
+            f"from_gymnasium: {_name(env)}: does not declare when it resets a copy whose episode "
+            f"has ended (metadata['autoreset_mode'] is {mode!r}); set it to one of {choices}, from "
+            "gymnasium.vector"
+        ) from None
+
+
 def _bare(envs: Sequence[gymnasium.Env[Any, Any]]) -> list[gymnasium.Env[Any, Any]]:
     """The environments without CheckedEnv."""
     return [env.env if isinstance(env, CheckedEnv) else env for env in envs]
@@ -721,7 +815,7 @@ def _bare(envs: Sequence[gymnasium.Env[Any, Any]]) -> list[gymnasium.Env[Any, An
 class SameStepVectorEnv(SyncVectorEnv):
     """SyncVectorEnv in SAME_STEP mode for CheckedEnvs.
 
-    These have no infos to merge, and to merge them anyway costs SyncVectorEnv a tenth of its time.
+    These have few infos to merge, and to merge them always costs SyncVectorEnv a tenth of its time.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], CheckedEnv]]) -> None:
@@ -735,7 +829,7 @@ class SameStepVectorEnv(SyncVectorEnv):
         for env, action in zip(self.envs, actions, strict=True):
             obs, reward, terminated, truncated, info = env.step(action)
             if terminated or truncated:
-                infos = self._add_info(infos, {"final_obs": obs}, len(rows))
+                infos = self._add_info(infos, {"final_obs": obs, **info}, len(rows))
                 obs, info = env.reset()
             if info:
                 infos = self._add_info(infos, info, len(rows))
@@ -776,8 +870,9 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """One env copy, which returns values that its spaces describe, or a Violation.
 
     A Violation travels in the info and is not raised: so it comes out of a worker process as it
-    comes out of a loop, and the process lives on until it is closed. All other infos are dropped:
-    nothing reads them, and environments are least careful with them.
+    comes out of a loop, and the process lives on until it is closed. Of the environment's infos
+    only the return of an episode, info["episode"]["r"], is kept: nothing reads the others, and
+    environments are least careful with them.
 
     Attributes:
         keeper: saves the state of the copy.
@@ -788,7 +883,8 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._in_worker = in_worker
         self.keeper, self.load_problem = keeper, ""
-        self._space = env.observation_space
+        self._space, _ = without_text(env.observation_space)
+        self.observation_space = self._space
         is_box = isinstance(self._space, spaces.Box)
         self._dtype = self._space.dtype if is_box else None
         self._shape = self._space.shape if is_box else None
@@ -808,7 +904,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         try:
             result: Any = self.env.step(action)
             try:
-                obs, reward, terminated, truncated, _ = result
+                obs, reward, terminated, truncated, info = result
             except (TypeError, ValueError):
                 expected = "(obs, reward, terminated, truncated, info)"
                 text = f"step returned {describe_value(result)}, not {expected}"
@@ -826,6 +922,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
                 truncated = _as_bool("truncated", truncated)
             if terminated or truncated:  # the reset to come may write into the same array
                 obs = copy.deepcopy(obs)
+                return obs, reward, terminated, truncated, _only_return(info)
             return obs, reward, terminated, truncated, {}
         except Exception as error:
             infos = {_VIOLATION: self._violation("step", error)}
@@ -870,6 +967,14 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
                 error = RuntimeError(describe_error(error))
             error.add_note(f"In the worker process:\n{trace}")
         return Violation(text, error=error)
+
+
+def _only_return(info: Any) -> dict[str, Any]:
+    """The info of an episode's last step, without all but its return."""
+    try:
+        return {"episode": {"r": float(np.asarray(info["episode"]["r"]).item())}}
+    except (IndexError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _conform(space: spaces.Space[Any], obs: Any) -> Any:
@@ -922,7 +1027,10 @@ class EnvFactory:
 
     Attributes:
         name: id, or name of the class.
-        observation_space, action_space: of one copy.
+        observation_space: of one copy, without `left_out`.
+        left_out: names of the parts of an observation that are text of no fixed size.
+        action_space: of one copy.
+        layers: names of the classes of one copy, from the outside inwards.
         max_steps: time limit in steps, or None.
         background: the copies step in worker processes.
         params: arguments of an id's constructor.
@@ -936,6 +1044,7 @@ class EnvFactory:
         params: Mapping[str, Any] | None = None,
         mode: VectorizationMode = "sync",
         max_steps: int | None = None,
+        wrappers: Sequence[AnyWrapper] = (),
     ) -> None:
         label, self._time_limit = "", max_steps
         self.params: Mapping[str, Any] = {}
@@ -947,10 +1056,17 @@ class EnvFactory:
             raise ValueError(f"params {dict(params)}: must be empty unless the source is an id")
         self.ready = source if isinstance(source, VectorEnv) else None
         make: Any = source
+        makes_vector = makes_vector_envs(source)
+        if wrappers:
+            if self.ready is not None:
+                raise ValueError("wrappers: must be empty with a VectorEnv; put them around it")
+            if isinstance(wrappers, str):
+                raise ValueError(f"wrappers {wrappers!r}: must be a list of wrappers")
+            make = Wrapped(make, [read_wrapper(w) if isinstance(w, str) else w for w in wrappers])
         self._makers: Sequence[Callable[[], Any]] | None = None
         self._make_vector = make if self.ready is None else lambda num_envs: make
-        if not _makes_vector_envs(source):
-            self._makers = make if isinstance(source, Sequence) else [make]
+        if not makes_vector:
+            self._makers = make if isinstance(make, Sequence) else [make]
             if mode == "vector_entry_point":
                 raise ValueError(
                     "--vectorization-mode vector_entry_point: only for an id; must be sync or "
@@ -958,11 +1074,17 @@ class EnvFactory:
                 )
         self.makes_checked = self._makers is not None
         env = self._make_probe(label or "from_gymnasium")
-        spec = env.spec
-        self.name = spec.id if label and spec else _name(env)
+        spec, self.name = env.spec, _name(env)
         label = label or f"from_gymnasium: {self.name}"
+        layers = list(_layers(env))
+        self.layers = tuple(
+            type(layer).__name__
+            for layer in layers
+            if not isinstance(layer, (*_PLUMBING, VectorEnv)) or isinstance(layer, VectorWrapper)
+        )
         single = "single_" if self._makers is None else ""
-        self.observation_space: spaces.Space[Any] = getattr(env, f"{single}observation_space")
+        whole: spaces.Space[Any] = getattr(env, f"{single}observation_space")
+        self.observation_space, self.left_out = without_text(whole)
         self.action_space: spaces.Discrete = getattr(env, f"{single}action_space")
         self.background = mode == "async" if self._makers else isinstance(env, AsyncVectorEnv)
         self.max_steps: int | None = max_steps or (spec.max_episode_steps if spec else None)
@@ -970,8 +1092,17 @@ class EnvFactory:
         while self.max_steps is None and isinstance(inner, gymnasium.Wrapper):
             self.max_steps = inner._max_episode_steps if isinstance(inner, TimeLimit) else None
             inner = inner.env
+        if isinstance(env, VectorEnv):
+            declared_mode(env)
+        statistics = keeper_of_statistics(layers)
         if self.ready is None:
             (env if self._makers else CheckedVectorEnv(env)).close()
+        if statistics:
+            raise ValueError(
+                f"{label}: its {statistics} keeps running statistics, which would be others in "
+                "training, in evaluation and with a saved agent; scale with fixed numbers: "
+                "gymnasium.wrappers.RescaleObservation, TransformObservation or TransformReward"
+            )
         try:
             self._shared_memory = ObservationEncoder(self.observation_space).arrays_only
         except ValueError as error:
@@ -997,6 +1128,32 @@ class EnvFactory:
             kind = "vector.VectorEnv" if self._makers is None else "Env or VectorEnv"
             raise ValueError(f"{label}: it makes {describe_value(env)}, not a gymnasium.{kind}")
         return env
+
+    def make_single(self, render_mode: str) -> gymnasium.Env[Any, Any]:
+        """One copy by itself, like the others; it is told the render mode if its maker takes one.
+
+        Raises:
+            ValueError: the source makes no single copies.
+        """
+        make: Any = self._makers[0] if self._makers else self._make_vector
+        if getattr(make, "func", None) is gymnasium.make_vec:
+            options = {k: v for k, v in make.keywords.items() if k != "vectorization_mode"}
+            make = functools.partial(gymnasium.make, *make.args, **options)
+        elif not self._makers:
+            vector = None if self.ready is not None else self._make_vector(num_envs=1)
+            copies: Any = getattr(vector, "envs", None)
+            if not (isinstance(vector, SyncVectorEnv) and copies):
+                raise ValueError(f"{self.name}: its VectorEnv shows no single copy")
+            env: gymnasium.Env[Any, Any] = copies[0]
+            return env
+        inner = make.make if isinstance(make, Wrapped) else make
+        known, any_name = parameters_of(inner)
+        if "render_mode" in known or any_name:
+            with contextlib.suppress(TypeError):
+                return _make_limited(
+                    functools.partial(make, render_mode=render_mode), self._time_limit
+                )
+        return _make_limited(make, self._time_limit)
 
     def make(self, num_envs: int) -> AnyVectorEnv:
         """A VectorEnv of `num_envs` copies.
@@ -1046,13 +1203,10 @@ def _source_of_id(
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """A callable that makes the environment, and its arguments."""
     module, _, name = env_id.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)
-        spec = gymnasium.registry.get(name)
-        kwargs = _parse_params(name, spec, params)
-    except ImportError as error:
-        raise ValueError(f"--env-id {env_id}: {describe_error(error)}") from error
+    if module:
+        import_module(f"--env-id {env_id}", module)
+    spec = gymnasium.registry.get(name)
+    kwargs = _parse_params(name, spec, params)
     if max_steps is not None:
         kwargs["max_episode_steps"] = max_steps
     limit = kwargs.get("max_episode_steps", 1)
@@ -1064,6 +1218,17 @@ def _source_of_id(
     # The spec if it is known: a worker process that was not forked has an empty registry.
     arguments = {"disable_env_checker": True, **kwargs}
     return functools.partial(gymnasium.make, spec or name, **arguments), kwargs
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A callable that makes an environment and puts wrappers around it, the first one innermost."""
+
+    make: Callable[..., Any]
+    wrappers: Sequence[Callable[[Any], Any]]
+
+    def __call__(self, **arguments: Any) -> Any:
+        return functools.reduce(lambda env, wrap: wrap(env), self.wrappers, self.make(**arguments))
 
 
 def _source_like(env: AnyVectorEnv) -> Callable[..., Any] | Sequence[Callable[[], Any]]:
@@ -1090,10 +1255,10 @@ def _source_like(env: AnyVectorEnv) -> Callable[..., Any] | Sequence[Callable[[]
     if mode == "vector_entry_point":
         return functools.partial(gymnasium.make_vec, spec, vectorization_mode=mode, **kwargs)
     make = functools.partial(gymnasium.make, spec, **{"disable_env_checker": True, **kwargs})
-    return lambda: functools.reduce(lambda inner, wrap: wrap(inner), wrappers, make())
+    return Wrapped(make, wrappers or ())
 
 
-def _makes_vector_envs(source: Any) -> bool:
+def makes_vector_envs(source: Any) -> bool:
     """Whether a source is or makes a VectorEnv; the others make single environments."""
     if isinstance(source, Sequence | VectorEnv):
         return isinstance(source, VectorEnv)
@@ -1142,47 +1307,39 @@ def _end_with_trainer() -> None:
         os._exit(1)
 
 
+_PLUMBING = (TimeLimit, OrderEnforcing, PassiveEnvChecker, CheckedEnv)
+"""Wrappers of `gymnasium.make` and of this module."""
+
+
+def _layers(env: Any) -> Iterator[Any]:
+    """Wrappers from the outside inwards, and the environment; of a VectorEnv, its first copy's."""
+    while env is not None:
+        yield env
+        inner = getattr(env, "envs", None) if isinstance(env, VectorEnv) else None
+        if isinstance(env, (gymnasium.Wrapper, VectorWrapper)):
+            env = env.env
+        else:
+            env = inner[0] if isinstance(inner, (list, tuple)) and inner else None
+
+
 def _name(env: Any) -> str:
-    """Id of a VectorEnv, else name of the class of its environments."""
-    inner = None
-    if isinstance(env, VectorEnv):
-        if env.spec is not None:
-            return env.spec.id
-        inner = getattr(env.unwrapped, "envs", None)
-    return type(inner[0].unwrapped if inner else env.unwrapped).__name__
+    """Id under which an environment is registered, else name of the class."""
+    for layer in _layers(env):
+        name = getattr(getattr(layer, "spec", None), "id", None)
+        if isinstance(name, str):
+            return name
+    return type(layer).__name__
 
 
 def _parse_params(name: str, spec: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for `gymnasium.make`: text cast, names checked if the constructor lists them."""
-    known, any_name = dict[str, inspect.Parameter](), True
-    with contextlib.suppress(ImportError, AttributeError, TypeError, ValueError):
+    """Arguments for `gymnasium.make`."""
+    creator: Any = None
+    with contextlib.suppress(Exception):  # `gymnasium.make` will say what fails
         entry = spec.entry_point
         creator = entry if callable(entry) else load_env_creator(entry)
-        known = dict(inspect.signature(creator).parameters)
-        any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    own = ("render_mode", "disable_env_checker", "max_episode_steps")
-    values = {}
-    for key, value in params.items():
-        key = "max_episode_steps" if key == "max_steps" and key not in known else key
-        if not any_name and key not in (*known, *own):
-            names = ", ".join(name for name in (*known, own[-1]) if name not in own[:-1])
-            raise ValueError(
-                f"--env-params {key} {value}: {name} has no such parameter; it has {names}"
-            )
-        default = known[key].default if key in known else None
-        is_text = isinstance(value, str) and not isinstance(default, str)
-        values[key] = parse_text(value) if is_text else value
-    return values
-
-
-def parse_text(text: str) -> Any:
-    """Text of the command line as the number, truth value, None or list that it reads as."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", text, re.IGNORECASE):
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
-    if text[:1] in "[{":
-        with contextlib.suppress(ValueError):
-            return json.loads(text)
-    return text
+    known, _ = parameters_of(creator)
+    renamed = {
+        "max_episode_steps" if key == "max_steps" and key not in known else key: value
+        for key, value in params.items()
+    }
+    return arguments_for(name, creator, renamed, also=("max_episode_steps",))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from types import NoneType, UnionType
@@ -26,6 +29,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value] if isinstance(value, list) else tuple(map(plain, value))
     return str(value) if isinstance(value, PurePath) else repr(value)
+
+
+def parse_text(text: str) -> Any:
+    """Text of the command line as the number, truth value, None or list that it reads as."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", text, re.IGNORECASE):
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    if text[:1] in "[{":
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return text
 
 
 def freeze(value: Any) -> Any:

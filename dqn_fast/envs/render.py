@@ -195,11 +195,10 @@ class _Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 def _open_camera(env: Any) -> _Camera:
     """One more copy of an environment on the host, which gives pictures."""
-    options = {"disable_env_checker": True, **env.params, "render_mode": "rgb_array"}
     error: Exception | None = None
     try:
         with headless():
-            camera = _Camera(gymnasium.make(env.name, **options))
+            camera = _Camera(env.make_single("rgb_array"))
             camera.reset(seed=0)
             if isinstance(camera.render(), np.ndarray):
                 return camera
@@ -208,8 +207,7 @@ def _open_camera(env: Any) -> _Camera:
     except (TypeError, ValueError, gymnasium.error.Error) as refused:
         error = refused
     raise ValueError(
-        f"{type(env).__name__} cannot be drawn; "
-        "it must be a registered id with the render mode rgb_array"
+        f"{env.name} cannot be drawn; its copies must have the render mode rgb_array"
     ) from error
 
 

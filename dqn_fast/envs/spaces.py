@@ -145,6 +145,37 @@ class ObservationEncoder:
         return torch.where(one_hot, (spread == values).float(), spread.float() / scales)
 
 
+def without_text(
+    space: spaces.Space[Any], path: str = ""
+) -> tuple[spaces.Space[Any], tuple[str, ...]]:
+    """The space without text of no fixed size in a Dict, and the names of the parts left out.
+
+    A Dict of such text alone stays as it is, and has no encoder.
+    """
+    if not isinstance(space, spaces.Dict):
+        return space, ()
+    kept: dict[str, spaces.Space[Any]] = {}
+    left_out: tuple[str, ...] = ()
+    for key, part in space.spaces.items():
+        name = f"{path}{key}"
+        if _is_endless_text(part):
+            left_out += (name,)
+            continue
+        kept[key], below = without_text(part, f"{name}.")
+        left_out += below
+    return (spaces.Dict(kept), left_out) if kept and left_out else (space, ())
+
+
+def _is_endless_text(space: spaces.Space[Any]) -> bool:
+    if isinstance(space, (*ARRAYS, spaces.Tuple, spaces.Dict)):
+        return False
+    try:
+        spaces.flatdim(space)
+    except (ValueError, NotImplementedError):
+        return isinstance(space.sample(), str)
+    return False
+
+
 def _leaves(
     space: spaces.Space[Any], path: tuple[Any, ...] = (), start: int = 0
 ) -> Iterator[_Leaf]:

@@ -1,8 +1,10 @@
 """Gymnasium's environments that have a table of transitions, such as FrozenLake, on the device.
 
 Toy-text environments have a table `P[s][a] = [(probability, next state, reward, terminated), ...]`.
-Any other registered environment whose `unwrapped` has such a `P` and an `initial_state_distrib`
-runs as tensors, too, and can be solved exactly.
+A table is played only if it is the whole environment: the registered entry point is a class, no
+wrapper but those of `gymnasium.make` is around it, and its `step` and `reset` are those of
+Gymnasium's toy-text classes or of a class that declares `plays_its_table = True`. Nothing else is
+known to follow its `P`; it steps on the host.
 
     env = GymTable("FrozenLake8x8-v1", {"is_slippery": False})
 """
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -24,10 +25,12 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.spaces import Discrete
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP, ends_elsewhere
 from dqn_fast.envs.core import TabularEnv
+from dqn_fast.envs.imports import ImportFailed, import_module
 from dqn_fast.envs.params import cast, freeze
 
 DEFAULT_MAX_STEPS = 200
@@ -35,7 +38,10 @@ DEFAULT_MAX_STEPS = 200
 
 # Arguments with which a step depends on more than the state in `P`, and on what.
 _BEYOND_THE_TABLE = {"fickle_passenger": "passengers who change their destination"}
-_CHECK_STEPS = 200
+_TRUSTED = "gymnasium.envs.toy_text."
+"""Modules whose `step` and `reset` follow `P` and `initial_state_distrib`."""
+_HARMLESS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
+"""Wrappers of `gymnasium.make`; the time limit is `max_steps` here."""
 
 
 class NoTableError(ValueError):
@@ -68,9 +74,9 @@ class GymTable(TabularEnv):
         grid_shape: rows and columns, if the environment says that its states form a grid.
 
     Raises:
-        NoTableError: the id is unknown or its environment has no table, whatever the arguments.
+        NoTableError: the id is unknown, or its environment is no table, whatever the arguments.
         ValueError: an argument is unknown, of another type or refused by the constructor; or the
-            environment does not follow its table.
+            table is not one of probabilities.
     """
 
     env_id: str
@@ -296,13 +302,14 @@ def _read_env(
         ) from error
     grid_shape = _read_grid_shape(envs[0].unwrapped)
     try:
+        if beyond := _beyond_the_table(spec, envs[0]):
+            raise NoTableError(f"{asked}: has no table of transitions alone, but {beyond}")
         (cells, start), again = (_read_cells(env.unwrapped, asked) for env in envs)
         if cells != again[0] or not torch.equal(start, again[1]):
             raise ValueError(
                 f"{asked}: {spec.id} has a different table each time that it is made; "
                 f"use gym:{spec.id}"
             )
-        _check_play(envs[0].unwrapped, cells, start, spec.id)
     finally:
         for env in envs:
             env.close()
@@ -350,30 +357,23 @@ def _read_cells(env: Any, asked: str) -> tuple[list[Cell], Tensor]:
     return cells, start
 
 
-def _check_play(env: Any, cells: list[Cell], start: Tensor, env_id: str) -> None:
-    """Play some steps, because an overridden `step` may differ from `P`."""
-
-    def ensure(follows: bool, where: str) -> None:
-        if not follows:
-            raise ValueError(
-                f"--env-id {env_id}: does not follow its table `P` {where}; use gym:{env_id}"
-            )
-
-    def reset(**seed: int) -> int:
-        state: int = env.reset(**seed)[0]
-        ensure(start[state].item() > 0, f"at the start, in state {state}")
-        return state
-
-    num_actions = len(cells) // len(start)
-    state = reset(seed=0)
-    for action in np.random.default_rng(0).integers(num_actions, size=_CHECK_STEPS).tolist():
-        known = [outcome[1:] for outcome in cells[state * num_actions + action]]
-        successor, reward, terminated, truncated, _ = env.step(action)
-        ensure(
-            (successor, reward, terminated) in known and not truncated,
-            f"in state {state}, action {action}",
-        )
-        state = reset() if terminated else successor
+def _beyond_the_table(spec: EnvSpec, env: gymnasium.Env[Any, Any]) -> str:
+    """What of an environment its table does not describe, by structure; empty: nothing."""
+    layer = env
+    while isinstance(layer, gymnasium.Wrapper):
+        if type(layer) not in _HARMLESS:
+            return f"a wrapper {type(layer).__name__}"
+        if type(layer) is TimeLimit and layer._max_episode_steps != spec.max_episode_steps:
+            return "a time limit of its own"
+        layer = layer.env
+    if type(layer) is not _load_creator(spec):
+        return "an entry point that is not its class"
+    for name in ("step", "reset"):
+        definer = next(cls for cls in type(layer).__mro__ if name in vars(cls))
+        declared = vars(definer).get("plays_its_table") is True
+        if name in vars(layer) or not (declared or definer.__module__.startswith(_TRUSTED)):
+            return f"a `{name}` of its own"
+    return ""
 
 
 # --------------------------------------------------------------------------- its arguments
@@ -395,9 +395,11 @@ def _find_spec(env_id: str) -> EnvSpec:
     module, _, name = env_id.rpartition(":")
     try:
         if module:
-            importlib.import_module(module)
+            import_module(f"--env-id {env_id}", module)
         spec = gymnasium.spec(name)
-    except (ImportError, gymnasium.error.Error) as error:
+    except ImportFailed as error:
+        raise NoTableError(str(error)) from error
+    except gymnasium.error.Error as error:
         raise NoTableError(f"--env-id {env_id}: {error}") from error
     if spec.additional_wrappers or spec.entry_point is None:
         raise NoTableError(f"--env-id {env_id}: has wrappers, which a table does not describe")
@@ -427,12 +429,16 @@ def _cast_arguments(spec: EnvSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _load_creator(spec: EnvSpec) -> Any:
+    """The class or function that an id's entry point names."""
+    entry_point = spec.entry_point
+    return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+
+
 def _list_arguments(spec: EnvSpec) -> dict[str, _Argument]:
     """Arguments of the constructor that a file can hold, and "max_steps"."""
-    entry_point = spec.entry_point
     try:
-        create = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-        assert create is not None
+        create = _load_creator(spec)
         parameters = inspect.signature(create).parameters
     except Exception as error:  # of the module that is imported, such as a missing dependency
         raise NoTableError(f"--env-id {spec.id}: cannot be made ({error})") from error

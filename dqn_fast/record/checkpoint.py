@@ -355,6 +355,7 @@ def agent_content(
     return {
         "env_id": config["env_id"],
         "env_params": dict(config["env_params"]),
+        "environment": config["environment"],
         "network": config["derived"]["network"],
         "head": config["derived"]["head"],
         "q_net": dict(weights),

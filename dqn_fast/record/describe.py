@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dqn_fast.dqn import DQN
-from dqn_fast.envs import TensorEnv
+from dqn_fast.envs import Recipe, TensorEnv
 from dqn_fast.envs.params import plain
 from dqn_fast.exact import ExactValues
 from dqn_fast.heads import describe_head
@@ -35,6 +35,7 @@ def describe(
     usual: Mapping[str, Any],
     env_id: str,
     env: TensorEnv,
+    recipe: Recipe,
     plan: Plan,
     dqn: DQN,
     device: torch.device,
@@ -50,6 +51,7 @@ def describe(
         usual: the same fields with the defaults for this environment.
         env_id: the environment's name.
         env: the environment.
+        recipe: how it is made.
         plan: of the run.
         dqn: the algorithm.
         device: of the run.
@@ -58,8 +60,8 @@ def describe(
         engine: the engine that starts the run.
         engine_reason: why this engine, in a few words.
     """
-    # The caller's own environment has its own name; --env-id does not apply.
-    settings = {**plain(settings), "env_id": env_id}
+    # An environment that no id has made has its own name; --env-id does not apply.
+    settings = {**plain({**settings, **recipe.settings()}), "env_id": env_id}
     num_envs = settings["num_envs"]
     every = f"at the first multiple of {num_envs} from there on"
     rounded = [
@@ -84,6 +86,7 @@ def describe(
     return {
         "env_id": env_id,
         "env_params": env.params,
+        "environment": recipe.described(env),
         "changed": [name for name, value in settings.items() if value != plain(usual[name])],
         "args": settings,
         "derived": {
@@ -149,12 +152,15 @@ def header(config: Mapping[str, Any], run_dir: Path, checkpoint_bytes: int) -> l
     """Lines of text at the start of a run."""
     args, derived = config["args"], config["derived"]
     params = ", ".join(f"{name}={value}" for name, value in config["env_params"].items())
+    environment = config["environment"]
+    around = environment["layers"][:-1]
+    wrapped = f", wrapped in {', '.join(around)}" if around else ""
     on_cpu = derived["device"] == "cpu"
     threads = f", {derived['num_threads']} thread(s)" if on_cpu else ""
     precision = "" if on_cpu else f", products in {PRECISIONS[args['matmul_precision']]}"
     rounded = [f"rounded   {text}" for text in derived["rounded"]]
     unseen = {"env_id", "env_params", "seed", "num_seeds", "num_envs", "run_dir", "name", "quiet"}
-    unseen |= {"resume"}
+    unseen |= {"resume", "wrappers"}
     every, kept = args["checkpoint_interval"], args["keep_checkpoints"]
     when = f"every {every:,} transitions and at the end" if every else "at the end"
     without = "" if args["checkpoint_replay"] else " without replay"
@@ -164,7 +170,8 @@ def header(config: Mapping[str, Any], run_dir: Path, checkpoint_bytes: int) -> l
     }
     changed = [f"{name} {shown[name]}" for name in config["changed"] if name not in unseen]
     return [
-        f"env       {config['env_id']} ({params})",
+        f"env       {config['env_id']} ({params}){wrapped}",
+        *(f"left out  {name}: text of no fixed size" for name in environment["left_out"]),
         f"device    {derived['device']}{threads}{precision}; engine {derived['engine']} "
         f"({derived['engine_reason']})",
         f"run       {len(derived['members'])} x {args['num_envs']} envs (seed {args['seed']}), "

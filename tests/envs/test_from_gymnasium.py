@@ -352,7 +352,7 @@ def test_evaluation_of_a_ready_made_vector_env():
         assert ready is named or ready.closed
 
     class Custom(VectorEnv):
-        num_envs, metadata = 2, {}
+        num_envs, metadata = 2, {"autoreset_mode": AutoresetMode.NEXT_STEP}
         single_observation_space = Episodes.observation_space
         single_action_space = Episodes.action_space
 
