@@ -183,16 +183,18 @@ class StableBaselinesVectorEnv(ForeignVectorEnv):
         except Exception:  # a copy without one, or one that no process can send
             specs = []
         self._specs = [spec for spec in specs if isinstance(spec, EnvSpec)]
-        name, limit = type(env.unwrapped).__name__, None
+        # Around the copies; a VecMonitor only watches.
+        self._others = [k for k in self._layers[:-1] if type(k).__name__ != "VecMonitor"]
+        name, limit = type(env).__name__, None
         if len(self._specs) == env.num_envs:
-            name, limit = self._specs[0].id, self._specs[0].max_episode_steps
+            limit = self._specs[0].max_episode_steps
+            name = name if self._others else self._specs[0].id
         super().__init__(env, env.num_envs, AutoresetMode.SAME_STEP, name, limit)
 
     def source(self) -> Callable[..., Any] | Sequence[Callable[[], Any]]:
         """The copies' specs, if nothing else was put around them but monitors."""
         makers = list(map(_maker_of, self._specs))
-        others = [k for k in self._layers[:-1] if type(k).__name__ != "VecMonitor"]
-        if others or len(makers) != self.num_envs or None in makers:
+        if self._others or len(makers) != self.num_envs or None in makers:
             wanted = (
                 "an id, a callable that makes one gymnasium.Env, or, for Stable-Baselines3, "
                 "lambda num_envs: make_vec_env(..., n_envs=num_envs)"
