@@ -32,6 +32,7 @@ from dqn_fast.envs import (
     from_gymnasium,
     make_env,
 )
+from dqn_fast.envs.foreign_vectors import as_vector_env
 from dqn_fast.envs.from_gymnasium import EnvFactory, GymnasiumEnv
 from dqn_fast.envs.params import cast
 from dqn_fast.envs.spaces import describe_error
@@ -134,7 +135,7 @@ def _found(flag: str, module: str, name: str, registered: bool = False) -> Any:
 
 def _of_object(name: str, found: Any, params: Mapping[str, Any]) -> Subject:
     """An environment, a class or a callable that makes one; `name` is the value of --env."""
-    flag = f"--env {name}"
+    flag, found = f"--env {name}", _as_vector_env(found)
     if isinstance(found, gymnasium.Env):
         words = f"{flag}: is a single environment; name its class, or a callable that makes it"
         raise UsageError(words)
@@ -156,6 +157,7 @@ def _of_object(name: str, found: Any, params: Mapping[str, Any]) -> Subject:
             made = source()
         except Exception as error:
             raise BrokenError("made", f"{flag}: raises {describe_error(error)}") from error
+        made = _as_vector_env(made)
     if isinstance(made, TensorEnv):
         return Subject(name, made)
     if isinstance(made, VectorEnv) and not is_vector:
@@ -166,6 +168,13 @@ def _of_object(name: str, found: Any, params: Mapping[str, Any]) -> Subject:
         if isinstance(source, VectorEnv):
             return Subject(name, GymnasiumEnv(EnvFactory(source), None), source, True)
         return Subject(name, from_gymnasium(source), source, is_vector)
+    except ValueError as error:
+        raise BrokenError("made", str(error)) from error
+
+
+def _as_vector_env(source: Any) -> Any:
+    try:
+        return as_vector_env(source)
     except ValueError as error:
         raise BrokenError("made", str(error)) from error
 

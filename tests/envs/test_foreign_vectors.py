@@ -19,6 +19,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TransformReward
 
+from dqn_fast.doctor.environment import check_environment, find
+from dqn_fast.doctor.plays import BrokenError
 from dqn_fast.envs import EnvError, from_gymnasium
 from dqn_fast.envs.foreign_vectors import _WAYS_OUT, as_vector_env
 from dqn_fast.train import Args, train
@@ -374,3 +376,30 @@ def test_a_vector_env_needs_the_spaces_of_one_copy():
     bare = Bare()
     with pytest.raises(ValueError, match="Bare: a VectorEnv must have single_observation_space"):
         from_gymnasium(bare)
+
+
+def two_agents() -> Any:
+    return MarkovVectorEnv()
+
+
+def pool() -> Any:
+    return EpisodesGymnasiumEnvPool(2)
+
+
+def torchrl_env() -> Any:
+    return type("GymEnv", (), {"__module__": "torchrl.envs"})()
+
+
+def test_the_doctor_knows_them(monkeypatch):
+    """It checks what training plays, and names the way out of the others."""
+    monkeypatch.setattr("dqn_fast.doctor.vector.PLAY_S", 0.2)
+    monkeypatch.setattr("dqn_fast.doctor.adapted.SPEED_S", 0.01)
+    run = Args(num_envs=2, batch_size=8, hidden_sizes=(8,), train_freq=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("two_agents", "pool"):
+            subject = find(None, f"{__name__}:{name}", {})
+            autoreset = [f for f in check_environment(subject, run) if f.what == "autoreset"]
+            assert [finding.level for finding in autoreset] == ["ok"], autoreset
+    with pytest.raises(BrokenError, match="TorchRL"):
+        find(None, f"{__name__}:torchrl_env", {})
