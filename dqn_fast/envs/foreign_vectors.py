@@ -49,6 +49,9 @@ _WAYS_OUT = {
 """What to do about environments whose interface is another one, by package."""
 
 
+_RUNNING_STATISTICS = {"VecNormalize", "NormalizeObservation", "NormalizeReward"}
+
+
 def as_vector_env(source: Any) -> Any:
     """A vectorised environment of another library as a VectorEnv; anything else as it is.
 
@@ -173,18 +176,22 @@ class StableBaselinesVectorEnv(ForeignVectorEnv):
         self._layers = [env]
         while hasattr(self._layers[-1], "venv"):
             self._layers.append(self._layers[-1].venv)
-        if any(type(layer).__name__ == "VecNormalize" for layer in self._layers):
-            raise ValueError(
-                "from_gymnasium: Stable-Baselines3's VecNormalize keeps running statistics, which "
-                "a saved agent would not have; pass the VecEnv inside, or scale with fixed numbers"
-            )
         try:
             specs = env.get_attr("spec")
         except Exception:  # a copy without one, or one that no process can send
             specs = []
         self._specs = [spec for spec in specs if isinstance(spec, EnvSpec)]
+        wrappers = {type(layer).__name__ for layer in self._layers}
+        wrappers |= {wrapper.name for spec in self._specs for wrapper in spec.additional_wrappers}
+        for wrapper in sorted(wrappers & _RUNNING_STATISTICS):
+            raise ValueError(
+                f"from_gymnasium: {type(env.unwrapped).__name__} of Stable-Baselines3: {wrapper} "
+                "keeps running statistics, which a saved agent would not have; leave it out, or "
+                "scale with fixed numbers"
+            )
         # Around the copies; a VecMonitor only watches.
         self._others = [k for k in self._layers[:-1] if type(k).__name__ != "VecMonitor"]
+        self.envs = getattr(env.unwrapped, "envs", None)  # of a DummyVecEnv
         name, limit = type(env).__name__, None
         if len(self._specs) == env.num_envs:
             limit = self._specs[0].max_episode_steps

@@ -487,6 +487,9 @@ class _OneCopy:
 
     is_generated = False
 
+    # Tensors made in the caller's inference mode could not be written outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, env: TensorEnv, device: torch.device, compiled: bool) -> None:
         self._env, self._space = env, env.observation_space
         self._compiled = compiled and device.type == "cpu"
@@ -516,6 +519,8 @@ class _OneCopy:
         tree.copy_(state, after)
         return [shown, reward, terminated]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _bind(self) -> None:
         """Make the calls, where the memory is new or a copy."""
         calls: dict[str, tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]] = {

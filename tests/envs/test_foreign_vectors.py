@@ -17,7 +17,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import TransformReward
+from gymnasium.wrappers import NormalizeObservation, TransformReward
 
 from dqn_fast.doctor.environment import check_environment, find
 from dqn_fast.doctor.plays import BrokenError
@@ -109,6 +109,10 @@ def test_vec_envs_that_are_refused():
         single(make_vec())  # without specs nobody knows how they were made
     with pytest.raises(ValueError, match="VecNormalize keeps running statistics"):
         single(vec_env.VecNormalize(make_vec()), eval_source=limited)
+    env_util = pytest.importorskip("stable_baselines3.common.env_util")
+    own = env_util.make_vec_env("CartPole-v1", 2, wrapper_class=NormalizeObservation)
+    with pytest.raises(ValueError, match=r"DummyVecEnv .*NormalizeObservation keeps running"):
+        single(own)
     suit = type("SB3VecEnvWrapper", (vec_env.VecMonitor,), {"__module__": "supersuit.vector"})
     with pytest.raises(ValueError, match=r'SuperSuit.*base_class="gymnasium"'):
         single(suit(make_vec()), eval_source=limited)
