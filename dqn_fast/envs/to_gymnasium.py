@@ -471,6 +471,25 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         if self._renderer is not None:
             self._renderer.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """State without `np_random`, as plain values and tensors, so that a run can be resumed."""
+        flags = {"started": self._started, "playing": self._playing, "elapsed": self._elapsed}
+        return {**flags, "tensors": [tensor.clone() for tensor in self._copy.tensors()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a result of `state_dict`.
+
+        Raises:
+            ValueError, RuntimeError: it is of another environment.
+        """
+        for own, saved in zip(self._copy.tensors(), state["tensors"], strict=True):
+            if own.shape != saved.shape or own.dtype != saved.dtype:
+                raise ValueError(f"a tensor is {saved.dtype} {list(saved.shape)}")
+            own.copy_(saved)
+        self._copy.forget_draws()
+        self._started, self._playing = bool(state["started"]), bool(state["playing"])
+        self._elapsed = int(state["elapsed"])
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_renderer": None}  # a picture's surface cannot be copied
 
@@ -540,6 +559,15 @@ class _OneCopy:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": {}, "_arrays": []}  # they know where the memory is
+
+    def tensors(self) -> list[Tensor]:
+        """All that its future follows from."""
+        draws = self._step_draws, self._reset_draws
+        return [*tree.leaves(self.state), *(t for d in draws for t in (d.keys, d.index))]
+
+    def forget_draws(self) -> None:
+        """Draw again where keys and indices were overwritten."""
+        self._step_draws._left = self._reset_draws._left = 0
 
     def seed_(self, seed: int) -> None:
         """Seed the episodes from here on."""

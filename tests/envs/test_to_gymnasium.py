@@ -32,6 +32,7 @@ from dqn_fast.envs import (
     LineWorld,
     MountainCar,
     TensorEnv,
+    from_gymnasium,
 )
 from dqn_fast.envs.to_gymnasium import TensorSingleEnv, TensorVectorEnv, _Draws
 from dqn_fast.noise import Noise, Stream
@@ -497,6 +498,41 @@ def test_a_copied_environment_continues_equally(make, duplicate):
     twin = duplicate(env)
     for _ in range(3):
         assert str(env.step(action)) == str(twin.step(action))
+
+
+@pytest.mark.parametrize("name", ["cartpole", "walk"])
+def test_the_state_of_a_copy_can_be_saved(name):
+    """A run that is resumed continues all episodes and their random numbers, bit for bit."""
+    make = partial(TensorSingleEnv, ENVS[name])
+    ours, theirs = from_gymnasium(make), from_gymnasium(make)
+    noise, nothing = torch.rand(N, 2), torch.zeros(N, 0)
+
+    def steps(env, count):
+        rows = []
+        for t in range(count):
+            _, outcome = env.vector_step(vector, torch.full((N,), t % 2), nothing, nothing)
+            rows.append([tensor.tolist() for tensor in outcome[:6]])
+        return rows
+
+    vector = ours.vector_reset(noise)
+    steps(ours, 17)
+    saved = ours.host_state()
+    assert saved is not None, ours.host_state_refusal
+    theirs.vector_reset(noise.flip(0))
+    theirs.load_host_state_(saved)
+    assert steps(ours, 40) == steps(theirs, 40)
+
+
+def test_inference_mode_of_the_caller_does_not_matter():
+    """An environment made and reset inside of it is played on outside."""
+    for compiled in (True, False):
+        env = TensorSingleEnv(ENVS["walk"], compiled=compiled)
+        expected = env.reset(seed=0)[0], env.step(1)[0]
+        with torch.inference_mode():
+            env = TensorSingleEnv(ENVS["walk"], compiled=compiled)
+            env.reset()
+        assert equal(env.reset(seed=0)[0], expected[0])
+        assert equal(env.step(1)[0], expected[1])
 
 
 def test_other_processes_can_hold_them():
