@@ -56,6 +56,7 @@ from torch import Tensor
 
 from dqn_fast.device import upload
 from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
+from dqn_fast.envs.foreign_vectors import ForeignVectorEnv, as_vector_env
 from dqn_fast.envs.host_state import (
     StateKeeper,
     UnsavableError,
@@ -149,6 +150,7 @@ def from_gymnasium(
         raise ValueError(f"--vectorization-mode {vectorization_mode}: must be {modes}")
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps {max_steps}: must be at least 1")
+    source, eval_source = as_vector_env(source), as_vector_env(eval_source)
     evaluation = factory = EnvFactory(source, params, vectorization_mode, max_steps, wrappers)
     if isinstance(eval_source, VectorEnv):
         raise ValueError(
@@ -1124,6 +1126,11 @@ class EnvFactory:
         except Exception as error:
             given = f" with {dict(self.params)}" if self.params else ""
             raise ValueError(f"{label}: cannot be made{given}: {describe_error(error)}") from error
+        env = as_vector_env(env)
+        if self._makers and isinstance(env, VectorEnv):
+            raise ValueError(
+                f"{label}: it makes {describe_value(env)}, so it must take an argument num_envs"
+            )
         if not isinstance(env, VectorEnv if self._makers is None else gymnasium.Env):
             kind = "vector.VectorEnv" if self._makers is None else "Env or VectorEnv"
             raise ValueError(f"{label}: it makes {describe_value(env)}, not a gymnasium.{kind}")
@@ -1163,10 +1170,17 @@ class EnvFactory:
             EnvError: a copy cannot be made.
         """
         if self._makers is None:
-            env = self._make_vector(num_envs=num_envs)
+            env = as_vector_env(self._make_vector(num_envs=num_envs))
             if env.closed:
                 raise ValueError(f"{_name(env)}: is closed")
             if env.num_envs != num_envs:
+                together = getattr(env, "together", 1)
+                if together > 1:
+                    raise ValueError(
+                        f"{_name(env)}: {num_envs} copies were asked for, but {together} agents "
+                        "play together; --num-envs times the number of members, and "
+                        f"--eval-episodes, must be multiples of {together}"
+                    )
                 raise ValueError(
                     f"--num-envs: {num_envs} copies were asked for (all members together), but "
                     f"{_name(env)} has {env.num_envs}; set --num-envs to {env.num_envs} divided "
@@ -1237,6 +1251,8 @@ def _source_like(env: AnyVectorEnv) -> Callable[..., Any] | Sequence[Callable[[]
     Raises:
         ValueError: the VectorEnv does not tell how its copies are made.
     """
+    if isinstance(env, ForeignVectorEnv):
+        return env.source()
     makers = getattr(env, "env_fns", None)
     is_wrapped = env is not env.unwrapped  # nothing tells how to apply the wrappers again
     if not is_wrapped and isinstance(makers, (list, tuple)) and makers:

@@ -24,6 +24,7 @@ from dqn_fast.envs.acrobot import Acrobot
 from dqn_fast.envs.cartpole import CartPole
 from dqn_fast.envs.core import TensorEnv
 from dqn_fast.envs.foreign import doubtful_param, flags_for
+from dqn_fast.envs.foreign_vectors import as_vector_env
 from dqn_fast.envs.from_gymnasium import (
     GymnasiumEnv,
     MadeFrom,
@@ -456,7 +457,7 @@ def source_of(path: str, params: Mapping[str, Any]) -> Any:
         ValueError: it makes no environment, or takes no such parameters.
     """
     flag = f"--env {path}"
-    found = import_object(flag, path)
+    found = as_vector_env(import_object(flag, path))
     if isinstance(found, gymnasium.Env):
         raise ValueError(
             f"{flag}: is a single environment; name its class, or a callable that makes it"
@@ -481,6 +482,7 @@ def source_of(path: str, params: Mapping[str, Any]) -> Any:
         made = source()
     except Exception as error:
         raise CannotMakeError(f"{flag}: raises {describe_error(error)}") from error
+    made = as_vector_env(made)
     if isinstance(made, (TensorEnv, VectorEnv)):
         return made
     if isinstance(made, gymnasium.Env):

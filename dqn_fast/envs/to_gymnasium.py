@@ -6,13 +6,14 @@
 
 `TensorVectorEnv` steps all copies at once and supports all three autoreset modes; `TensorSingleEnv`
 is one copy without autoreset. Copy i of a vector environment with the seed s plays the episodes of
-the single environment with the seed s + i, in every mode and on every device.
+the single environment with the seed s + i, in every mode and on every device, but for rounding.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
@@ -25,12 +26,15 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dqn_fast import tree
+from dqn_fast.code import digest_of
 from dqn_fast.device import upload
 from dqn_fast.envs import TENSOR_ENVS
 from dqn_fast.envs.core import TabularEnv, TensorEnv, VectorState
 from dqn_fast.noise import Stream, stream_key, uniform_of, words_at
 
 if TYPE_CHECKING:
+    from dqn_fast.engines.fused.calls import CallProgram
     from dqn_fast.envs.render import Renderer
 
 _METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -93,8 +97,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"num_envs {num_envs}: must be at least 1")
         if output not in ("numpy", "torch"):
             raise ValueError(f"output {output}: must be numpy or torch")
-        if render_mode not in (None, *_METADATA["render_modes"]):
-            raise ValueError(f"render_mode {render_mode}: must be None or rgb_array")
+        _check_render_mode(render_mode)
         self.tensor_env, self.num_envs = env, num_envs
         # With its index, where it has one, as the devices of tensors are.
         self.device, self.output = torch.empty(0, device=device).device, output
@@ -247,20 +250,11 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
     def _get_renderer(self) -> Renderer:
         """The renderer, made at its first use."""
         if self._renderer is None:
-            from dqn_fast.envs.render import Renderer
-
-            try:
-                self._renderer = Renderer(self.tensor_env)
-            except ValueError as error:
-                raise type(error)(f"render_mode rgb_array: {error}") from None
+            self._renderer = _make_renderer(self.tensor_env)
         return self._renderer
 
     def _to_space(self, obs: Tensor) -> Tensor:
-        """Observations as elements of the space: features, or numbers of states."""
-        if isinstance(self.single_observation_space, Discrete):
-            assert isinstance(self.tensor_env, TabularEnv)
-            return self.tensor_env.state_index(obs)
-        return self.tensor_env.shown(obs)
+        return _shown(self.tensor_env, self.single_observation_space, obs)
 
     def _export(self, tensor: Tensor) -> Any:
         """A copy of `tensor` for the caller, in the form that `output` names."""
@@ -360,16 +354,23 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
 
     The time limit is the environment's own `max_steps`; after its end, `step` raises ResetNeeded.
 
+    The first reset generates and compiles a program from the functions of `env`. It takes about a
+    second, or 20 ms if the cache of compiled programs has it. Without a C++ compiler, on another
+    device than the CPU, and for functions that cannot be generated, torch runs them, about 20 times
+    slower. The two differ only by rounding: in sines, exponentials and the like, and in sums.
+
     Args:
         env: the environment, or its id with its parameters as further keyword arguments.
         device: where it is computed; a GPU is slower for one copy.
         render_mode: "rgb_array": `render` draws the state; see `dqn_fast.envs.render`.
+        compiled: False: torch runs the functions, with exactly the numbers of `TensorVectorEnv`.
 
     Raises:
         ValueError, TypeError: as `TensorVectorEnv`.
     """
 
     metadata: dict[str, Any] = _METADATA
+    _renderer: Renderer | None = None
 
     def __init__(
         self,
@@ -377,23 +378,20 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         *,
         device: torch.device | str = "cpu",
         render_mode: str | None = None,
+        compiled: bool = True,
         **params: Any,
     ) -> None:
-        self._one = TensorVectorEnv(
-            env,
-            1,
-            device=device,
-            output="numpy",
-            autoreset_mode=AutoresetMode.DISABLED,
-            render_mode=render_mode,
-            **params,
-        )
-        self.metadata = {**_METADATA, "render_fps": self._one.metadata["render_fps"]}
-        self.tensor_env = self._one.tensor_env
-        self.observation_space = self._one.single_observation_space
-        self.action_space = self._one.single_action_space
-        self.render_mode = render_mode
-        self._started = False
+        self.tensor_env = _make_tensor_env(env, params)
+        _check_render_mode(render_mode)
+        self.render_mode, self.metadata = render_mode, dict(_METADATA)
+        if render_mode is not None:
+            self._renderer = _make_renderer(self.tensor_env)
+            self.metadata["render_fps"] = self._renderer.fps
+        self.observation_space = self.tensor_env.observation_space
+        self.action_space = Discrete(self.tensor_env.num_actions)
+        self._copy = _OneCopy(self.tensor_env, torch.empty(0, device=device).device, compiled)
+        self._started = self._playing = False
+        self._elapsed = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -410,9 +408,11 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         super().reset(seed=seed)
         if seed is None and not self._started:
             seed = _draw_entropy(self)
-        self._started = True
-        obs, _ = self._one.reset(seed=seed)
-        return obs[0], {}
+        if seed is not None:
+            self._copy.seed_(seed)
+        self._started = self._playing = True
+        self._elapsed = 0
+        return self._copy.start(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step.
@@ -427,17 +427,212 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
             ValueError: the action is not such an integer.
             ResetNeeded: the episode is over, or none was started.
         """
-        obs, reward, terminated, truncated, _ = self._one.step(np.reshape(action, (1,)))
-        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+        if not self._playing:
+            raise ResetNeeded(
+                "step: an episode has ended and was not reset"
+                if self._started
+                else "step: call reset first"
+            )
+        obs, reward, terminated = self._copy.step(self._read_action(action))
+        self._elapsed += 1
+        truncated = self._elapsed >= self.tensor_env.max_steps
+        self._playing = not (terminated or truncated)
+        return obs, reward, terminated, truncated, {}
+
+    def _read_action(self, action: Any) -> int:
+        """The action as a number that is in range."""
+        if type(action) is not int:
+            array = np.asarray(action)
+            if array.dtype.kind not in "iu":
+                raise ValueError(f"action {action}: must be an integer, got {array.dtype}")
+            if array.size != 1:
+                raise ValueError(f"action {action}: must be one integer, got {array.size}")
+            action = array.item()
+        if not 0 <= action < self.tensor_env.num_actions:
+            raise ValueError(f"action {action}: must be in 0 .. {self.tensor_env.num_actions - 1}")
+        return int(action)
 
     def render(self) -> NDArray[np.uint8] | None:
-        """Picture of the state, uint8 [H, W, 3]; None without a render mode."""
-        pictures = self._one.render()
-        return None if pictures is None else pictures[0]
+        """Picture of the state, uint8 [H, W, 3]; None without a render mode.
+
+        Raises:
+            ResetNeeded: before the first reset.
+        """
+        if self.render_mode is None:
+            return None
+        if not self._started:
+            raise ResetNeeded("render: call reset first")
+        if self._renderer is None:
+            self._renderer = _make_renderer(self.tensor_env)
+        return self._renderer.frame(self._copy.state, 0)
 
     def close(self) -> None:
         """Close the renderer."""
-        self._one.close()
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State without `np_random`, as plain values and tensors, so that a run can be resumed."""
+        flags = {"started": self._started, "playing": self._playing, "elapsed": self._elapsed}
+        return {**flags, "tensors": [tensor.clone() for tensor in self._copy.tensors()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a result of `state_dict`.
+
+        Raises:
+            ValueError, RuntimeError: it is of another environment.
+        """
+        for own, saved in zip(self._copy.tensors(), state["tensors"], strict=True):
+            if own.shape != saved.shape or own.dtype != saved.dtype:
+                raise ValueError(f"a tensor is {saved.dtype} {list(saved.shape)}")
+            own.copy_(saved)
+        self._copy.forget_draws()
+        self._started, self._playing = bool(state["started"]), bool(state["playing"])
+        self._elapsed = int(state["elapsed"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_renderer": None}  # a picture's surface cannot be copied
+
+
+class _OneCopy:
+    """One copy in fixed memory, and its two functions, which read and write it.
+
+    The generated program and torch run the same functions, `_start` and `_step`.
+
+    Attributes:
+        state: of the environment, [1, ...].
+        is_generated: whether the generated program runs, once an episode has begun.
+    """
+
+    is_generated = False
+
+    # Tensors made in the caller's inference mode could not be written outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, env: TensorEnv, device: torch.device, compiled: bool) -> None:
+        self._env, self._space = env, env.observation_space
+        self._compiled = compiled and device.type == "cpu"
+        self._step_draws = _Draws(Stream.ENV_STEP, env.step_noise_dim, 1, device)
+        self._reset_draws = _Draws(Stream.ENV_RESET, env.reset_noise_dim, 1, device)
+        self._all = torch.ones(1, dtype=torch.bool, device=device)
+        self._reset_noise = torch.zeros(1, env.reset_noise_dim, device=device)
+        self._step_noise = torch.zeros(1, env.step_noise_dim, device=device)
+        self._action = torch.zeros(1, dtype=torch.int64, device=device)
+        self.state = _contiguous(env.reset(self._reset_noise))
+        trial = self._step(tree.clone(self.state), self._action, self._step_noise)
+        # On the CPU, where they are read.
+        self._results = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in trial]
+        self._run: dict[str, Callable[[], None]] = {}
+
+    def _start(self, state: Any, noise: Tensor) -> list[Tensor]:
+        """Overwrite the state with the first one of an episode; observation of that."""
+        fresh = self._env.reset(noise)
+        shown = _shown(self._env, self._space, self._env.observe(fresh))
+        tree.copy_(state, fresh)
+        return [shown]
+
+    def _step(self, state: Any, action: Tensor, noise: Tensor) -> list[Tensor]:
+        """Overwrite the state with the next one; observation of that, reward and terminated."""
+        after, reward, terminated = self._env.step(state, action, noise)
+        shown = _shown(self._env, self._space, self._env.observe(after))
+        tree.copy_(state, after)
+        return [shown, reward, terminated]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _bind(self) -> None:
+        """Make the calls, where the memory is new or a copy."""
+        calls: dict[str, tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]] = {
+            "start": (self._start, (self._reset_noise,)),
+            "step": (self._step, (self._action, self._step_noise)),
+        }
+        program = _generate(self._env, self.state, calls) if self._compiled else None
+        self.is_generated = program is not None
+        for name, (function, inputs) in calls.items():
+            results = self._results if name == "step" else self._results[:1]
+            if program is None:
+                self._run[name] = partial(_run_by_torch, function, self.state, inputs, results)
+            else:
+                tensors = [*tree.leaves(self.state), *inputs, *results]
+                self._run[name] = program.bind(name, tensors)
+        self._arrays = [result.numpy() for result in self._results]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": {}, "_arrays": []}  # they know where the memory is
+
+    def tensors(self) -> list[Tensor]:
+        """All that its future follows from."""
+        draws = self._step_draws, self._reset_draws
+        return [*tree.leaves(self.state), *(t for d in draws for t in (d.keys, d.index))]
+
+    def forget_draws(self) -> None:
+        """Draw again where keys and indices were overwritten."""
+        self._step_draws._left = self._reset_draws._left = 0
+
+    def seed_(self, seed: int) -> None:
+        """Seed the episodes from here on."""
+        self._step_draws.seed_([seed], self._all)
+        self._reset_draws.seed_([seed], self._all)
+
+    def start(self) -> Any:
+        """Start an episode; its first observation."""
+        if not self._run:
+            self._bind()
+        self._draw(self._reset_draws, self._reset_noise)
+        self._run["start"]()
+        return self._arrays[0][0].copy()
+
+    def step(self, action: int) -> tuple[Any, float, bool]:
+        """Observation, reward and terminated of a step."""
+        if not self._run:
+            self._bind()
+        self._action.fill_(action)
+        self._draw(self._step_draws, self._step_noise)
+        self._run["step"]()
+        obs, reward, terminated = self._arrays
+        return obs[0].copy(), float(reward[0]), bool(terminated[0])
+
+    def _draw(self, draws: _Draws, noise: Tensor) -> None:
+        if draws.dim:
+            noise.copy_(draws.peek())
+            draws.advance_(self._all)
+
+
+@torch.no_grad()
+def _run_by_torch(
+    function: Callable[..., list[Tensor]],
+    state: Any,
+    inputs: Sequence[Tensor],
+    results: Sequence[Tensor],
+) -> None:
+    tree.copy_(results, function(state, *inputs))
+
+
+def _generate(env: TensorEnv, state: Any, calls: Mapping[str, Any]) -> CallProgram | None:
+    """A program of an environment's functions; None: they or this machine allow none."""
+    from dqn_fast.engines.choice import EngineUnavailableError
+    from dqn_fast.engines.fused.calls import Call, generate
+
+    identity = env.identity()
+    if identity is not None:
+        modules = {kind.__module__ for kind in type(env).__mro__}
+        own = {name for name in modules if name.startswith("dqn_fast.")}
+        # A program may have replaced a method, as in `CartPole.step = mine`.
+        identity = [identity, digest_of({*own, __name__, "dqn_fast.tree"})]
+    try:
+        return generate(
+            {name: Call(function, state, inputs) for name, (function, inputs) in calls.items()},
+            identity,
+        )
+    except EngineUnavailableError:
+        return None
+
+
+def _contiguous(state: Any) -> Any:
+    """The same numbers, each tensor in memory of its own."""
+    return tree.replace(
+        state, [t.clone(memory_format=torch.contiguous_format) for t in tree.leaves(state)]
+    )
 
 
 class _Draws:
@@ -513,6 +708,28 @@ def _make_tensor_env(env: TensorEnv | str, params: dict[str, Any]) -> TensorEnv:
     if isinstance(env.observation_space, Discrete) and not isinstance(env, TabularEnv):
         raise TypeError(f"{type(env).__name__}: a Discrete observation space needs a TabularEnv")
     return env
+
+
+def _shown(env: TensorEnv, space: gymnasium.Space[Any], obs: Tensor) -> Tensor:
+    """Observations as elements of the space: features, or numbers of states."""
+    if isinstance(space, Discrete):
+        assert isinstance(env, TabularEnv)
+        return env.state_index(obs)
+    return env.shown(obs)
+
+
+def _check_render_mode(render_mode: str | None) -> None:
+    if render_mode not in (None, *_METADATA["render_modes"]):
+        raise ValueError(f"render_mode {render_mode}: must be None or rgb_array")
+
+
+def _make_renderer(env: TensorEnv) -> Renderer:
+    from dqn_fast.envs.render import Renderer
+
+    try:
+        return Renderer(env)
+    except ValueError as error:
+        raise type(error)(f"render_mode rgb_array: {error}") from None
 
 
 def _where(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +23,17 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import dqn_fast  # noqa: F401 (registers the environments)
-from dqn_fast.envs import TENSOR_ENVS, CartPole, GymTable, LineWorld, TensorEnv
+from dqn_fast import tree
+from dqn_fast.envs import (
+    TENSOR_ENVS,
+    Acrobot,
+    CartPole,
+    GymTable,
+    LineWorld,
+    MountainCar,
+    TensorEnv,
+    from_gymnasium,
+)
 from dqn_fast.envs.to_gymnasium import TensorSingleEnv, TensorVectorEnv, _Draws
 from dqn_fast.noise import Noise, Stream
 
@@ -83,7 +96,8 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def of_single(env: TensorEnv, mode: AutoresetMode, n: int = N) -> SyncVectorEnv:
-    return SyncVectorEnv([partial(TensorSingleEnv, env)] * n, autoreset_mode=mode)
+    make = partial(TensorSingleEnv, env, compiled=False)
+    return SyncVectorEnv([make] * n, autoreset_mode=mode)
 
 
 # --------------------------------------------------------------------- Gymnasium's own semantics
@@ -127,6 +141,121 @@ def test_a_vector_environment_is_gymnasiums_over_single_ones(name, mode):
         ended = got[2] | got[3]
         ends += int(ended.sum())
     assert ends >= 4
+
+
+@dataclass(frozen=True)
+class Deciding(Walk):
+    """Its dynamics read a number on the host, so no program can be generated."""
+
+    def step(self, state, action, noise):
+        return super().step(state, action if state.x.item() < 0 else 2 - action, noise)
+
+
+EXACT = ("line", "numbered", "lake", "one-step")
+
+
+@pytest.mark.parametrize(
+    "env",
+    [*ENVS.values(), Acrobot(max_steps=60), MountainCar(max_steps=60)],
+    ids=lambda env: type(env).__name__,
+)
+def test_the_generated_program_plays_as_torch(env):
+    """From equal states, equal steps: tables exactly, physics within float32 rounding."""
+    ours, torchs = TensorSingleEnv(env), TensorSingleEnv(env, compiled=False)
+    rng, exact = np.random.default_rng(3), env in [ENVS[name] for name in EXACT]
+    same = np.testing.assert_array_equal
+    near = same if exact else partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-5)
+    ends = 0
+    for t in range(300):
+        if t == 0 or torchs._playing is False:
+            seed = 4 if t < 50 else None  # the same episode again, then others
+            obs, expected = (each.reset(seed=seed)[0] for each in (ours, torchs))
+            near(obs, expected)
+            assert type(obs) is type(expected)
+        tree.copy_(ours._copy.state, torchs._copy.state)
+        action = int(rng.integers(env.num_actions))
+        got, expected = ours.step(action), torchs.step(action)
+        assert type(got[0]) is type(expected[0])
+        assert got[0].dtype == expected[0].dtype
+        near(got[0], expected[0])
+        near(got[1], expected[1])
+        assert got[2:] == expected[2:]
+        ends += got[2] or got[3]
+    assert ours._copy.is_generated
+    assert not torchs._copy.is_generated
+    assert ends >= 4
+
+
+@pytest.mark.parametrize("reason", ["compiler", "dynamics"])
+def test_where_no_program_can_be_made_torch_plays(reason, monkeypatch):
+    """In silence, with the same episodes."""
+    env = Deciding() if reason == "dynamics" else Walk()
+    if reason == "compiler":
+        monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    single, expected = TensorSingleEnv(env), TensorSingleEnv(env, compiled=False)
+    assert equal(single.reset(seed=1)[0], expected.reset(seed=1)[0])
+    for action in (0, 1, 2):
+        assert str(single.step(action)) == str(expected.step(action))
+    assert not single._copy.is_generated
+
+
+def test_a_replaced_method_is_generated_again(monkeypatch):
+    """The program is that of the functions as they are when the environment is made."""
+    env = TensorSingleEnv("MountainCar-v0")
+    env.reset(seed=0)
+    before, step = env.step(1)[1], MountainCar.step
+
+    def generous(self, state, action, noise):
+        after, reward, terminated = step(self, state, action, noise)
+        return after, reward + 3, terminated
+
+    monkeypatch.setattr(MountainCar, "step", generous)
+    env = TensorSingleEnv("MountainCar-v0")
+    env.reset(seed=0)
+    assert env.step(1)[1] == before + 3
+
+
+def count_calls(run: Callable[[], object]) -> int:
+    """Calls of functions, Python's and others, that `run` makes."""
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "MountainCar-v0"])
+def test_a_step_makes_few_calls(env_id):
+    """No more than Gymnasium's own environment makes, so that it is about as fast."""
+    ours, theirs = gymnasium.make(f"dqn_fast/{env_id}"), gymnasium.make(env_id)
+    for env in (ours, theirs):
+        env.reset(seed=0)
+        env.step(0)
+    assert count_calls(lambda: ours.step(1)) <= count_calls(lambda: theirs.step(1))
+
+
+@pytest.mark.slow
+def test_the_speed_is_of_gymnasiums_order():
+    """At least a quarter of the steps per second of Gymnasium's CartPole, in the same process."""
+
+    def seconds(env: Any) -> float:
+        env.reset(seed=0)
+        started = time.perf_counter()
+        for _ in range(5_000):
+            *_, terminated, truncated, _ = env.step(0)
+            if terminated or truncated:
+                env.reset()
+        return time.perf_counter() - started
+
+    ours, theirs = gymnasium.make("dqn_fast/CartPole-v1"), gymnasium.make("CartPole-v1")
+    assert min(seconds(ours) for _ in range(5)) < 4 * min(seconds(theirs) for _ in range(5))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
@@ -369,6 +498,41 @@ def test_a_copied_environment_continues_equally(make, duplicate):
     twin = duplicate(env)
     for _ in range(3):
         assert str(env.step(action)) == str(twin.step(action))
+
+
+@pytest.mark.parametrize("name", ["cartpole", "walk"])
+def test_the_state_of_a_copy_can_be_saved(name):
+    """A run that is resumed continues all episodes and their random numbers, bit for bit."""
+    make = partial(TensorSingleEnv, ENVS[name])
+    ours, theirs = from_gymnasium(make), from_gymnasium(make)
+    noise, nothing = torch.rand(N, 2), torch.zeros(N, 0)
+
+    def steps(env, count):
+        rows = []
+        for t in range(count):
+            _, outcome = env.vector_step(vector, torch.full((N,), t % 2), nothing, nothing)
+            rows.append([tensor.tolist() for tensor in outcome[:6]])
+        return rows
+
+    vector = ours.vector_reset(noise)
+    steps(ours, 17)
+    saved = ours.host_state()
+    assert saved is not None, ours.host_state_refusal
+    theirs.vector_reset(noise.flip(0))
+    theirs.load_host_state_(saved)
+    assert steps(ours, 40) == steps(theirs, 40)
+
+
+def test_inference_mode_of_the_caller_does_not_matter():
+    """An environment made and reset inside of it is played on outside."""
+    for compiled in (True, False):
+        env = TensorSingleEnv(ENVS["walk"], compiled=compiled)
+        expected = env.reset(seed=0)[0], env.step(1)[0]
+        with torch.inference_mode():
+            env = TensorSingleEnv(ENVS["walk"], compiled=compiled)
+            env.reset()
+        assert equal(env.reset(seed=0)[0], expected[0])
+        assert equal(env.step(1)[0], expected[1])
 
 
 def test_other_processes_can_hold_them():
