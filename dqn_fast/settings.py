@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import math
 import os
 import sys
@@ -370,9 +371,16 @@ def check_settings(args: S) -> S:
     """A copy of settings, each value in its field's own type.
 
     Raises:
-        UsageError: the first value, in the order of the fields, that its field does not allow.
+        UsageError: an attribute that is no field, or the first value, in the order of the fields,
+            that its field does not allow.
     """
+    if isinstance(args, type) or not dataclasses.is_dataclass(args):
+        raise UsageError(f"args {one_line(_Repr(args))}: must be settings, as of Args(num_envs=64)")
     settings = declarations(type(args))
+    for name in vars(args).keys() - {f.name for f in dataclasses.fields(args)}:
+        near = difflib.get_close_matches(name, settings, 1)
+        hint = f"; is {near[0]} meant?" if near else ""
+        raise UsageError(f"{flag(name)}: is no setting of {type(args).__name__}{hint}")
     return dataclasses.replace(
         args, **{name: setting.clean(getattr(args, name)) for name, setting in settings.items()}
     )

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.algorithm import ChunkRecord, StepInputs, UpdateInputs
+from dqn_fast.ambient import standard_state
 from dqn_fast.device import choose_device, first_line, upload
 from dqn_fast.dqn import DQN, Hyper, QFunction, State
 from dqn_fast.engines import (
@@ -34,7 +35,14 @@ from dqn_fast.engines import (
     choose_engine,
     without_compiler,
 )
-from dqn_fast.envs import EnvCheckError, EnvError, TensorEnv, check_env, make_env
+from dqn_fast.envs import (
+    EnvCheckError,
+    EnvError,
+    TensorEnv,
+    check_env,
+    make_env,
+    need_tensor_env,
+)
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
 from dqn_fast.memory import check_memory, fits
@@ -144,6 +152,7 @@ def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+@standard_state()
 def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None = None) -> Training:
     """Make everything that a run trains with; no file is written.
 
@@ -166,11 +175,7 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                 env = make_env(env_id, args.env_params, args.vectorization_mode)
                 stack.callback(env.close)
             else:
-                if not isinstance(env, TensorEnv):
-                    raise UsageError(
-                        f"env {env}: must be a TensorEnv; dqn_fast.envs.from_gymnasium converts "
-                        "an environment of Gymnasium"
-                    )
+                need_tensor_env(env)
                 if args.env_params:
                     pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
                     raise UsageError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs import LineWorld, TensorEnv
-from dqn_fast.evaluate import evaluate, main
+from dqn_fast.evaluate import main, play_episodes
 from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
@@ -62,7 +62,7 @@ def table_network(env: LineWorld, q: Tensor) -> QFunction:
 
 def test_long_episodes_count_as_often_as_short_ones():
     """Half live 1 step, half 50: the mean is 25.5, not the 1.9 of the first to finish (trap 16)."""
-    result = evaluate(Lives(), network(Lives()), 2000, Noise(0, 1))
+    result = play_episodes(Lives(), network(Lives()), 2000, Noise(0, 1))
     assert set(result.episode_length.unique().tolist()) == {1, 50}
     assert result.episode_length.float().mean().item() == pytest.approx(25.5, abs=1.7)
     assert torch.equal(result.episode_return, result.episode_length.float())
@@ -70,7 +70,7 @@ def test_long_episodes_count_as_often_as_short_ones():
 
 def test_discounted_return_is_that_of_the_first_episode():
     """sum of gamma^t over an episode of n steps is (1 - gamma^n) / (1 - gamma)."""
-    result = evaluate(Lives(), network(Lives()), 50, Noise(0, 1), gamma=0.9)
+    result = play_episodes(Lives(), network(Lives()), 50, Noise(0, 1), gamma=0.9)
     expected = (1 - 0.9 ** result.episode_length.float()) / 0.1
     torch.testing.assert_close(result.discounted_return, expected)
 
@@ -78,7 +78,9 @@ def test_discounted_return_is_that_of_the_first_episode():
 def test_the_time_limit_ends_an_episode():
     """A policy that never reaches the goal is evaluated over max_steps steps."""
     env = LineWorld(max_steps=33)
-    result = evaluate(env, table_network(env, torch.tensor([[[1.0, 0.0]] * 15])), 3, Noise(0, 1))
+    result = play_episodes(
+        env, table_network(env, torch.tensor([[[1.0, 0.0]] * 15])), 3, Noise(0, 1)
+    )
     assert result.episode_length.tolist() == [[33, 33, 33]]
     torch.testing.assert_close(result.episode_return, torch.full((1, 3), -0.33))
 
@@ -87,7 +89,7 @@ def test_each_member_plays_its_own_policy():
     """Member 0 always goes left, member 1 right."""
     env = LineWorld()
     q_net = table_network(env, torch.tensor([[[1.0, 0.0]] * 15, [[0.0, 1.0]] * 15]))
-    result = evaluate(env, q_net, 4, Noise(0, 2))
+    result = play_episodes(env, q_net, 4, Noise(0, 2))
     assert result.episode_length.tolist() == [[40] * 4, [14] * 4]
     assert result.q_start.tolist() == [[1.0] * 4] * 2
 
@@ -96,7 +98,7 @@ def test_evaluations_differ_and_repeat():
     """Another epoch plays other episodes; the same one plays the same."""
     env = LineWorld(slip_prob=0.3)
     q_net = table_network(env, torch.tensor([[[0.0, 1.0]] * 15]))
-    first, again, other = (evaluate(env, q_net, 50, Noise(0, 1), epoch) for epoch in (0, 0, 1))
+    first, again, other = (play_episodes(env, q_net, 50, Noise(0, 1), epoch) for epoch in (0, 0, 1))
     assert torch.equal(first.episode_return, again.episode_return)
     assert not torch.equal(first.episode_return, other.episode_return)
 
@@ -105,7 +107,7 @@ def test_always_right_gets_the_expected_return():
     """The mean over 20 000 episodes is the 0.84506 of the exact calculation."""
     env = LineWorld(slip_prob=0.05)
     q_net = table_network(env, torch.tensor([[[0.0, 1.0]] * 15]))
-    result = evaluate(env, q_net, 20_000, Noise(0, 1))
+    result = play_episodes(env, q_net, 20_000, Noise(0, 1))
     assert result.episode_return.mean().item() == pytest.approx(0.84506, abs=5e-4)
 
 

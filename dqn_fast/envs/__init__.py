@@ -26,6 +26,7 @@ from dqn_fast.envs.mountain_car import MountainCar
 from dqn_fast.envs.params import cast
 from dqn_fast.envs.tabular import GymTable, NoTableError
 from dqn_fast.experiments import EXPERIMENTS, GYMNASIUM_PREFIX, experiment
+from dqn_fast.settings import UsageError, one_line
 
 __all__ = [
     "EXPERIMENTS",
@@ -48,6 +49,7 @@ __all__ = [
     "flags_for",
     "from_gymnasium",
     "make_env",
+    "need_tensor_env",
     "refusal",
 ]
 
@@ -100,6 +102,28 @@ def make_env(
             "(module:ID imports the module that registers it)"
         )
     return from_gymnasium(name, values, vectorization_mode)
+
+
+def need_tensor_env(env: Any) -> None:
+    """Refuse an environment that a caller gives unless it is a TensorEnv.
+
+    Raises:
+        UsageError: it is none; the line says how to make one of it.
+    """
+    if isinstance(env, TensorEnv):
+        return
+    how = "dqn_fast.envs.from_gymnasium converts what makes environments of Gymnasium"
+    spec = getattr(env, "spec", None)
+    if isinstance(env, type) and issubclass(env, TensorEnv):
+        how = "this is its class"
+    elif isinstance(env, gymnasium.vector.VectorEnv):
+        how = "use dqn_fast.envs.from_gymnasium(env)"
+    elif isinstance(env, gymnasium.Env):
+        make = f"gymnasium.make({spec.id!r})" if spec else f"{type(env).__name__}(...)"
+        how = f"a run makes copies itself; use dqn_fast.envs.from_gymnasium(lambda: {make})"
+    elif isinstance(env, str):
+        how = f"use dqn_fast.envs.from_gymnasium({one_line(repr(env))}), or the setting env_id"
+    raise UsageError(f"env {one_line(env)}: must be a TensorEnv; {how}")
 
 
 def refusal(env_id: str, params: Mapping[str, Any], named: bool = False) -> str | None:

@@ -50,6 +50,7 @@ from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dqn_fast.ambient import derived_seed, seed_global_numbers
 from dqn_fast.device import upload
 from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
 from dqn_fast.envs.host_state import StateKeeper, UnsavableError, identical, load_state_
@@ -157,7 +158,8 @@ class GymnasiumEnv(TensorEnv):
 
     Attributes:
         name: id, or name of the class.
-        num_actions: n of the Discrete action space; action 0 is sent as its `start`.
+        num_actions: n of the Discrete action space.
+        action_start: its `start`, as which action 0 is sent.
         max_steps: time limit in steps; ENDLESS without a limit.
         single_observation_space: Gymnasium's space of one copy's observation.
         background: steps run in worker processes, between `send` and `vector_step`.
@@ -170,6 +172,7 @@ class GymnasiumEnv(TensorEnv):
     def __init__(self, factory: EnvFactory, evaluation: EnvFactory | None) -> None:
         self.name = factory.name
         self.num_actions = int(factory.action_space.n)  # type: ignore[misc]
+        self.action_start = int(factory.action_space.start)  # type: ignore[misc]
         self.max_steps = factory.max_steps or ENDLESS
         self.single_observation_space = factory.observation_space
         self.background = factory.background
@@ -212,6 +215,13 @@ class GymnasiumEnv(TensorEnv):
         follow each other. uint8 with the whole range 0 to 255 is divided by 255.
         """
         return self._encoder.features(obs)
+
+    def features_of(self, obs: Any) -> Tensor:
+        try:
+            return self.features(torch.from_numpy(self._encoder.encode_any(obs)))
+        except Violation as violation:
+            row = "" if violation.index is None else f" (row {violation.index})"
+            raise ValueError(f"{self.name}: {violation.text}{row}") from violation.error
 
     def reset(self, noise: Tensor) -> Any:
         raise TypeError(f"{self.name} keeps its state inside: use vector_reset and vector_step")
@@ -795,6 +805,8 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
+        if self._in_worker and seed is not None:  # in this process they are the run's
+            seed_global_numbers(seed)
         try:
             result: Any = self.env.reset(seed=seed, options=options)
             if not (isinstance(result, tuple) and len(result) == 2):
@@ -1017,8 +1029,9 @@ class EnvFactory:
             return env
         makers = [functools.partial(_make_limited, make, self._time_limit) for make in self._makers]
         pairs = [(make, StateKeeper(make)) for make in makers]
+        owner, seed = os.getpid(), derived_seed()
         env_fns = [
-            functools.partial(_make_checked, make, keeper, self.name, i, os.getpid())
+            functools.partial(_make_checked, make, keeper, self.name, i, owner, seed)
             for i, (make, keeper) in zip(range(num_envs), itertools.cycle(pairs), strict=False)
         ]
         try:
@@ -1115,8 +1128,9 @@ def _make_checked(
     name: str,
     index: int,
     owner: int,
+    seed: int,
 ) -> CheckedEnv:
-    """Make copy `index`, in the process `owner` or in a worker."""
+    """Make copy `index`, in the process `owner` or in a worker, whose global numbers are seeded."""
     in_worker = os.getpid() != owner
     if in_worker:
         # Ctrl-C and job schedulers reach the whole process group, and the trainer decides when its
@@ -1125,6 +1139,7 @@ def _make_checked(
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with_trainer, daemon=True).start()
         torch.set_num_threads(1)
+        seed_global_numbers(seed, index)
     try:
         env = make()
     except Exception as error:
