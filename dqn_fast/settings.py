@@ -319,6 +319,14 @@ def one_line(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def absolute(path: Path) -> Path:
+    """A path that does not depend on the working directory, if there is one."""
+    try:
+        return path.absolute()
+    except OSError:  # the working directory was removed
+        return path
+
+
 def flag(name: str) -> str:
     """A field as on the command line."""
     return "--" + name.replace("_", "-")

@@ -51,7 +51,7 @@ from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan, Schedules
 from dqn_fast.replay import Replay
 from dqn_fast.resume import Resumption
-from dqn_fast.settings import UsageError, check_settings, check_value, flag
+from dqn_fast.settings import UsageError, absolute, check_settings, check_value, flag
 from dqn_fast.sweep import form_error, sweep_error
 
 if TYPE_CHECKING:
@@ -344,13 +344,17 @@ def make_plan(args: Args, env: TensorEnv, resumed: Resumption | None = None) -> 
 
 
 def settle(args: Args) -> Args:
-    """The settings, checked, as plain numbers, with all intervals chosen.
+    """The settings, checked, as plain numbers, with all intervals chosen, and with paths that stay
+    the same when an environment changes the working directory.
 
     Raises:
         UsageError: a setting is not allowed.
     """
     args = check(args)
     settled: dict[str, Any] = {**intervals(args)}
+    for name in ("run_dir", "keep_generated"):
+        path: Path | None = getattr(args, name)
+        settled[name] = None if path is None else absolute(path)
     return dataclasses.replace(args, **settled)
 
 

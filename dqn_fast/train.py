@@ -44,6 +44,7 @@ from dqn_fast.resume import Resumption, open_run
 from dqn_fast.settings import (
     UsageError,
     above,
+    absolute,
     at_least,
     between,
     check_settings,
@@ -322,7 +323,7 @@ def train_or_resume(
 ) -> Result:
     """`train` with complete settings; `resumed` is the run that goes on, or None."""
     began = time.perf_counter()
-    args = settle(args)
+    args, runs = settle(args), absolute(Path("runs"))
     if resumed is None:
         refuse_used_dir(args.run_dir)
     with stop_requests() as stop, ExitStack() as stack:
@@ -344,7 +345,8 @@ def train_or_resume(
 
         training.runner.should_stop = stops
         if resumed is None:
-            run_dir, lock = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
+            names = training.env_id, args.name, args.seed
+            run_dir, lock = create_run_dir(args.run_dir, *names, runs)
             stack.callback(lock.release)
         else:
             run_dir = resumed.run_dir

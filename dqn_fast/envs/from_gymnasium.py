@@ -1050,7 +1050,23 @@ class EnvFactory:
             raise
         except Exception as error:
             text = f"its copies cannot be made: {describe_error(error)}"
-            raise EnvError(f"{self.name}: {text}") from error
+            raise EnvError(f"{self.name}: {text}{_hint(error) * self.background}") from error
+
+
+def _hint(error: Exception) -> str:
+    """What the person may have to change where worker processes did not start."""
+    method = multiprocessing.get_start_method()
+    ended = isinstance(error, EOFError | ConnectionError)
+    if multiprocessing.current_process().daemon:
+        return '; this process may not start others: use the vectorization mode "sync"'
+    if getattr(multiprocessing.current_process(), "_inheriting", False) or (
+        ended and method != "fork"
+    ):
+        return (
+            f"; with the start method {method} every worker runs this program's file again: call "
+            'train under `if __name__ == "__main__":`'
+        )
+    return ""
 
 
 def _source_of_id(
