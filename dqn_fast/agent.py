@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
@@ -151,13 +152,17 @@ def load_agent(
         need_tensor_env(env)
     if which not in AGENT_FILES:
         raise ValueError(f"agent {which}: must be one of {', '.join(AGENT_FILES)}")
+    if not isinstance(run_dir, str | os.PathLike):
+        raise ValueError(f"run_dir {describe_value(run_dir)}: must be the directory of a run")
+    if member is not None and not isinstance(member, int | np.integer):
+        raise ValueError(f"member {member}: must be a whole number")
     path, last = (Path(run_dir) / AGENT_FILES[name] for name in (which, "last"))
     try:
         if not path.exists() and last.exists():
             raise ValueError(f"{path}: does not exist, no evaluation was made; use --agent last")
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    _, content, notes = load_newest(path, choose_device(device))
+    _, content, notes = load_newest(path, choose_device(str(device)))
     for note in notes:
         warnings.warn(note, RuntimeWarning, stacklevel=2)
     try:

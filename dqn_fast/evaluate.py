@@ -82,7 +82,7 @@ def evaluate(
         if isinstance(run_or_agent, Agent):
             agent = run_or_agent if env is None else run_or_agent.on(env)
         else:
-            agent = load_agent(check_value(EvaluateArgs, "run_dir", run_or_agent), env=env)
+            agent = load_agent(run_or_agent, env=env)
             if env is None:
                 stack.callback(agent.env.close)
         stack.enter_context(run_conditions(1, agent.q_net.device))

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -471,7 +472,9 @@ def _expanded(setting: Setting, text: str) -> list[str] | None:
         items = _literal(text)
         if not isinstance(items, list | tuple):  # without quotes, as a shell leaves them
             items = [item.strip().strip("'\"") for item in text[1:-1].split(",")]
-        return [setting.flag, *map(str, items)]
+        return [setting.flag, *(_word(setting.item, item) for item in items)]
+    if setting.kind is tuple and setting.item in (int, float) and len(items := _split(text)) > 1:
+        return [setting.flag, *(_word(setting.item, item) for item in items)]
     if setting.kind is dict and brackets == "{}":
         pairs = _literal(text)
         if isinstance(pairs, dict):
@@ -479,6 +482,19 @@ def _expanded(setting: Setting, text: str) -> list[str] | None:
             words = (word for name, own in zip(pairs, values, strict=True) for word in (name, *own))
             return [setting.flag, *map(str, words)]
     return None
+
+
+def _split(text: str) -> list[str]:
+    """The words of a text, which commas or spaces separate."""
+    return text.replace(",", " ").split()
+
+
+def _word(kind: Any, item: Any) -> str:
+    """An item of a tuple as a word; 64.0 as 64 where it is to be a whole number."""
+    if kind is int:
+        with contextlib.suppress(TypeError, ValueError, _WrongTypeError):
+            return str(_int(float(item)))
+    return str(item)
 
 
 def _literal(text: str) -> Any:

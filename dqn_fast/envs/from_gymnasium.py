@@ -1126,7 +1126,9 @@ def _makes_vector_envs(source: Any) -> bool:
     if isinstance(source, Sequence | VectorEnv):
         return isinstance(source, VectorEnv)
     if not callable(source):
-        raise ValueError(f"source {source!r}: must be an id, a callable or a VectorEnv")
+        is_env = isinstance(source, gymnasium.Env)
+        hint = "; lambda: gymnasium.make(...) makes as many copies as are needed" if is_env else ""
+        raise ValueError(f"source {source!r}: must be an id, a callable or a VectorEnv{hint}")
     with contextlib.suppress(TypeError, ValueError):  # some callables have no signature
         return "num_envs" in inspect.signature(source).parameters
     return False
