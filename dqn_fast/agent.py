@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqn_fast.ambient import standard_state
+from dqn_fast.ambient import in_standard_state, standard_state
 from dqn_fast.device import choose_device
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs import (
@@ -77,6 +77,8 @@ class Agent:
         agent.env = env
         return agent
 
+    @in_standard_state
+    @torch.no_grad()
     def q_values(self, obs: Any) -> Tensor:
         """Q-values [..., A] of one observation or a batch.
 
@@ -87,8 +89,7 @@ class Agent:
         Raises:
             ValueError: it is no observation of the environment; one line.
         """
-        with standard_state(), torch.no_grad():
-            return self.values(self.env.features_of(obs))
+        return self.values(self.env.features_of(obs))
 
     @torch.no_grad()
     def values(self, features: Tensor) -> Tensor:

@@ -7,16 +7,19 @@ process, from which some environments draw. Both leave everything as they found 
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from dqn_fast.device import ProcessSetting
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _dtype = ProcessSetting[torch.dtype](torch.get_default_dtype, torch.set_default_dtype)
 _anomalies = ProcessSetting[bool](torch.is_anomaly_enabled, torch.set_anomaly_enabled)
 
@@ -55,6 +58,31 @@ def standard_state() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+def in_standard_state(function: Callable[P, T]) -> Callable[P, T]:
+    """`standard_state` for a function that is called often: without cost where nothing differs."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _is_standard():
+            return function(*args, **kwargs)
+        with standard_state():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _is_standard() -> bool:
+    """Whether the settings are standard that can change results without gradients."""
+    return (
+        torch.get_default_dtype() is torch.float32
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.are_deterministic_algorithms_enabled()
+        and torch.get_default_device().type == "cpu"
+    )
 
 
 # ------------------------------------------------------------------------- global random numbers

@@ -147,6 +147,29 @@ def test_no_engine_reads_a_programs_own_state(engine, state, tmp_path):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "MountainCar-v0", "Acrobot-v1", "LineWorld-v0"])
+def test_exported_environments_are_the_same_in_every_program(env_id):
+    """Observations and rewards, bit for bit, of copies together and alone."""
+
+    def played() -> list[Any]:
+        results: list[Any] = []
+        for env in (
+            gymnasium.make_vec(f"dqn_fast/{env_id}", num_envs=3),
+            gymnasium.make(f"dqn_fast/{env_id}"),
+        ):
+            results.append(env.reset(seed=1)[0])
+            env.action_space.seed(0)
+            for _ in range(5):
+                results += env.step(env.action_space.sample())[:4]
+            env.close()
+        return [np.asarray(result).tobytes() for result in results]
+
+    expected = played()
+    for name, state in STATES.items():
+        with state():
+            assert played() == expected, name
+
+
 def test_threads_that_end_in_any_order_give_the_state_back():
     """Two uses at the same time: the last one to end restores what the first one found."""
     torch.set_default_dtype(torch.float64)
@@ -257,13 +280,23 @@ def test_an_environment_may_change_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_a_run_in_a_thread_is_the_run_of_the_main_thread(tmp_path):
-    """Signals are the main thread's; all else is the same."""
+    """Signals are the main thread's; all else is the same, of two runs at the same time too, in a
+    program whose default dtype is another."""
     expected = weights(short(tmp_path / "main"))
     found: list[torch.Tensor] = []
-    thread = threading.Thread(target=lambda: found.append(weights(short(tmp_path / "thread"))))
-    thread.start()
-    thread.join()
+
+    def run(name: str) -> None:
+        found.append(weights(short(tmp_path / name)))
+
+    with STATES["float64"]():
+        threads = [threading.Thread(target=run, args=(name,)) for name in ("first", "second")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_default_dtype() == torch.float64
     assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
 
 
 # ----------------------------------------------------------------------------- start methods

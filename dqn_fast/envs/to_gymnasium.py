@@ -25,6 +25,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dqn_fast.ambient import in_standard_state
 from dqn_fast.device import upload
 from dqn_fast.envs import TENSOR_ENVS
 from dqn_fast.envs.core import TabularEnv, TensorEnv, VectorState
@@ -67,6 +68,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
 
     _renderer: Renderer | None = None
 
+    @in_standard_state
     def __init__(
         self,
         env: TensorEnv | str,
@@ -118,6 +120,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         self._obs = torch.empty(0)  # as last shown, before `features`
         self._ended = ~self._all  # copies whose last step ended an episode
 
+    @in_standard_state
     def reset(
         self,
         *,
@@ -161,6 +164,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         self._ended = self._ended & ~mask
         return self._export(self._to_space(self._obs)), {}
 
+    @in_standard_state
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """One step of every copy.
 
@@ -371,6 +375,7 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
 
     metadata: dict[str, Any] = _METADATA
 
+    @in_standard_state
     def __init__(
         self,
         env: TensorEnv | str,
@@ -395,6 +400,7 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         self.render_mode = render_mode
         self._started = False
 
+    @in_standard_state
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
