@@ -32,12 +32,12 @@ def short(run_dir: Path, env_id: str = "CartPole-v1", **settings: Any) -> Args:
         env_id,
         **{
             "num_envs": 4,
-            "total_timesteps": 400,
+            "total_timesteps": 240,
             "learning_starts": 64,
             "batch_size": 32,
             "hidden_sizes": (16,),
             "eval_episodes": 3,
-            "eval_interval": 200,
+            "eval_interval": 120,
             "engine": "eager",
             "quiet": True,
             "report": False,
@@ -111,8 +111,8 @@ def seen() -> list[Any]:
     ("env_id", "names"),
     [
         ("CartPole-v1", list(STATES)),
-        ("gym:CartPole-v1", ["float16", "inference_mode"]),
-        ("FrozenLake-v1", ["float16", "inference_mode"]),
+        ("gym:CartPole-v1", ["float16"]),
+        ("FrozenLake-v1", ["float16"]),
     ],
 )
 def test_a_programs_own_state_changes_no_run(env_id, names, tmp_path):
@@ -186,17 +186,16 @@ def test_threads_that_end_in_any_order_give_the_state_back():
 
 
 class Coin(gymnasium.Env[Any, Any]):
-    """Draws from a generator of the process."""
+    """Draws from the generators of the process."""
 
     observation_space, action_space = spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2)
 
-    def __init__(self, library: str) -> None:
-        self.draw = {
-            "random": random.random,
-            "numpy": np.random.rand,
-            "torch": lambda: float(torch.rand(())),
-        }[library]
+    def __init__(self) -> None:
         self.luck = self.draw()
+
+    @staticmethod
+    def draw() -> float:
+        return (random.random() + np.random.rand() + float(torch.rand(()))) / 3  # noqa: NPY002
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -209,8 +208,7 @@ class Coin(gymnasium.Env[Any, Any]):
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("library", ["random", "numpy", "torch"])
-def test_global_random_numbers_follow_the_seed(library, mode, tmp_path):
+def test_global_random_numbers_follow_the_seed(mode, tmp_path):
     """One seed gives one run, another seed another, in worker processes too, whatever the program
     has drawn before; its own numbers go on as if there had been no run."""
     args = [short(tmp_path / str(i), seed=seed) for i, seed in enumerate((3, 3, 4))]
@@ -219,7 +217,7 @@ def test_global_random_numbers_follow_the_seed(library, mode, tmp_path):
         random.seed(i)
         np.random.seed(i)  # noqa: NPY002 - the global generator is what is tested
         torch.manual_seed(i)
-        env = from_gymnasium(lambda: Coin(library), vectorization_mode=mode)  # draws once
+        env = from_gymnasium(Coin, vectorization_mode=mode)  # draws once
         before = repr(global_states())
         found.append(weights(settings, env))
         env.close()
@@ -227,8 +225,7 @@ def test_global_random_numbers_follow_the_seed(library, mode, tmp_path):
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     returns = [
-        evaluate(tmp_path / "0", from_gymnasium(lambda: Coin(library)), 3, seed).episode_return
-        for seed in (5, 5, 6)
+        evaluate(tmp_path / "0", from_gymnasium(Coin), 3, seed).episode_return for seed in (5, 5, 6)
     ]
     assert torch.equal(returns[0], returns[1])
     assert not torch.equal(returns[0], returns[2])
@@ -236,7 +233,7 @@ def test_global_random_numbers_follow_the_seed(library, mode, tmp_path):
 
 def test_copies_in_workers_draw_different_global_numbers():
     """Each worker is seeded by itself, and its constructor too."""
-    env = from_gymnasium(lambda: Coin("numpy"), vectorization_mode="async")
+    env = from_gymnasium(Coin, vectorization_mode="async")
     obs = env.vector_reset(torch.rand(4, 2, generator=torch.Generator().manual_seed(0))).obs
     assert len(set(obs.flatten().tolist())) == 4
     env.close()
@@ -247,9 +244,9 @@ def test_an_evaluation_takes_no_number_from_training(tmp_path):
     found = [
         weights(
             short(tmp_path / str(interval), eval_interval=interval),
-            from_gymnasium(lambda: Coin("random")),
+            from_gymnasium(Coin),
         )
-        for interval in (100, 400)
+        for interval in (60, 240)
     ]
     assert torch.equal(*found)
 
@@ -258,7 +255,7 @@ class Wanderer(Coin):
     """Changes the working directory, as environments with own files do."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__("random")
+        super().__init__()
         self.folder = folder
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -308,7 +305,7 @@ from dqn_fast.envs import from_gymnasium
 from dqn_fast.train import Args, train
 def main():
     env = from_gymnasium("CartPole-v1", vectorization_mode="async")
-    settings = dict(num_envs=2, total_timesteps=300, learning_starts=64, eval_episodes=3)
+    settings = dict(num_envs=1, total_timesteps=300, learning_starts=64, eval_episodes=3)
     train(Args(**settings, quiet=True, report=False, run_dir=sys.argv[2]), env=env)
 {call}
 """

@@ -1227,7 +1227,7 @@ for job in ("first001", "second02"):  # as `wandb.agent` calls a function
 """
 
 
-@pytest.mark.parametrize("who", ["begun", "agent"])
+@pytest.mark.parametrize("who", ["begun", pytest.param("agent", marks=pytest.mark.slow)])
 def test_a_trial_of_a_sweep_is_one_run(who: str, tmp_path: Path) -> None:
     """The one whose id the agent has set, begun by the function or not; nothing is warned of."""
     command = [sys.executable, "-c", SWEEP, str(tmp_path), who]
