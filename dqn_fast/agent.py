@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +12,20 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from dqn_fast.ambient import in_standard_state, standard_state
 from dqn_fast.device import choose_device
 from dqn_fast.dqn import QFunction
-from dqn_fast.envs import NotNamedError, OwnedError, Recipe, TensorEnv, UnknownEnvError, differences
+from dqn_fast.envs import (
+    NotNamedError,
+    OwnedError,
+    Recipe,
+    TensorEnv,
+    UnknownEnvError,
+    differences,
+    need_tensor_env,
+)
 from dqn_fast.envs.spaces import describe_error, describe_value
 from dqn_fast.heads import make_head
 from dqn_fast.networks import QNetwork
@@ -54,42 +64,62 @@ class Agent:
         self.global_step, self.eval_return_mean = global_step, eval_return_mean
         self.env_id = ""
         self._device = q_net.device
-        self._stored = env.example_obs()[0]
 
+    def on(self, env: TensorEnv) -> Agent:
+        """The same agent on another environment of the same features and actions.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        need_tensor_env(env)
+        _check_fit(env, self.q_net, "the agent")
+        agent = copy.copy(self)
+        agent.env = env
+        return agent
+
+    @in_standard_state
     @torch.no_grad()
-    def q_values(self, obs: Tensor) -> Tensor:
-        """Q-values [..., A] of one observation or a batch, of any leading shape.
+    def q_values(self, obs: Any) -> Tensor:
+        """Q-values [..., A] of one observation or a batch.
 
         Args:
-            obs: an observation as `observe` returns it; if those differ in kind or shape from
-                `features`, also the network's input, float [..., F].
+            obs: what the environment's reset and step return, or those of a VectorEnv of it, with
+                any leading axes; for environments of tensors also what `observe` returns.
+
+        Raises:
+            ValueError: it is no observation of the environment; one line.
         """
-        obs = obs.to(self._device)
-        is_float = obs.is_floating_point()
-        if is_float:
-            obs = obs.float()
-        is_stored = (
-            is_float == self._stored.is_floating_point()
-            and obs.shape[obs.ndim - self._stored.ndim :] == self._stored.shape
-        )
-        if is_stored or not (is_float and obs.shape[-1:] == (self.q_net.network.sizes[0],)):
-            obs = self.env.features(obs)
-        rows = obs.reshape(-1, obs.shape[-1]).expand(self.q_net.num_members, -1, -1)
-        return self.q_net(rows)[self.member].reshape(*obs.shape[:-1], -1)
+        return self.values(self.env.features_of(obs))
+
+    @torch.no_grad()
+    def values(self, features: Tensor) -> Tensor:
+        """Q-values [..., A] of the network's inputs, float32 [..., F]."""
+        rows = features.to(self._device).reshape(-1, features.shape[-1])
+        q_values = self.q_net(rows.expand(self.q_net.num_members, -1, -1))[self.member]
+        return q_values.reshape(*features.shape[:-1], -1)
 
     @overload
     def act(self, obs: Tensor) -> Tensor: ...
     @overload
-    def act(self, obs: NDArray[Any] | float) -> NDArray[np.int64]: ...
-    def act(self, obs: Tensor | NDArray[Any] | float) -> Tensor | NDArray[np.int64]:
-        """Greedy action of one observation or of each in a batch, as the environment numbers it;
-        int64, NumPy for NumPy input."""
-        if isinstance(obs, Tensor):
-            return self.q_values(obs).argmax(-1) + self.env.action_start
-        action = self.q_values(torch.as_tensor(np.asarray(obs))).argmax(-1)
-        return action.cpu().numpy() + self.env.action_start
+    def act(self, obs: Any) -> Any: ...
+    def act(self, obs: Any) -> Any:
+        """Greedy action of one observation or of each in a batch, as the environment numbers it.
+
+        Args:
+            obs: as for `q_values`.
+
+        Returns:
+            int64, a tensor for a tensor; else NumPy's number for one observation, an array for a
+            batch.
+
+        Raises:
+            ValueError: it is no observation of the environment; one line.
+        """
+        action = self.q_values(obs).argmax(-1) + self.env.action_start
+        return action if isinstance(obs, Tensor) else action.cpu().numpy()[()]
 
 
+@standard_state()
 def load_agent(
     run_dir: Path | str,
     which: AgentFile = "best",
@@ -125,15 +155,21 @@ def load_agent(
         ValueError: the run, the agent or the member does not exist, the file cannot be read, or its
             environment must be named; one line.
     """
+    if env is not None and not isinstance(env, str):
+        need_tensor_env(env)
     if which not in AGENT_FILES:
         raise ValueError(f"agent {which}: must be one of {', '.join(AGENT_FILES)}")
+    if not isinstance(run_dir, str | os.PathLike):
+        raise ValueError(f"run_dir {describe_value(run_dir)}: must be the directory of a run")
+    if member is not None and not isinstance(member, int | np.integer):
+        raise ValueError(f"member {member}: must be a whole number")
     path, last = (Path(run_dir) / AGENT_FILES[name] for name in (which, "last"))
     try:
         if not path.exists() and last.exists():
             raise ValueError(f"{path}: does not exist, no evaluation was made; use --agent last")
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    _, content, notes = load_newest(path, choose_device(device))
+    _, content, notes = load_newest(path, choose_device(str(device)))
     for note in notes:
         warnings.warn(note, RuntimeWarning, stacklevel=2)
     try:
@@ -211,7 +247,7 @@ def _make_env(
         raise ValueError(f"{path}: its environment cannot be made ({shown(reason)})") from error
 
 
-def _check_fit(env: TensorEnv, q_net: QFunction, path: Path) -> None:
+def _check_fit(env: TensorEnv, q_net: QFunction, path: Path | str) -> None:
     """Refuse an environment with other features or actions than the network has.
 
     Raises:

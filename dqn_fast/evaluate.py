@@ -1,4 +1,4 @@
-"""Greedy evaluation: `python -m dqn_fast.evaluate RUN_DIR`.
+"""Greedy evaluation: `python -m dqn_fast.evaluate RUN_DIR`, in Python `evaluate(run_dir)`.
 
 Fresh env copies play the greedy policy. Only the first episode of each copy counts: the first
 episodes to finish, over all copies, would favour short ones.
@@ -21,8 +21,9 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.agent import AgentFile, load_agent, shown
-from dqn_fast.device import upload
+from dqn_fast.agent import Agent, AgentFile, load_agent, shown
+from dqn_fast.ambient import global_numbers, standard_state
+from dqn_fast.device import run_conditions, upload
 from dqn_fast.dqn import QFunction
 from dqn_fast.engines import StopRequested
 from dqn_fast.envs import EnvError, TensorEnv
@@ -30,14 +31,14 @@ from dqn_fast.film import EVALUATION_EPOCH, ready, record
 from dqn_fast.memory import check_evaluation
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.process import command
-from dqn_fast.settings import at_least, check_settings, parse
+from dqn_fast.settings import at_least, check_settings, check_value, parse
 from dqn_fast.sweep import label_of
 
 _STEPS_PER_CHECK = 32
 
 
 class Evaluation(NamedTuple):
-    """Every episode of an evaluation, [M, episodes] each.
+    """Every episode of an evaluation, [M, episodes] each: row i is that of member i.
 
     Attributes:
         episode_return: undiscounted sum of rewards, float32.
@@ -52,8 +53,50 @@ class Evaluation(NamedTuple):
     q_start: Tensor
 
 
-@torch.no_grad()
 def evaluate(
+    run_or_agent: Agent | Path | str,
+    env: TensorEnv | None = None,
+    episodes: int = 100,
+    seed: int = 0,
+) -> Evaluation:
+    """Play greedy episodes of a trained agent, as `python -m dqn_fast.evaluate` does.
+
+        evaluate("runs/my_run").episode_return.mean()
+
+    Args:
+        run_or_agent: directory of a run, whose best agent plays, or an agent of `load_agent`.
+        env: the environment, which stays open; None: that of the run or the agent.
+        episodes: episodes of each member, >= 1.
+        seed: of the episodes, >= 0; they always differ from those of the training run.
+
+    Returns:
+        The results on the agent's device.
+
+    Raises:
+        ValueError: the run cannot be loaded, see `load_agent`, the environment does not fit, or an
+            argument is not allowed; one line.
+        EnvError: the environment broke its contract.
+    """
+    episodes = check_value(EvaluateArgs, "episodes", episodes)
+    seed = check_value(EvaluateArgs, "seed", seed)
+    with standard_state(), contextlib.ExitStack() as stack:
+        if isinstance(run_or_agent, Agent):
+            agent = run_or_agent if env is None else run_or_agent.on(env)
+        else:
+            agent = load_agent(run_or_agent, env=env)
+            if env is None:
+                stack.callback(agent.env.close)
+        stack.enter_context(run_conditions(1, agent.q_net.device))
+        stack.enter_context(global_numbers(seed, 1, EVALUATION_EPOCH))
+        q_net = agent.q_net
+        hidden = tuple(q_net.network.sizes[1:-1])
+        check_evaluation(agent.env, q_net.num_members, episodes, hidden, q_net.device)
+        noise = Noise(seed, q_net.num_members, q_net.device)
+        return play_episodes(agent.env.for_evaluation(), q_net, episodes, noise, EVALUATION_EPOCH)
+
+
+@torch.no_grad()
+def play_episodes(
     env: TensorEnv,
     q_net: QFunction,
     num_episodes: int,
@@ -185,9 +228,6 @@ def main() -> int:
             )
         for warned in notes:
             print(f"note: {warned.message}", file=sys.stderr)
-        q_net = agent.q_net
-        hidden = tuple(q_net.network.sizes[1:-1])
-        check_evaluation(agent.env, q_net.num_members, args.episodes, hidden, q_net.device)
         if args.env_id is not None and args.env_id != agent.env_id:
             named = f"note: the run is of {shown(agent.env_id)}, and plays {args.env_id} here"
             print(named, file=sys.stderr)
@@ -196,16 +236,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    device = agent.q_net.device
-    noise = Noise(args.seed, agent.q_net.num_members, device)
-    env = agent.env.for_evaluation()
     try:
-        result = evaluate(env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH)
-    except EnvError as error:
+        result = evaluate(agent, None, args.episodes, args.seed)
+    except (EnvError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, EnvError) else 2
     finally:
-        env.close()
+        agent.env.for_evaluation().close()
     rows = []
     for member in range(agent.q_net.num_members):
         returns, lengths = result.episode_return[member], result.episode_length[member]

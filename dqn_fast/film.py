@@ -184,7 +184,7 @@ def play(agent: Agent, env: TensorEnv, episode: int, seed: int, max_steps: int) 
     for step in range(max_steps + 1):
         if not ending and step == max_steps:
             ending = "cut"
-        q_values = agent.q_values(obs)
+        q_values = agent.values(env.features(obs))
         yield Moment(state, q_values[0].cpu().numpy(), step, episode_return, ending)
         if ending:
             return

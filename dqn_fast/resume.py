@@ -30,7 +30,7 @@ from dqn_fast.record.checkpoint import (
     saved_part,
 )
 from dqn_fast.record.lock import RunLock
-from dqn_fast.settings import UsageError, check_settings, flag, one_line
+from dqn_fast.settings import UsageError, absolute, check_settings, flag, one_line
 
 if TYPE_CHECKING:
     from dqn_fast.train import Args
@@ -283,6 +283,7 @@ def open_run(run_dir: Path) -> Resumption:
         raise UsageError(f"{name}: must be the directory of a run")
     if not any(path.exists() for path in kept_paths(run_dir / "checkpoint.pt")):
         raise UsageError(f"{name}: has no checkpoint.pt, so there is nothing to go on with")
+    run_dir = absolute(run_dir)
     lock = RunLock(run_dir, name)
     try:
         remove_leftovers(run_dir)

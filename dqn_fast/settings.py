@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import difflib
 import math
 import os
 import sys
@@ -318,6 +320,14 @@ def one_line(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def absolute(path: Path) -> Path:
+    """A path that does not depend on the working directory, if there is one."""
+    try:
+        return path.absolute()
+    except OSError:  # the working directory was removed
+        return path
+
+
 def flag(name: str) -> str:
     """A field as on the command line."""
     return "--" + name.replace("_", "-")
@@ -370,9 +380,16 @@ def check_settings(args: S) -> S:
     """A copy of settings, each value in its field's own type.
 
     Raises:
-        UsageError: the first value, in the order of the fields, that its field does not allow.
+        UsageError: an attribute that is no field, or the first value, in the order of the fields,
+            that its field does not allow.
     """
+    if isinstance(args, type) or not dataclasses.is_dataclass(args):
+        raise UsageError(f"args {one_line(_Repr(args))}: must be settings, as of Args(num_envs=64)")
     settings = declarations(type(args))
+    for name in vars(args).keys() - {f.name for f in dataclasses.fields(args)}:
+        near = difflib.get_close_matches(name, settings, 1)
+        hint = f"; is {near[0]} meant?" if near else ""
+        raise UsageError(f"{flag(name)}: is no setting of {type(args).__name__}{hint}")
     return dataclasses.replace(
         args, **{name: setting.clean(getattr(args, name)) for name, setting in settings.items()}
     )
@@ -455,7 +472,9 @@ def _expanded(setting: Setting, text: str) -> list[str] | None:
         items = _literal(text)
         if not isinstance(items, list | tuple):  # without quotes, as a shell leaves them
             items = [item.strip().strip("'\"") for item in text[1:-1].split(",")]
-        return [setting.flag, *map(str, items)]
+        return [setting.flag, *(_word(setting.item, item) for item in items)]
+    if setting.kind is tuple and setting.item in (int, float) and len(items := _split(text)) > 1:
+        return [setting.flag, *(_word(setting.item, item) for item in items)]
     if setting.kind is dict and brackets == "{}":
         pairs = _literal(text)
         if isinstance(pairs, dict):
@@ -463,6 +482,19 @@ def _expanded(setting: Setting, text: str) -> list[str] | None:
             words = (word for name, own in zip(pairs, values, strict=True) for word in (name, *own))
             return [setting.flag, *map(str, words)]
     return None
+
+
+def _split(text: str) -> list[str]:
+    """The words of a text, which commas or spaces separate."""
+    return text.replace(",", " ").split()
+
+
+def _word(kind: Any, item: Any) -> str:
+    """An item of a tuple as a word; 64.0 as 64 where it is to be a whole number."""
+    if kind is int:
+        with contextlib.suppress(TypeError, ValueError, _WrongTypeError):
+            return str(_int(float(item)))
+    return str(item)
 
 
 def _literal(text: str) -> Any:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.algorithm import ChunkRecord, StepInputs, UpdateInputs
+from dqn_fast.ambient import standard_state
 from dqn_fast.device import choose_device, first_line, upload
 from dqn_fast.dqn import DQN, Hyper, QFunction, State
 from dqn_fast.engines import (
@@ -34,7 +35,15 @@ from dqn_fast.engines import (
     choose_engine,
     without_compiler,
 )
-from dqn_fast.envs import EnvCheckError, EnvError, Recipe, TensorEnv, check_env, differences
+from dqn_fast.envs import (
+    EnvCheckError,
+    EnvError,
+    Recipe,
+    TensorEnv,
+    check_env,
+    differences,
+    need_tensor_env,
+)
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
 from dqn_fast.memory import check_memory, fits
@@ -43,7 +52,7 @@ from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan, Schedules
 from dqn_fast.replay import Replay
 from dqn_fast.resume import Resumption
-from dqn_fast.settings import UsageError, check_settings, check_value, flag
+from dqn_fast.settings import UsageError, absolute, check_settings, check_value, flag
 from dqn_fast.sweep import form_error, sweep_error
 
 if TYPE_CHECKING:
@@ -146,6 +155,7 @@ def upload_arrays(arrays: Sequence[NDArray[np.float64]], device: torch.device) -
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+@standard_state()
 def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None = None) -> Training:
     """Make everything that a run trains with; no file is written.
 
@@ -168,11 +178,7 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                 env = recipe.make()
                 stack.callback(env.close)
             else:
-                if not isinstance(env, TensorEnv):
-                    raise UsageError(
-                        f"env {env}: must be a TensorEnv; dqn_fast.envs.from_gymnasium converts "
-                        "an environment of Gymnasium"
-                    )
+                need_tensor_env(env)
                 pairs = " ".join(f"{name} {value}" for name, value in args.env_params.items())
                 names = {"env-params": pairs, "env": args.env, "wrappers": " ".join(args.wrappers)}
                 for name, text in names.items():
@@ -352,13 +358,17 @@ def make_plan(args: Args, env: TensorEnv, resumed: Resumption | None = None) -> 
 
 
 def settle(args: Args) -> Args:
-    """The settings, checked, as plain numbers, with all intervals chosen.
+    """The settings, checked, as plain numbers, with all intervals chosen, and with paths that stay
+    the same when an environment changes the working directory.
 
     Raises:
         UsageError: a setting is not allowed.
     """
     args = check(args)
     settled: dict[str, Any] = {**intervals(args)}
+    for name in ("run_dir", "keep_generated"):
+        path: Path | None = getattr(args, name)
+        settled[name] = None if path is None else absolute(path)
     return dataclasses.replace(args, **settled)
 
 

@@ -23,11 +23,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from dqn_fast.ambient import global_numbers, standard_state
 from dqn_fast.device import MatmulPrecision, run_conditions
 from dqn_fast.dqn import QFunction
 from dqn_fast.engines import EngineName, StopRequested
-from dqn_fast.envs import EnvError, TensorEnv, VectorizationMode
-from dqn_fast.evaluate import evaluate, q_probe
+from dqn_fast.envs import EnvError, TensorEnv, VectorizationMode, need_tensor_env
+from dqn_fast.evaluate import play_episodes, q_probe
 from dqn_fast.experiments import experiment
 from dqn_fast.heads import LossName
 from dqn_fast.process import command, require, stop_requests
@@ -43,6 +44,7 @@ from dqn_fast.resume import Resumption, open_run
 from dqn_fast.settings import (
     UsageError,
     above,
+    absolute,
     at_least,
     between,
     check_settings,
@@ -306,9 +308,11 @@ def train(
             are those before.
         KeyboardInterrupt: SIGINT came; the run so far is saved.
     """
-    with ExitStack() as stack:
+    with standard_state(), ExitStack() as stack:
         resumed = None
         args = check_settings(args)
+        if env is not None:
+            need_tensor_env(env)
         if args.resume is not None:
             resumed = open_run(args.resume)
             stack.callback(resumed.lock.release)
@@ -333,7 +337,7 @@ def train_or_resume(
 ) -> Result:
     """`train` with complete settings; `resumed` is the run that goes on, or None."""
     began = time.perf_counter()
-    args = settle(args)
+    args, runs = settle(args), absolute(Path("runs"))
     if resumed is None:
         refuse_used_dir(args.run_dir)
     with stop_requests() as stop, ExitStack() as stack:
@@ -341,6 +345,8 @@ def train_or_resume(
             stack.callback(resumed.lock.release)
         conditions = args.num_threads, device_of(args), args.matmul_precision
         stack.enter_context(run_conditions(*conditions))
+        first_step = 0 if resumed is None else resumed.global_step
+        stack.enter_context(global_numbers(args.seed, 0, first_step))
         training = stack.enter_context(closing(setup(args, env, resumed)))
         env = training.env
         q_net, noise, exact, plan = training.q_net, training.noise, training.exact, training.plan
@@ -353,7 +359,8 @@ def train_or_resume(
 
         training.runner.should_stop = stops
         if resumed is None:
-            run_dir, lock = create_run_dir(args.run_dir, training.env_id, args.name, args.seed)
+            names = training.env_id, args.name, args.seed
+            run_dir, lock = create_run_dir(args.run_dir, *names, runs)
             stack.callback(lock.release)
         else:
             run_dir = resumed.run_dir
@@ -376,15 +383,16 @@ def train_or_resume(
                 if evaluation or done:
                     run.check_finite()
                     eval_began, run.owes_side_jobs = time.perf_counter(), True
-                    result = evaluate(
-                        env.for_evaluation(),
-                        q_net,
-                        args.eval_episodes,
-                        noise,
-                        epoch=run.num_evaluations,
-                        gamma=gammas,
-                        should_stop=stops,
-                    )
+                    with global_numbers(args.seed, 1, run.num_evaluations):
+                        result = play_episodes(
+                            env.for_evaluation(),
+                            q_net,
+                            args.eval_episodes,
+                            noise,
+                            epoch=run.num_evaluations,
+                            gamma=gammas,
+                            should_stop=stops,
+                        )
                     known = exact.compare(q_net) if exact else {}
                     row = run.evaluated(result, known)
                     run.eval_s += time.perf_counter() - eval_began

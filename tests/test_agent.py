@@ -17,7 +17,7 @@ from torch import Tensor
 from dqn_fast import evaluate, tree
 from dqn_fast.agent import Agent, load_agent
 from dqn_fast.dqn import QFunction
-from dqn_fast.envs import TensorEnv, from_gymnasium
+from dqn_fast.envs import TensorEnv, from_gymnasium, make_env
 from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
@@ -193,22 +193,128 @@ class Mixed(gymnasium.Env[Any, Any]):
         return self.observation_space.sample(), 0.0, True, False, {}
 
 
-def test_what_a_host_environment_stores_is_known_too():
-    """Of the width of the features and of floats as well, but not the features; a Box with an axis
-    of 1 keeps it."""
+def untrained(env: TensorEnv) -> Agent:
+    """An agent with the weights of a new network."""
+    network = QNetwork((env.features(env.example_obs()).shape[-1], 16, env.num_actions))
+    return Agent(env, QFunction(network, ScalarHead(), network.init(Noise(0, 1))), 0, [0], [0.0])
+
+
+def test_bytes_beside_floats_are_read_as_training_reads_them():
+    """They are no features, even if they have their number; a Box with an axis of 1 keeps it."""
     env = from_gymnasium(Mixed)
-    network = QNetwork((3, 2))
-    q_net = QFunction(network, ScalarHead(), network.init(Noise(0, 1)))
-    stored = torch.tensor([[200.0, 5.0, 0.5], [0.0, 255.0, -1.0]])
-    agent = Agent(env, q_net, 0, [0], [0.0])
-    assert torch.equal(agent.q_values(stored), q_net(env.features(stored)[None])[0])
+    agent = untrained(env)
+    obs = {"bytes": np.array([200, 5], np.uint8), "floats": np.array([0.5], np.float32)}
+    features = torch.tensor([200 / 255, 5 / 255, 0.5])
+    assert torch.equal(agent.q_values(obs), agent.values(features))
     box = spaces.Box(-1, 1, (1, 3), np.float32)
     one_row = from_gymnasium(lambda: gymnasium.wrappers.TransformObservation(Mixed(), dict, box))
-    agent = Agent(one_row, q_net, 0, [0], [0.0])
+    agent = untrained(one_row)
     assert agent.act(torch.zeros(7, 1, 3)).shape == (7,)
-    assert agent.act(torch.zeros(7, 3)).shape == (7,)
+    with pytest.raises(ValueError, match=r"shape \(7, 3\).*must be numbers of shape \[..., 1, 3\]"):
+        agent.act(torch.zeros(7, 3))
     for made in (env, one_row):
         made.close()
+
+
+# ------------------------------------------------------------- what environments themselves return
+
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+TEXT = spaces.Text(3, min_length=3, charset="ab")
+SPACES: dict[str, spaces.Space[Any]] = {
+    "Box": BOX,
+    "Box of float64": spaces.Box(-1, 1, (2, 3), np.float64),
+    "Box of no axis": spaces.Box(-1, 1, (), np.float32),
+    "image": spaces.Box(0, 255, (4, 4, 3), np.uint8),
+    "Discrete": spaces.Discrete(4, start=-4),
+    "MultiDiscrete": spaces.MultiDiscrete([3, 4]),
+    "MultiBinary": spaces.MultiBinary(5),
+    "Text": TEXT,
+    "Tuple": spaces.Tuple((BOX, spaces.Discrete(3))),
+    "Dict": spaces.Dict(p=BOX, k=spaces.Discrete(3), t=TEXT),
+    "nested": spaces.Dict(a=spaces.Tuple((BOX, spaces.Dict(b=spaces.MultiBinary(3))))),
+}
+
+
+def returning(space: spaces.Space[Any]) -> type[gymnasium.Env[Any, Any]]:
+    """An environment with these observations; its actions are -1, 0 and 1, and 0 pays."""
+
+    class Returning(gymnasium.Env[Any, Any]):
+        observation_space, action_space = space, spaces.Discrete(3, start=-1)
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            super().reset(seed=seed)
+            if seed is not None:
+                self.observation_space.seed(seed)
+            self.steps = 0
+            return self.observation_space.sample(), {}
+
+        def step(self, action: Any) -> Any:
+            assert self.action_space.contains(action)
+            self.steps += 1
+            obs = self.observation_space.sample()
+            return obs, float(action == 0), False, self.steps == 10, {}
+
+    return Returning
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_act_takes_what_reset_and_a_vector_env_return(name):
+    """One observation gives one action of the environment's own space, which can be a key of a
+    dict; a batch gives one for each row, the same as its observations one by one."""
+    make = returning(SPACES[name])
+    agent = untrained(from_gymnasium(make))
+    one = agent.act(make().reset()[0])
+    assert type(one) is np.int64
+    assert one in make().action_space
+    envs = gymnasium.vector.SyncVectorEnv([make] * 5)
+    obs = envs.reset(seed=3)[0]
+    actions = agent.act(obs)
+    assert envs.action_space.contains(actions)
+    rows = gymnasium.vector.utils.iterate(envs.observation_space, obs)
+    assert [agent.act(row) for row in rows] == actions.tolist()
+    assert agent.q_values(obs).shape == (5, 3)
+
+
+@pytest.mark.parametrize("name", ["Dict", "Tuple", "Text"])
+def test_a_trained_agent_is_asked_with_what_reset_returns(name, tmp_path):
+    """Played by hand, it gets what its evaluation got: actions have the environment's numbers."""
+    make = returning(SPACES[name])
+    args = Args(
+        num_envs=4, total_timesteps=1_200, learning_starts=64, gamma=0.5, eval_episodes=3,
+        quiet=True, report=False, run_dir=tmp_path / "run",
+    )  # fmt: skip
+    summary = train(args, env=from_gymnasium(make)).summary
+    assert summary["eval_return_mean"] == 10
+    agent, env = load_agent(tmp_path / "run", "last", env=from_gymnasium(make)), make()
+    obs, total, done = env.reset(seed=0)[0], 0.0, False
+    while not done:
+        obs, reward, _, done, _ = env.step(agent.act(obs))
+        total += float(reward)
+    assert total == summary["eval_return_mean"]
+
+
+NO_OBS: list[Any] = [
+    None, "x", 2.5, object(), [[1, 2], [3]], np.zeros((7, 7)), torch.zeros(7, 7, 7), {"p": 1}, {},
+    [np.nan] * 4, 1000, -5, np.array(["a"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CartPole-v1", "LineWorld-v0", "FrozenLake-v1", *sorted(SPACES.keys() - {"Box of no axis"})],
+)
+def test_what_is_no_observation_is_refused_in_one_line(name):
+    """The line names the environment; a result of reset is explained. (Of a Box without axes, every
+    array is a batch.)"""
+    if name in SPACES:
+        agent = untrained(from_gymnasium(returning(SPACES[name])))
+    else:
+        agent = untrained(make_env(name))
+    for obs in NO_OBS:
+        with pytest.raises(ValueError, match=r"^\w+: .*observation.*[^\n]*$"):
+            agent.act(obs)
+    with pytest.raises(ValueError, match=r"env.reset\(\) returns \(obs, info\): pass obs"):
+        agent.act((agent.env.example_obs().numpy(), {}))
 
 
 def test_an_environment_of_ones_own_has_to_be_given(tmp_path, capsys, monkeypatch):

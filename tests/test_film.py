@@ -19,7 +19,7 @@ from dqn_fast.agent import Agent
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs import LineWorld, TensorEnv, make_env
 from dqn_fast.envs.render import headless
-from dqn_fast.evaluate import evaluate
+from dqn_fast.evaluate import play_episodes
 from dqn_fast.film import (
     EVALUATION_EPOCH,
     Moment,
@@ -88,10 +88,10 @@ def test_time_limit_and_cut():
 
 @pytest.mark.parametrize("env", [LineWorld(slip_prob=0.3), make_env("CartPole-v1")], ids=str)
 def test_the_film_shows_the_evaluation(env):
-    """Episodes 0, 1, 2 of each member are those of `evaluate` with the same seed."""
+    """Episodes 0, 1, 2 of each member are those of `play_episodes` with the same seed."""
     bias = (0.0, 1.0)
     two = agent(env, *bias, members=2)
-    result = evaluate(env, two.q_net, 5, Noise(4, 2), EVALUATION_EPOCH)
+    result = play_episodes(env, two.q_net, 5, Noise(4, 2), EVALUATION_EPOCH)
     lengths = set()
     for member in (0, 1):
         for episode in range(3):
@@ -137,7 +137,9 @@ def test_an_environment_on_the_host_is_filmed_to_its_end():
         env = make_env("gym:Counter-v0", {"bonus": 2})
         player = agent(env, 0.0, 1.0)
         draws = ready(player, Path("x.gif"))
-        expected = evaluate(env.for_evaluation(), player.q_net, 4, Noise(1, 1), EVALUATION_EPOCH)
+        expected = play_episodes(
+            env.for_evaluation(), player.q_net, 4, Noise(1, 1), EVALUATION_EPOCH
+        )
         seen = []
         for episode in range(4):
             moments = []

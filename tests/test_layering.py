@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dqn_fast"
 # Each module may import those of earlier layers, and of its own.
 LAYERS = (
-    {"code", "bellman", "device", "noise", "plan", "process", "settings", "sweep", "tree"},
+    {
+        "ambient",
+        "code",
+        "bellman",
+        "device",
+        "noise",
+        "plan",
+        "process",
+        "settings",
+        "sweep",
+        "tree",
+    },
     {"algorithm"},
     {"engines"},
     {"envs", "experiments"},

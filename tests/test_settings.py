@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from dqn_fast.agent import load_agent
+from dqn_fast.envs import LineWorld, from_gymnasium
 from dqn_fast.evaluate import EvaluateArgs
 from dqn_fast.settings import (
     Range,
@@ -29,7 +31,7 @@ from dqn_fast.settings import (
     flag,
     parse,
 )
-from dqn_fast.setup import check
+from dqn_fast.setup import check, setup
 from dqn_fast.sweep import read_sweep
 from dqn_fast.train import Args, train
 
@@ -230,6 +232,35 @@ def test_a_setting_that_does_not_exist_is_named():
 
 
 @pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("CartPole-v1", "args 'CartPole-v1': must be settings, as of Args(num_envs=64)"),
+        ({"num_envs": 8}, "args {'num_envs': 8}: must be settings, as of Args(num_envs=64)"),
+        (Args, "args <class 'dqn_fast.train.Args'>: must be settings, as of Args(num_envs=64)"),
+        (None, "args None: must be settings, as of Args(num_envs=64)"),
+    ],
+    ids=["text", "dict", "class", "None"],
+)
+def test_train_takes_settings_alone(args, message, tmp_path, monkeypatch):
+    """Anything else is one line, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        train(args)
+    assert str(caught.value) == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_attribute_that_is_no_setting_is_named(tmp_path):
+    """It would have changed nothing, without a word."""
+    args = Args(run_dir=tmp_path / "run")
+    args.learning_rat = 0.1  # type: ignore[attr-defined]
+    message = r"^--learning-rat: is no setting of Args; is learning_rate meant\?$"
+    with pytest.raises(UsageError, match=message):
+        train(args)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"loss": "smooth_l1"}, "--loss smooth_l1: must be huber or squared"),
@@ -252,10 +283,28 @@ def test_train_writes_nothing_for_settings_that_make_no_sense(settings, message,
 def test_an_environment_of_gymnasiums_needs_from_gymnasium(tmp_path):
     """The message says so, before anything is written."""
     env = gymnasium.make("CartPole-v1")
-    for given in (env, "CartPole-v1"):
-        with pytest.raises(UsageError, match=r"must be a TensorEnv; .*\.from_gymnasium"):
-            train(Args(run_dir=tmp_path / "run"), env=given)
+    envs = gymnasium.make_vec("CartPole-v1", num_envs=2)
+    for given, way in (
+        (env, "dqn_fast.envs.from_gymnasium(lambda: gymnasium.make('CartPole-v1'))"),
+        (envs, "dqn_fast.envs.from_gymnasium(env)"),
+        ("CartPole-v1", "dqn_fast.envs.from_gymnasium('CartPole-v1'), or the setting env_id"),
+        (type(env.unwrapped), "dqn_fast.envs.from_gymnasium converts what makes environments"),
+        (lambda: env, "dqn_fast.envs.from_gymnasium converts what makes environments"),
+        (LineWorld, "this is its class"),
+    ):
+        for use in (
+            lambda given: train(Args(run_dir=tmp_path / "run"), env=given),
+            lambda given: setup(Args(), given),
+            lambda given: load_agent(tmp_path, env=given),
+        ):
+            with pytest.raises(UsageError) as caught:
+                use(given)
+            assert re.fullmatch(r"env .*: must be a TensorEnv; [^\n]*", str(caught.value))
+            assert way in str(caught.value)
+    with pytest.raises(ValueError, match=r"must be an id.*; lambda: gymnasium.make\(...\) makes"):
+        from_gymnasium(env)  # type: ignore[arg-type]
     env.close()
+    envs.close()
     assert not list(tmp_path.iterdir())
 
 
@@ -379,6 +428,10 @@ def test_every_flag_that_is_on_or_off_takes_a_truth_value(name, value):
         (["--hidden-sizes", "32", "32"], {"hidden_sizes": (32, 32)}),
         (["--hidden-sizes=32"], {"hidden_sizes": (32,)}),
         (["--hidden_sizes=[]"], {"hidden_sizes": ()}),
+        (["--hidden_sizes=32 16"], {"hidden_sizes": (32, 16)}),
+        (["--hidden-sizes", "32,16"], {"hidden_sizes": (32, 16)}),
+        (["--hidden_sizes=[32.0, 16.0]"], {"hidden_sizes": (32, 16)}),
+        (["--wandb_tags=a b"], {"wandb_tags": ("a b",)}),
         (["--wandb_tags=['a','b']"], {"wandb_tags": ("a", "b")}),
         (["--wandb_tags=['a, b', \"c\"]"], {"wandb_tags": ("a, b", "c")}),
         (["--wandb_tags=[a, b]"], {"wandb_tags": ("a", "b")}),

@@ -27,7 +27,7 @@ from torch import nn
 from benchmarks.peers.to_goal import copied, fresh
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs import make_env
-from dqn_fast.evaluate import evaluate
+from dqn_fast.evaluate import play_episodes
 from dqn_fast.noise import Noise
 from dqn_fast.plan import crossed, linear_schedule
 from dqn_fast.record.checkpoint import write_json
@@ -180,7 +180,7 @@ class Recorder(BaseCallback):
             return
         copy_policy_(self._q_net, self.model)
         epoch, self._num_evaluations = self._num_evaluations, self._num_evaluations + 1
-        played = evaluate(
+        played = play_episodes(
             self._env, self._q_net, self._args.eval_episodes, self._noise, epoch
         ).episode_return
         mean, std = played.mean().item(), played.std(correction=0).item()

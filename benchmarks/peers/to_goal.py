@@ -124,7 +124,7 @@ def return_judge(args: Args, sizes: tuple[int, ...]) -> Judge:
     import torch
 
     from dqn_fast.envs import make_env
-    from dqn_fast.evaluate import evaluate
+    from dqn_fast.evaluate import play_episodes
     from dqn_fast.noise import Noise
 
     env, q_net, least = make_env(args.env_id), fresh(sizes), args.stop_at_return
@@ -132,7 +132,7 @@ def return_judge(args: Args, sizes: tuple[int, ...]) -> Judge:
     noise, epoch = Noise(args.seed, 1, torch.device("cpu")), itertools.count()
 
     def judge(network: nn.Module) -> tuple[bool, float]:
-        played = evaluate(env, copied(q_net, network), args.eval_episodes, noise, next(epoch))
+        played = play_episodes(env, copied(q_net, network), args.eval_episodes, noise, next(epoch))
         mean = played.episode_return.mean().item()
         return mean >= least, mean
 

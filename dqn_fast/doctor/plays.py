@@ -5,16 +5,17 @@ Global random numbers are those of `random`, `numpy.random` and torch's default 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 
+from dqn_fast.ambient import global_numbers
 from dqn_fast.doctor.findings import fault
 
 AnyEnv = gymnasium.Env[Any, Any]
@@ -79,19 +80,9 @@ def global_states() -> dict[str, bytes]:
     }
 
 
-@contextlib.contextmanager
-def same_global_numbers() -> Iterator[None]:
+def same_global_numbers() -> AbstractContextManager[None]:
     """Start the process's generators from fixed seeds; afterwards they are as before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    random.seed(SEED)
-    np.random.seed(SEED)  # noqa: NPY002
-    torch.default_generator.manual_seed(SEED)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
+    return global_numbers(SEED)
 
 
 # ------------------------------------------------------------------------------------------- plays

@@ -39,9 +39,9 @@ def check_repeats(make: MakeEnv, seen: Watched) -> Repeats:
         findings.append(
             fault(
                 "global numbers",
-                f"reset or step uses the process's generator of {names}. Its seed is not set by "
-                "reset, so no run can be repeated; copies disturb each other, and copies in "
-                "processes draw the same numbers: use self.np_random, which reset(seed=seed) seeds",
+                f"reset or step uses the process's generator of {names}. A run seeds it, but "
+                "reset(seed=seed) does not: copies disturb each other, and a resumed run begins "
+                "new episodes: use self.np_random, which reset(seed=seed) seeds",
             )
         )
     else:

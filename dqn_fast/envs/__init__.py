@@ -22,6 +22,7 @@ from dqn_fast.envs.recipe import (
     UnknownEnvError,
     differences,
     make_env,
+    need_tensor_env,
 )
 from dqn_fast.envs.tabular import GymTable, NoTableError
 from dqn_fast.experiments import EXPERIMENTS, experiment
@@ -51,4 +52,5 @@ __all__ = [
     "experiment",
     "from_gymnasium",
     "make_env",
+    "need_tensor_env",
 ]

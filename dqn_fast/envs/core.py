@@ -24,6 +24,8 @@ from torch import Tensor
 
 from dqn_fast.bellman import TabularMDP
 from dqn_fast.envs.params import plain
+from dqn_fast.envs.spaces import describe_value, is_reset_result
+from dqn_fast.settings import one_line
 
 
 class VectorState(NamedTuple):
@@ -132,6 +134,52 @@ class TensorEnv(ABC):
     def features(self, obs: Tensor) -> Tensor:
         """Inputs of the network, float32 [..., F], from observations [..., *obs_shape]."""
         return obs.float()
+
+    def features_of(self, obs: Any) -> Tensor:
+        """Inputs of the network, float32 [..., F], from observations that are not trusted.
+
+        Args:
+            obs: one observation or a batch with any leading axes, as `observe` returns them or as
+                `shown` shows them; numbers, arrays or a tensor.
+
+        Raises:
+            ValueError: they are no observations of this environment; one line.
+        """
+        stored = self.example_obs()[0]
+        try:
+            given = obs if isinstance(obs, Tensor) else torch.from_numpy(np.array(obs))
+        except (TypeError, ValueError):
+            raise self._no_obs(obs, stored) from None
+        is_float, as_float = given.is_floating_point(), stored.is_floating_point()
+        if is_float and not bool(given.isfinite().all()):
+            raise ValueError(f"{self._label}: its observation holds NaN or infinite numbers")
+        shape = given.shape[max(given.ndim - stored.ndim, 0) :]
+        if shape == stored.shape and as_float >= is_float:
+            cast = given.to(stored.dtype)
+            if not (as_float or (torch.equal(cast.to(given.dtype), given) and self._has(cast))):
+                raise ValueError(
+                    f"{self._label}: its observation {one_line(obs)} is no state of it"
+                )
+            return self.features(cast)
+        if is_float and given.shape[-1:] == self.features(stored[None]).shape[-1:]:
+            return given.float()
+        raise self._no_obs(obs, stored)
+
+    def _has(self, obs: Tensor) -> bool:
+        """Whether whole numbers are observations of this environment, as far as it is known."""
+        return True
+
+    def _no_obs(self, obs: Any, stored: Tensor) -> ValueError:
+        kind = "numbers" if stored.is_floating_point() else "whole numbers"
+        what = f"{kind} of shape [{', '.join(['...', *map(str, stored.shape)])}]"
+        hint = "; env.reset() returns (obs, info): pass obs" if is_reset_result(obs) else ""
+        return ValueError(
+            f"{self._label}: its observation is {describe_value(obs)}; must be {what}{hint}"
+        )
+
+    @property
+    def _label(self) -> str:
+        return str(getattr(self, "name", type(self).__name__))
 
     def example_obs(self) -> Tensor:
         """An observation [1, ...] in the shape and dtype of stored observations."""
@@ -259,6 +307,10 @@ class TabularEnv(TensorEnv):
     @abstractmethod
     def state_index(self, obs: Tensor) -> Tensor:
         """Row of the table, int64 [...], of observations [..., *obs_shape]."""
+
+    def _has(self, obs: Tensor) -> bool:
+        row = self.state_index(obs)
+        return bool(((row >= 0) & (row < len(self.states()[0]))).all())
 
 
 def _select(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:

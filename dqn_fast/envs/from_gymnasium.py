@@ -54,6 +54,7 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dqn_fast.ambient import derived_seed, seed_global_numbers
 from dqn_fast.device import upload
 from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
 from dqn_fast.envs.foreign_vectors import ForeignVectorEnv, as_vector_env
@@ -263,6 +264,13 @@ class GymnasiumEnv(TensorEnv):
         follow each other. uint8 with the whole range 0 to 255 is divided by 255.
         """
         return self._encoder.features(obs)
+
+    def features_of(self, obs: Any) -> Tensor:
+        try:
+            return self.features(torch.from_numpy(self._encoder.encode_any(obs)))
+        except Violation as violation:
+            row = "" if violation.index is None else f" (row {violation.index})"
+            raise ValueError(f"{self.name}: {violation.text}{row}") from violation.error
 
     def reset(self, noise: Tensor) -> Any:
         raise TypeError(f"{self.name} keeps its state inside: use vector_reset and vector_step")
@@ -894,6 +902,8 @@ class CheckedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
+        if self._in_worker and seed is not None:  # in this process they are the run's
+            seed_global_numbers(seed)
         try:
             result: Any = self.env.reset(seed=seed, options=options)
             if not (isinstance(result, tuple) and len(result) == 2):
@@ -1189,8 +1199,9 @@ class EnvFactory:
             return env
         makers = [functools.partial(_make_limited, make, self._time_limit) for make in self._makers]
         pairs = [(make, StateKeeper(make)) for make in makers]
+        owner, seed = os.getpid(), derived_seed()
         env_fns = [
-            functools.partial(_make_checked, make, keeper, self.name, i, os.getpid())
+            functools.partial(_make_checked, make, keeper, self.name, i, owner, seed)
             for i, (make, keeper) in zip(range(num_envs), itertools.cycle(pairs), strict=False)
         ]
         try:
@@ -1209,7 +1220,23 @@ class EnvFactory:
             raise
         except Exception as error:
             text = f"its copies cannot be made: {describe_error(error)}"
-            raise EnvError(f"{self.name}: {text}") from error
+            raise EnvError(f"{self.name}: {text}{_hint(error) * self.background}") from error
+
+
+def _hint(error: Exception) -> str:
+    """What the person may have to change where worker processes did not start."""
+    method = multiprocessing.get_start_method()
+    ended = isinstance(error, EOFError | ConnectionError)
+    if multiprocessing.current_process().daemon:
+        return '; this process may not start others: use the vectorization mode "sync"'
+    if getattr(multiprocessing.current_process(), "_inheriting", False) or (
+        ended and method != "fork"
+    ):
+        return (
+            f"; with the start method {method} every worker runs this program's file again: call "
+            'train under `if __name__ == "__main__":`'
+        )
+    return ""
 
 
 def _source_of_id(
@@ -1279,7 +1306,9 @@ def makes_vector_envs(source: Any) -> bool:
     if isinstance(source, Sequence | VectorEnv):
         return isinstance(source, VectorEnv)
     if not callable(source):
-        raise ValueError(f"source {source!r}: must be an id, a callable or a VectorEnv")
+        is_env = isinstance(source, gymnasium.Env)
+        hint = "; lambda: gymnasium.make(...) makes as many copies as are needed" if is_env else ""
+        raise ValueError(f"source {source!r}: must be an id, a callable or a VectorEnv{hint}")
     with contextlib.suppress(TypeError, ValueError):  # some callables have no signature
         return "num_envs" in inspect.signature(source).parameters
     return False
@@ -1297,8 +1326,9 @@ def _make_checked(
     name: str,
     index: int,
     owner: int,
+    seed: int,
 ) -> CheckedEnv:
-    """Make copy `index`, in the process `owner` or in a worker."""
+    """Make copy `index`, in the process `owner` or in a worker, whose global numbers are seeded."""
     in_worker = os.getpid() != owner
     if in_worker:
         # Ctrl-C and job schedulers reach the whole process group, and the trainer decides when its
@@ -1307,6 +1337,7 @@ def _make_checked(
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with_trainer, daemon=True).start()
         torch.set_num_threads(1)
+        seed_global_numbers(seed, index)
     try:
         env = make()
     except Exception as error:

@@ -15,7 +15,7 @@ import enum
 import random
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -24,6 +24,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
+from dqn_fast.ambient import global_numbers_kept
 from dqn_fast.envs.spaces import describe_error
 
 Env = gymnasium.Env[Any, Any]
@@ -88,7 +89,7 @@ class StateKeeper:
         """Two copies with one state must give the same results, bit for bit."""
         copies: list[Env] = []
         try:
-            with _global_state_kept(), warnings.catch_warnings():
+            with global_numbers_kept(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 first = self._make()
                 copies.append(first)
@@ -519,15 +520,3 @@ def _plain_result(value: Any) -> Any:
         return [_plain_result(item) for item in value]
     array = np.asarray(value)
     return [array.dtype.str, list(array.shape), array.tobytes() if array.dtype != object else value]
-
-
-@contextlib.contextmanager
-def _global_state_kept() -> Iterator[None]:
-    """Leave the global random generators as they were: an environment may use them."""
-    python, legacy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        torch.set_rng_state(torchs)

@@ -39,7 +39,7 @@ from dqn_fast.envs.params import cast, plain
 from dqn_fast.envs.spaces import describe_error, describe_value
 from dqn_fast.envs.tabular import GymTable, NoTableError
 from dqn_fast.experiments import EXPERIMENTS, GYMNASIUM_PREFIX, experiment
-from dqn_fast.settings import one_line
+from dqn_fast.settings import UsageError, one_line
 
 TENSOR_ENVS: dict[str, type[TensorEnv]] = {
     "Acrobot-v1": Acrobot,
@@ -488,3 +488,25 @@ def source_of(path: str, params: Mapping[str, Any]) -> Any:
     if isinstance(made, gymnasium.Env):
         made.close()
     return source
+
+
+def need_tensor_env(env: Any) -> None:
+    """Refuse an environment that a caller gives unless it is a TensorEnv.
+
+    Raises:
+        UsageError: it is none; the line says how to make one of it.
+    """
+    if isinstance(env, TensorEnv):
+        return
+    how = "dqn_fast.envs.from_gymnasium converts what makes environments of Gymnasium"
+    spec = getattr(env, "spec", None)
+    if isinstance(env, type) and issubclass(env, TensorEnv):
+        how = "this is its class"
+    elif isinstance(env, VectorEnv):
+        how = "use dqn_fast.envs.from_gymnasium(env)"
+    elif isinstance(env, gymnasium.Env):
+        make = f"gymnasium.make({spec.id!r})" if spec else f"{type(env).__name__}(...)"
+        how = f"a run makes copies itself; use dqn_fast.envs.from_gymnasium(lambda: {make})"
+    elif isinstance(env, str):
+        how = f"use dqn_fast.envs.from_gymnasium({one_line(repr(env))}), or the setting env_id"
+    raise UsageError(f"env {one_line(env)}: must be a TensorEnv; {how}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +105,33 @@ class ObservationEncoder:
         except ValueError as error:
             text = f"observations differ in shape: {describe_error(error)}"
             raise Violation(text, error=error) from error
+
+    def encode_any(self, obs: Any) -> NDArray[Any]:
+        """Check what an environment or a VectorEnv returns, and encode it.
+
+        Args:
+            obs: one observation, or a batch with any leading axes.
+
+        Returns:
+            A new array [..., *shape] with these axes.
+
+        Raises:
+            Violation: it is not of the space.
+        """
+        hint = "; env.reset() returns (obs, info): pass obs" if is_reset_result(obs) else ""
+        rows, axes = [], set()
+        for leaf in self._leaves:
+            try:
+                flat, leading = _flat_rows(leaf, obs)
+            except Violation as violation:
+                raise Violation(f"its observation{violation}{hint}") from violation
+            rows.append(flat)
+            axes.add(leading)
+        if len(axes) > 1:
+            shapes = " and ".join(map(str, sorted(axes)))
+            raise Violation(f"the parts of its observation have different leading axes, {shapes}")
+        (leading,) = axes
+        return self.encode(rows, math.prod(leading)).reshape((*leading, *self.shape))
 
     def encode(self, parts: Sequence[Any], num_rows: int) -> NDArray[Any]:
         """Check a batch of observations and encode it as a new array [num_rows, *shape].
@@ -234,6 +261,47 @@ def _feature_table(leaf: _Leaf) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any
     return columns, np.full(shape, np.nan), np.full(shape, 255.0 if is_image else 1.0, np.float32)
 
 
+def _part(obs: Any, path: tuple[Any, ...]) -> Any:
+    """The part of an observation to which a path of keys and numbers leads."""
+    for key in path:
+        kinds = (tuple, list) if isinstance(key, int) else Mapping
+        if not isinstance(obs, (kinds, Mapping)):
+            kind = "tuple" if isinstance(key, int) else "dict"
+            raise Violation(f" is {describe_value(obs)}, not a {kind} with {key!r}")
+        if not (key in obs if isinstance(obs, Mapping) else key < len(obs)):
+            raise Violation(f" is {describe_value(obs)} without {key!r}")
+        obs = obs[key]
+    return obs
+
+
+def _flat_rows(leaf: _Leaf, obs: Any) -> tuple[Any, tuple[int, ...]]:
+    """A part of one observation or of a batch, as rows, and the leading axes of the batch."""
+    space, part = leaf.space, _part(obs, leaf.path)
+    name = "".join(f"[{key!r}]" for key in leaf.path)
+    if isinstance(part, Tensor):
+        part = part.numpy(force=True)
+    if not isinstance(space, ARRAYS):
+        items = [part]
+        leading: tuple[int, ...] = ()
+        if part not in space and isinstance(part, (list, tuple, np.ndarray)):
+            items, leading = list(part), (len(part),)
+        for item in items:
+            if item not in space:
+                text = f"{name} is {describe_value(item)}, which is not in {shorten(str(space))}"
+                raise Violation(text)
+        return items, leading
+    try:
+        array = np.asarray(part)
+    except Exception:
+        raise Violation(f"{name} is {describe_value(part)}, not an array") from None
+    shape = space.shape or ()
+    split = array.ndim - len(shape)
+    if array.dtype.kind not in "biuf" or split < 0 or array.shape[split:] != shape:
+        wanted = f"numbers of shape [{', '.join(['...', *map(str, shape)])}]"
+        raise Violation(f"{name} is {describe_value(part)}; must be {wanted}")
+    return array.reshape(-1, *shape), array.shape[:split]
+
+
 def _batch(space: spaces.Space[Any], part: Any, num_rows: int) -> NDArray[Any]:
     """A part of all observations as an array [num_rows, ...] whose values are in the space."""
     if not isinstance(space, ARRAYS):
@@ -277,12 +345,19 @@ def first_true(mask: NDArray[np.bool_]) -> int:
     return int(mask.reshape(len(mask), -1).any(1).argmax())
 
 
+def is_reset_result(value: Any) -> bool:
+    """Whether a value looks like the whole result of `env.reset()`."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict)
+
+
 def describe_value(value: Any) -> str:
     """A value's type and content, for an error message."""
     if value is None:
         return "None"
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and {value.dtype}"
     if isinstance(value, (tuple, list, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"{shorten(repr(value))} ({type(value).__name__})"

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast import tree
+from dqn_fast.ambient import in_standard_state
 from dqn_fast.code import digest_of
 from dqn_fast.device import upload
 from dqn_fast.envs import TENSOR_ENVS
@@ -71,6 +72,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
 
     _renderer: Renderer | None = None
 
+    @in_standard_state
     def __init__(
         self,
         env: TensorEnv | str,
@@ -121,6 +123,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         self._obs = torch.empty(0)  # as last shown, before `features`
         self._ended = ~self._all  # copies whose last step ended an episode
 
+    @in_standard_state
     def reset(
         self,
         *,
@@ -164,6 +167,7 @@ class TensorVectorEnv(VectorEnv[Any, Any, Any]):
         self._ended = self._ended & ~mask
         return self._export(self._to_space(self._obs)), {}
 
+    @in_standard_state
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """One step of every copy.
 
@@ -372,6 +376,7 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
     metadata: dict[str, Any] = _METADATA
     _renderer: Renderer | None = None
 
+    @in_standard_state
     def __init__(
         self,
         env: TensorEnv | str,
@@ -393,6 +398,7 @@ class TensorSingleEnv(gymnasium.Env[Any, Any]):
         self._started = self._playing = False
         self._elapsed = 0
 
+    @in_standard_state
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:

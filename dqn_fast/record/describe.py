@@ -19,6 +19,7 @@ from dqn_fast.envs.params import plain
 from dqn_fast.exact import ExactValues
 from dqn_fast.heads import describe_head
 from dqn_fast.plan import Plan
+from dqn_fast.settings import absolute
 from dqn_fast.sweep import label_of, one_or_all
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def header(config: Mapping[str, Any], run_dir: Path, checkpoint_bytes: int) -> l
         f"saved     {when}, {checkpoint_bytes / 1e6:.2g} MB{without}, the last {kept} kept",
         *([f"changed   {', '.join(changed)}"] if changed else []),
         *rounded,
-        f"writing   {run_dir}",
+        f"writing   {_shown(run_dir)}",
     ]
 
 
@@ -227,7 +228,7 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
             f"{summary['q_error_max']:.2g}; policy optimal: "
             f"{'yes' if summary['policy_optimal'] else 'no'}"
         )
-    return [*lines, f"results in {run_dir}"]
+    return [*lines, f"results in {_shown(run_dir)}"]
 
 
 def summarise(
@@ -255,3 +256,9 @@ def summarise(
             for i, member in enumerate(members)
         ]
     return summary
+
+
+def _shown(run_dir: Path) -> Path:
+    """A directory as people write it: from the working directory on, if it is in there."""
+    here = absolute(Path())
+    return run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir

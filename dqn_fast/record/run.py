@@ -71,11 +71,13 @@ def refuse_used_dir(path: Path | None) -> None:
         raise UsageError(f"--run-dir {path}: is a file; it must be a directory")
 
 
-def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> tuple[Path, RunLock]:
+def create_run_dir(
+    path: Path | None, env_id: str, name: str, seed: int, runs: Path = Path("runs")
+) -> tuple[Path, RunLock]:
     """Make and lock the directory of a new run.
 
     Args:
-        path: the directory, new or empty; None makes a new one under `runs`.
+        path: the directory, new or empty; None makes a new one in `runs`.
         env_id, name, seed: parts of the new directory's name, together with the time in UTC.
 
     Raises:
@@ -85,9 +87,7 @@ def create_run_dir(path: Path | None, env_id: str, name: str, seed: int) -> tupl
     if path is None:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         stem = f"{env_id.replace('/', '-').replace(':', '-')}__{name}__s{seed}__{stamp}"
-        candidates = [
-            Path("runs") / (stem + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100)))
-        ]
+        candidates = [runs / (stem + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100)))]
     else:
         refuse_used_dir(path)
         candidates = [path]

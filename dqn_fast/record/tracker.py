@@ -33,7 +33,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +68,8 @@ WANDB_DEFAULTS = {
     "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # a killed run loses at most its last second
     "WANDB_INIT_TIMEOUT": "10",  # a process that ends while wandb starts waits for the rest of it
 }
-"""Environment variables set before wandb is imported, unless the user has set them."""
+"""Environment variables set before wandb is imported, unless the user has set them. In a program
+that has imported wandb itself they stay as they are."""
 
 RUN_ID = re.compile(r"[\w-]{1,128}")
 """An id of a wandb run that a checkpoint may name; it becomes part of a folder's name."""
@@ -496,6 +497,10 @@ class ConsoleTracker(Tracker):
 class WandbTracker(Tracker):
     """Weights & Biases: one run; with several members, one run for their mean and one for each.
 
+    If the program has a run that `wandb.init` began, it is used as the first of these and stays
+    open. Members then have runs of their own only if a group is named. In a sweep they have none,
+    because the sweep counts every run as a trial.
+
     A thread of its own makes all wandb calls, in order. Training therefore never waits for wandb's
     slow import, its start, or a server that stopped answering. If the server is not reachable, the
     runs are recorded offline below run_dir/wandb and can be uploaded later.
@@ -519,20 +524,35 @@ class WandbTracker(Tracker):
         self._config = config
         self._say = say
         self._kept = kept
-        env, count = os.environ, _count_curves(config)
-        self._project = config.wandb_project
-        if self._project == TrackerConfig.wandb_project:
+        env = os.environ
+        # `wandb.init` with reinit="create_new", as below, does not set `wandb.run`.
+        self._program_has_wandb = "wandb" in sys.modules
+        self._begun: Run | None = getattr(sys.modules.get("wandb"), "run", None)
+        begun = self._begun
+        self._in_sweep = bool(env.get("WANDB_SWEEP_ID") or (begun and begun.sweep_id))
+        own_group = begun.group if begun else env.get("WANDB_RUN_GROUP")
+        self._group = config.wandb_group or own_group or None
+        alone = self._in_sweep or (begun is not None and self._group is None)
+        self._count = count = 0 if alone else _count_curves(config)
+        self._project, self._entity = config.wandb_project, config.wandb_entity
+        if begun is not None:
+            self._project, self._entity = begun.project, begun.entity
+        elif self._project == TrackerConfig.wandb_project:
             self._project = env.get("WANDB_PROJECT", self._project)
-        ids = _known_ids(state, self._project, config.wandb_entity, 1 + count)
+        ids = _known_ids(state, self._project, self._entity, 1 + count)
+        given = begun.id if begun else env.get("WANDB_RUN_ID")
+        if ids and given and given != ids[0]:
+            if begun or self._in_sweep:  # this is the run that is to have the rows, all of them
+                ids = None
+            else:
+                warn(f"WANDB_RUN_ID={given} is ignored: wandb run {ids[0]} goes on")
         self._goes_on = ids is not None
-        if ids and env.get("WANDB_RUN_ID", ids[0]) != ids[0]:
-            warn(f"WANDB_RUN_ID={env['WANDB_RUN_ID']} is ignored: wandb run {ids[0]} goes on")
-        # WANDB_RUN_ID can name one run only.
-        new = [env.get("WANDB_RUN_ID") or os.urandom(4).hex()]
+        new = [given or os.urandom(4).hex()]  # the name of one run only
         self._ids = ids or new + [os.urandom(4).hex() for _ in range(count)]
         self._sent = [-1] * (1 + count)  # global_step of the last row of each run
         self._dir = config.run_dir.absolute() / "wandb"
         self._runs: list[Run] = []  # the mean, then members 0, 1, ...
+        self._defined: set[str] = set()  # first parts of names of metrics
         self._base_url: str | None = None  # None: offline
         self._failed = False
         self._started = threading.Event()
@@ -566,7 +586,7 @@ class WandbTracker(Tracker):
 
     def state(self) -> dict[str, Any]:
         """Where the runs are; which rows they have, wandb and `metrics.jsonl` know."""
-        place = {"project": self._project, "entity": self._config.wandb_entity}
+        place = {"project": self._project, "entity": self._entity}
         return {"wandb": {"run_ids": list(self._ids), **place}}
 
     def _put(self, job: Callable[[], None]) -> None:
@@ -594,12 +614,20 @@ class WandbTracker(Tracker):
             self._fail(_format_failure(error))
 
     def _start(self) -> None:
-        for variable, value in WANDB_DEFAULTS.items():
-            os.environ.setdefault(variable, value)
+        if not self._program_has_wandb:
+            for variable, value in WANDB_DEFAULTS.items():
+                os.environ.setdefault(variable, value)
         import wandb
 
-        # On a full disk, wandb would print a traceback for every line of its own log.
-        logging.getLogger("wandb").setLevel(logging.CRITICAL)
+        if self._begun is not None:
+            mode = "offline" if self._begun.offline else "online"
+            self._init("disabled" if self._begun.disabled else mode)
+            self._say(f"wandb: logging into the run {self._begun.id} of this program")
+            self._send_missing(mode)
+            return
+        if not self._program_has_wandb:
+            # On a full disk, wandb would print a traceback for every line of its own log.
+            logging.getLogger("wandb").setLevel(logging.CRITICAL)
         settings = wandb.setup().settings
         mode, why = self._choose_mode(settings)
         if mode != "offline":
@@ -638,8 +666,7 @@ class WandbTracker(Tracker):
     def _init(self, mode: str) -> None:
         import wandb
 
-        config, env = self._config, os.environ
-        members = _count_curves(config)
+        config, env, members = self._config, os.environ, self._count
         name = env.get("WANDB_NAME", config.run_name)
         # By default, `finish` and wandb's exit hook wait without limit for an unreachable server.
         # The run is complete on disk before the wait begins.
@@ -647,11 +674,16 @@ class WandbTracker(Tracker):
             finish_timeout=wandb.setup().settings.finish_timeout or FINISH_S - 1,
             finish_timeout_raises=True,
         )
+        if self._program_has_wandb:
+            quiet = {"silent": True, "console": "off", "x_transaction_log_flush_interval": 1.0}
+            for key, value in quiet.items():
+                if f"WANDB_{key.upper()}" not in env:
+                    setattr(settings, key, value)
         common: dict[str, Any] = {
             "dir": str(config.run_dir),
-            "project": self._project,
-            "entity": config.wandb_entity,
-            "group": config.wandb_group or env.get("WANDB_RUN_GROUP") or (members and name) or None,
+            "project": None if self._in_sweep else self._project,  # a sweep has its own
+            "entity": None if self._in_sweep else self._entity,
+            "group": self._group or (members and name) or None,
             "tags": config.wandb_tags or None,
             "mode": mode,
             "reinit": "create_new",
@@ -659,11 +691,14 @@ class WandbTracker(Tracker):
         }
         if self._goes_on:  # offline too: `wandb sync` appends a later folder to an earlier one
             common["resume"] = "allow"
-        job_type = "mean" if members else None
-        mean = wandb.init(
-            name=name, id=self._ids[0], config=dict(config.config), job_type=job_type, **common
-        )
-        self._runs.append(mean)
+        if self._begun is not None:
+            self._join(self._begun)
+        else:
+            own = {"name": name, "id": None if self._in_sweep else self._ids[0], **common}
+            job_type = "mean" if members else None
+            mean = wandb.init(config=dict(config.config), job_type=job_type, **own)
+            self._runs.append(mean)
+            self._ids[0] = mean.id
         settings.x_disable_stats = True  # the run of the mean records the system metrics
         for i in range(members):
             member = config.members[i]
@@ -679,9 +714,32 @@ class WandbTracker(Tracker):
             self._runs.append(run)
         for run in self._runs:
             run.define_metric("global_step", hidden=True)  # an axis, not a chart
-            run.define_metric("*", step_metric="global_step")
+            if run is not self._begun:
+                run.define_metric("*", step_metric="global_step")
         if 0 < members < config.num_members:
             self._say(f"wandb: curves of {members} of {config.num_members} members and their mean")
+        if members == 0 and config.num_members > 1:
+            self._say(f"wandb: the mean of {config.num_members} members, in this one run")
+
+    def _join(self, run: Run) -> None:
+        """Log into a run of the program; what was asked for and is otherwise there is named."""
+        config = self._config
+        run.config.update(dict(config.config), allow_val_change=True)
+        if config.wandb_tags:
+            run.tags = tuple(dict.fromkeys((*(run.tags or ()), *config.wandb_tags)))
+        usual = TrackerConfig.wandb_project
+        project = None if config.wandb_project == usual else config.wandb_project
+        for what, asked, has in (
+            ("project", project, run.project),
+            ("entity", config.wandb_entity, run.entity),
+            ("group", config.wandb_group, run.group),
+        ):
+            if asked is not None and asked != has:
+                warn(
+                    f"--wandb-{what} {asked}: the run of this program has the {what} "
+                    f"{has or 'None'}; give it to wandb.init"
+                )
+        self._runs.append(run)
 
     def _send_missing(self, mode: str) -> None:
         """Find out which rows the runs have, and send the kept ones that they do not have.
@@ -698,6 +756,9 @@ class WandbTracker(Tracker):
                 self._sent[i] = max(map(_last_step, files), default=self._kept.last_logged)
         else:
             self._sent = [run.starting_step - 1 for run in self._runs]
+        if self._begun is not None:  # its steps are not ours
+            last = self._begun.summary.get("global_step", self._kept.last_logged)
+            self._sent[0] = int(last) if self._goes_on else -1
         for global_step, metrics in self._kept.rows(min(self._sent), self._config.num_members):
             self._log(global_step, metrics)
         self._kept = None
@@ -714,7 +775,16 @@ class WandbTracker(Tracker):
         curves = _split_curves(metrics, len(self._runs) - 1)
         for i, (run, curve) in enumerate(zip(self._runs, curves, strict=True)):
             if global_step > self._sent[i]:
-                run.log({"global_step": global_step, **curve}, step=global_step, commit=True)
+                step = None if run is self._begun else global_step
+                self._define(run, curve)
+                run.log({"global_step": global_step, **curve}, step=step, commit=True)
+
+    def _define(self, run: Run, names: Iterable[str]) -> None:
+        """Give our metrics in a run of the program their axis; its own metrics have another."""
+        if run is self._begun:
+            for prefix in {name.partition("/")[0] for name in names} - self._defined:
+                run.define_metric(f"{prefix}/*", step_metric="global_step")
+                self._defined.add(prefix)
 
     def _log_figures(self, global_step: int, figures: Mapping[str, go.Figure]) -> None:
         import plotly.graph_objects as go
@@ -724,6 +794,7 @@ class WandbTracker(Tracker):
             f"figures/{name}": wandb.Plotly(go.Figure(_to_plain_lists(figure.to_plotly_json())))
             for name, figure in figures.items()
         }
+        self._define(self._runs[0], charts)
         self._runs[0].log({"global_step": global_step, **charts})
 
     def _log_artifact(self, path: Path, name: str, type: str) -> None:
@@ -751,7 +822,8 @@ class WandbTracker(Tracker):
         def finish(run: Run, row: dict[str, Any]) -> None:
             try:
                 run.summary.update(row)
-                run.finish(exit_code=exit_code)
+                if run is not self._begun:
+                    run.finish(exit_code=exit_code)
             except TimeoutError:  # of `finish_timeout`
                 late.append(run)
             except BaseException as error:
@@ -769,7 +841,8 @@ class WandbTracker(Tracker):
             import wandb
 
             with contextlib.suppress(Exception, SystemExit):
-                wandb.teardown()
+                if self._begun is None:
+                    wandb.teardown()
         if late and not (reachable.result() and _sync(late, self._config.run_dir)):
             self._fail(self._unfinished)
 

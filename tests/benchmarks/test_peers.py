@@ -19,7 +19,7 @@ from benchmarks.comparison import ZOO_CARTPOLE, compare, learning_curves, write_
 from benchmarks.learning import LearningArgs, run_group
 from benchmarks.peers.to_goal import fresh
 from dqn_fast.envs import make_env
-from dqn_fast.evaluate import evaluate
+from dqn_fast.evaluate import play_episodes
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.plan import linear_schedule
 from dqn_fast.report.recorded import read_run
@@ -224,7 +224,7 @@ def test_the_copied_policy_is_the_same_and_plays_alike():
         layers[0].weight[:2, 2] = torch.tensor([-1.0, 1.0])
         layers[2].weight[:2, :2] = layers[4].weight[:, :2] = torch.eye(2)
     copy_policy_(q_net, model)
-    ours = evaluate(env, q_net, len(starts), noise).episode_return[0].tolist()
+    ours = play_episodes(env, q_net, len(starts), noise).episode_return[0].tolist()
     theirs, _ = evaluate_policy(model, gym_env, len(starts), return_episode_rewards=True)
     assert len(set(ours)) > 10
     assert ours == theirs

@@ -22,7 +22,7 @@ from gymnasium.wrappers import TimeLimit
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs.core import EnvError
 from dqn_fast.envs.from_gymnasium import GymnasiumEnv, _pack, _unpack, from_gymnasium
-from dqn_fast.evaluate import evaluate
+from dqn_fast.evaluate import play_episodes
 from dqn_fast.heads import ScalarHead
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
@@ -314,7 +314,7 @@ def test_evaluation_leaves_training_alone():
         if step % 5 == 0:
             evaluation = env.for_evaluation()
             assert evaluation is env.for_evaluation()
-            results = [evaluate(evaluation, greedy(env), 7, Noise(3, 1)) for _ in range(2)]
+            results = [play_episodes(evaluation, greedy(env), 7, Noise(3, 1)) for _ in range(2)]
             assert all(map(torch.equal, *results))
             assert (results[0].episode_length >= 1).all()
             assert (results[0].episode_length <= 4).all()
@@ -388,7 +388,7 @@ def test_an_endless_episode_ends_its_evaluation_and_not_the_training(monkeypatch
     env = from_gymnasium(Endless)
     play(env, uniform(), 60)
     with pytest.raises(EnvError, match=r"^Endless, copy 0, step 50: .* max_episode_steps"):
-        evaluate(env.for_evaluation(), greedy(env), 4, Noise(0, 1))
+        play_episodes(env.for_evaluation(), greedy(env), 4, Noise(0, 1))
     env.close()
 
 

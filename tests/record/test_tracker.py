@@ -22,6 +22,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -1106,6 +1107,166 @@ def test_members_runs_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     (mean,) = (f for f in files if f.run.project == "new" and f.run.job_type == "mean")
     assert [row["charts/episodic_return"] for row in mean.history] == [1.0, 4.0]
     assert mean.run.run_id not in ids
+
+
+# --- runs that the program or an agent of wandb has begun ----------------------------------------
+
+
+@contextmanager
+def begun(folder: Path, **options: Any) -> Iterator[Any]:
+    """A run of the program itself, recorded offline below a folder."""
+    import wandb
+
+    folder.mkdir(exist_ok=True)
+    usual: dict[str, Any] = {"project": "theirs", "mode": "offline", "dir": str(folder)}
+    settings = wandb.Settings(silent=True, console="off")
+    with wandb.init(settings=settings, **{**usual, **options}) as run:
+        yield run
+
+
+def test_a_run_that_the_program_began_is_logged_into(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It has all rows beside the program's own, stays open, and is the only run."""
+    before = dict(os.environ)
+    with begun(tmp_path / "theirs", tags=["mine"], config={"lr": 1}) as run:
+        run.log({"own": 1.0})
+        run.log({"own": 2.0})
+        tracker = make_tracker(config(tmp_path, track=True, wandb_tags=("a",), quiet=True))
+        tracker.log(64, {"charts/epsilon": 0.5, "eval/return_mean": [0.25]})
+        tracker.log(128, {"charts/epsilon": 0.25})
+        tracker.log_figures(128, {"q_values": go.Figure(go.Scatter(y=[1.0]))})
+        assert tracker.state()["wandb"]["run_ids"] == [run.id]
+        tracker.finish({"eval_return_mean": 0.845})
+        assert run.summary["eval/return_mean"] == 0.25
+        run.log({"own": 3.0})
+    assert capfd.readouterr().err == ""
+    assert dict(os.environ) == before
+    assert not list(tmp_path.glob("wandb/*run-*"))
+    (file,) = closed_files(tmp_path / "theirs")
+    assert (file.run.project, list(file.run.tags)) == ("theirs", ["mine", "a"])
+    assert [row["own"] for row in file.history if "own" in row] == [1.0, 2.0, 3.0]
+    ours = [row for row in file.history if "charts/epsilon" in row]
+    assert [(row["global_step"], row["charts/epsilon"]) for row in ours] == [(64, 0.5), (128, 0.25)]
+    assert any("figures/q_values/_type" in row for row in file.history)
+    axes = {m.glob_name: m.step_metric for m in file.metrics if m.glob_name}
+    assert axes == dict.fromkeys(("charts/*", "eval/*", "figures/*"), "global_step")
+    assert file.summary["eval_return_mean"] == 0.845
+
+
+def test_two_trainings_in_one_run_lose_no_row(tmp_path: Path) -> None:
+    """The second begins at step 0 again, and wandb takes no row for an old one."""
+    with begun(tmp_path / "theirs"):
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+            tracker = make_tracker(config(tmp_path / name, track=True, quiet=True))
+            for step in (64, 128):
+                tracker.log(step, {"charts/epsilon": 0.5})
+            tracker.finish({})
+    (file,) = closed_files(tmp_path / "theirs")
+    assert [row["global_step"] for row in file.history] == [64, 128, 64, 128]
+
+
+def test_a_resumed_training_goes_on_in_the_programs_run(tmp_path: Path) -> None:
+    """In the run that has its rows it sends new ones only, to another run all of them."""
+    options = config(tmp_path, track=True, quiet=True)
+    with begun(tmp_path / "theirs") as run:
+        tracker = make_tracker(options)
+        tracker.log(64, {"charts/epsilon": 0.5})
+        tracker.log(128, {"charts/epsilon": 0.5})
+        state, run_id = tracker.state(), run.id
+        tracker.finish({})
+        tracker = make_tracker(options, state)
+        tracker.log(192, {"charts/epsilon": 0.5})
+        state = tracker.state()
+        tracker.finish({})
+    with begun(tmp_path / "other") as run:
+        tracker = make_tracker(options, state)
+        tracker.log(256, {"charts/epsilon": 0.5})
+        assert tracker.state()["wandb"]["run_ids"] == [run.id] != [run_id]
+        tracker.finish({})
+    with begun(tmp_path / "again", id=run_id):  # of another process: this folder has no rows
+        tracker = make_tracker(options, state)
+        tracker.log(320, {"charts/epsilon": 0.5})
+        tracker.finish({})
+    steps = {
+        name: [row["global_step"] for file in closed_files(tmp_path / name) for row in file.history]
+        for name in ("theirs", "other", "again")
+    }
+    assert steps == {"theirs": [64, 128, 192], "other": [64, 128, 192, 256], "again": [320]}
+
+
+def test_members_beside_the_programs_run(tmp_path: Path) -> None:
+    """They have runs only in a group that is named; the program's run has their mean."""
+    for name, options in (("alone", {}), ("named", {"group": "g"})):
+        (tmp_path / name).mkdir()
+        with begun(tmp_path / name / "theirs", **options):
+            tracker = make_tracker(config(tmp_path / name, track=True, quiet=True, num_members=2))
+            tracker.log(64, {"charts/episodic_return": [1.0, 3.0]})
+            tracker.finish({"members": [{"eval_return_mean": 1.0}] * 2})
+        (file,) = closed_files(tmp_path / name / "theirs")
+        assert file.history[0]["charts/episodic_return"] == 2.0
+    assert not list(tmp_path.glob("alone/wandb/*run-*"))
+    files = wandb_files(tmp_path / "named")
+    assert set(files) == {"LineWorld__x__m0", "LineWorld__x__m1"}
+    assert {file.run.run_group for file in files.values()} == {"g"}
+    assert [file.history[0]["charts/episodic_return"] for _, file in sorted(files.items())] == [
+        1.0,
+        3.0,
+    ]
+
+
+def test_what_the_programs_run_does_not_have_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each setting that only `wandb.init` could have followed."""
+    with begun(tmp_path / "theirs", group="theirs"):
+        asked = config(tmp_path, track=True, quiet=True, wandb_group="g", wandb_project="p")
+        make_tracker(asked).finish({})
+    project, group = warnings(capfd.readouterr().err)
+    assert "--wandb-project p: the run of this program has the project theirs" in project
+    assert "--wandb-group g: the run of this program has the group theirs" in group
+
+
+SWEEP = """
+import os, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
+import wandb
+from dqn_fast.record.tracker import TrackerConfig, make_tracker
+for job in ("first001", "second02"):  # as `wandb.agent` calls a function
+    os.environ |= {"WANDB_RUN_ID": job, "WANDB_SWEEP_ID": "sweep001"}
+    wandb.teardown()
+    if sys.argv[2] == "begun":
+        wandb.init(config={"lr": 1e-3}, settings=wandb.Settings(silent=True))
+    run_dir = folder / job
+    run_dir.mkdir()
+    tracker = make_tracker(TrackerConfig(
+        run_dir=run_dir, run_name="r", config={"args": {"seed": 0}}, total_timesteps=100,
+        num_members=2, track=True, quiet=True))
+    tracker.log(64, {"eval/return_mean": [1.0, 3.0]})
+    tracker.finish({})
+    wandb.finish()
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
+        del os.environ[name]
+"""
+
+
+@pytest.mark.parametrize("who", ["begun", pytest.param("agent", marks=pytest.mark.slow)])
+def test_a_trial_of_a_sweep_is_one_run(who: str, tmp_path: Path) -> None:
+    """The one whose id the agent has set, begun by the function or not; nothing is warned of."""
+    command = [sys.executable, "-c", SWEEP, str(tmp_path), who]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    paths = sorted(tmp_path.glob("**/run-*.wandb"), key=lambda path: path.name)
+    files = [WandbFile(path) for path in paths]
+    assert [file.run.run_id for file in files] == ["first001", "second02"]
+    for file in files:
+        assert file.run.sweep_id == "sweep001"
+        assert [(row["global_step"], row["eval/return_mean"]) for row in file.history] == [
+            (64, 2.0)
+        ]
 
 
 # --- TensorBoard -------------------------------------------------------------------------------

@@ -23,10 +23,11 @@ from dqn_fast.device import first_line
 from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.fused import expr
 from dqn_fast.engines.fused.build import Build, Package, find, key_of, load
-from dqn_fast.engines.fused.chunk import Table, digest_of_sources
+from dqn_fast.engines.fused.chunk import digest_of_sources
 from dqn_fast.engines.fused.cpp import print_program, room_bytes
 from dqn_fast.engines.fused.lower import lower
 from dqn_fast.engines.fused.planner import plan
+from dqn_fast.engines.fused.table import Table
 from dqn_fast.engines.fused.trace import trace
 
 
