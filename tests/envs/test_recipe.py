@@ -601,6 +601,19 @@ def test_names_are_those_of_the_registry():
     assert from_gymnasium(Walk, max_steps=3).name == "Walk"
 
 
+def test_the_time_limit_of_a_vector_env_is_known():
+    """From its arguments, its copies or its tensor environment."""
+    for vector, limit in (
+        (gymnasium.make_vec("CartPole-v1", 2, "vector_entry_point", max_episode_steps=30), 30),
+        (gymnasium.make_vec("recipe/Walk-v0", 2, "sync"), 9),
+        (walks(2), 7),
+        (gymnasium.make_vec("dqn_fast/LineWorld-v0", 2, max_steps=21), 21),
+    ):
+        env = from_gymnasium(vector)
+        assert (env.max_steps, env.for_evaluation().max_steps) == (limit, limit)
+        env.close()
+
+
 def test_recipes_in_files_are_checked():
     """They are data that somebody else may have written."""
     content = Recipe("A-v0", "a.b:c", {"x": 1}, ("d:e",)).described(make_env("LineWorld-v0"))
