@@ -1086,7 +1086,7 @@ class EnvFactory:
                 )
         self.makes_checked = self._makers is not None
         env = self._make_probe(label or "from_gymnasium")
-        spec, self.name = env.spec, _name(env)
+        self.name = _name(env)
         label = label or f"from_gymnasium: {self.name}"
         layers = list(_layers(env))
         self.layers = tuple(
@@ -1099,11 +1099,7 @@ class EnvFactory:
         self.observation_space, self.left_out = without_text(whole)
         self.action_space: spaces.Discrete = getattr(env, f"{single}action_space")
         self.background = mode == "async" if self._makers else isinstance(env, AsyncVectorEnv)
-        self.max_steps: int | None = max_steps or (spec.max_episode_steps if spec else None)
-        inner = env
-        while self.max_steps is None and isinstance(inner, gymnasium.Wrapper):
-            self.max_steps = inner._max_episode_steps if isinstance(inner, TimeLimit) else None
-            inner = inner.env
+        self.max_steps = max_steps or _time_limit(layers)
         if isinstance(env, VectorEnv):
             declared_mode(env)
         statistics = keeper_of_statistics(layers)
@@ -1367,6 +1363,20 @@ def _layers(env: Any) -> Iterator[Any]:
             env = env.env
         else:
             env = inner[0] if isinstance(inner, (list, tuple)) and inner else None
+
+
+def _time_limit(layers: Sequence[Any]) -> int | None:
+    """Time limit of the copies in steps, as far as the layers tell; None: they do not."""
+    for layer in layers:
+        spec = getattr(layer, "spec", None)
+        limit = (getattr(spec, "kwargs", None) or {}).get("max_episode_steps")  # of `make_vec`
+        limit = limit or getattr(spec, "max_episode_steps", None)
+        if isinstance(layer, TimeLimit):
+            limit = layer._max_episode_steps
+        limit = limit or getattr(getattr(layer, "tensor_env", None), "max_steps", None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 def _name(env: Any) -> str:

@@ -2,24 +2,23 @@
 
 What such a wrapper returns depends on all that its copy has seen so far. Copies for training, for
 evaluation and of a saved agent would each return something else, so that no return of one is true
-for another. They are found by structure, and own wrappers that keep numbers with telling names by
-playing a few steps too.
+for another. Gymnasium's are found by structure. Other wrappers that keep numbers with telling names
+are played: the same few steps twice, from the same seed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium.vector import VectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 
-_CLASSES = re.compile("running|mean_?std|_?rms|normali[sz]er|welford", re.IGNORECASE)
-"""Names of classes that hold statistics."""
+_CLASSES = re.compile("running|mean_?std|normali[sz]er$|welford", re.IGNORECASE)
+"""Names of classes that may hold statistics."""
 _NUMBERS = re.compile(
     "mean|var|std|running|rms|m2|sq|moment|norm|scale|min|max|low|high", re.IGNORECASE
 )
@@ -28,66 +27,69 @@ _STEPS = 3
 
 
 def keeper_of_statistics(layers: Sequence[Any]) -> str | None:
-    """Name of the first wrapper that keeps running statistics; None: none does.
+    """Name of the first layer that keeps running statistics; None: none does.
 
     Args:
-        layers: wrappers from the outside inwards, and the environment; as newly made. It may be
-            reset and played.
+        layers: wrappers from the outside inwards, and the environment; newly made. They may be
+            reset and stepped.
     """
-    wrappers = [layer for layer in layers[:-1] if not isinstance(layer, VectorEnv) or _wraps(layer)]
-    for wrapper in wrappers:
-        # Gymnasium's stop learning with this attribute: then they are fixed numbers.
-        if getattr(wrapper, "update_running_mean", True) is False:
-            continue
-        if any(_is_statistics(value) for value in vars(wrapper).values()):
-            return type(wrapper).__name__
-    doubtful = [wrapper for wrapper in wrappers if _numbers(wrapper)]
-    if doubtful:
-        outer = layers[0]
+    for layer in layers:
+        # Gymnasium's wrappers stop to learn with this attribute: then they are fixed numbers.
+        learns = getattr(layer, "update_running_mean", True) is not False
+        if learns and any(
+            isinstance(value, RunningMeanStd) for value in _attributes(layer).values()
+        ):
+            return type(layer).__name__
+    if any(_numbers(layers)):
         with contextlib.suppress(Exception):  # training will name the fault
-            before = _play(outer, doubtful, 1)
-            after = _play(outer, doubtful, _STEPS)
-            for wrapper, old, new in zip(doubtful, before, after, strict=True):
-                if not _same(old, new):
-                    return type(wrapper).__name__
+            results, before = _play(layers)
+            again, after = _play(layers)
+            for layer, old, new in zip(layers, before, after, strict=True):
+                if results != again and not _same(old, new):
+                    return type(layer).__name__
     return None
 
 
-def _wraps(layer: Any) -> bool:
-    return isinstance(layer, gymnasium.vector.VectorWrapper)
+def _numbers(layers: Sequence[Any]) -> list[dict[str, Any]]:
+    """Copies of the numbers of each layer that may be statistics; of the environment itself, only
+    those of objects for that."""
+    found: list[dict[str, Any]] = []
+    for layer in layers:
+        attributes = {} if type(layer).__module__.startswith("gymnasium.") else _attributes(layer)
+        found.append({} if layer is layers[-1] else _telling(attributes))
+        for name, value in attributes.items():
+            if _CLASSES.search(type(value).__name__) and hasattr(value, "__dict__"):
+                parts = _telling(vars(value))
+                found[-1] |= {f"{name}.{key}": number for key, number in parts.items()}
+    return found
 
 
-def _is_statistics(value: Any) -> bool:
-    return isinstance(value, RunningMeanStd) or (
-        type(value).__module__ != "builtins"
-        and not isinstance(value, gymnasium.Env | VectorEnv)
-        and bool(_CLASSES.search(type(value).__name__))
-    )
+def _attributes(layer: Any) -> dict[str, Any]:
+    return getattr(layer, "__dict__", {})
 
 
-def _numbers(wrapper: Any) -> dict[str, Any]:
-    """Copies of the numbers of an own wrapper that may be statistics."""
-    if type(wrapper).__module__.startswith("gymnasium."):
-        return {}
+def _telling(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: np.array(value)
-        for name, value in vars(wrapper).items()
+        for name, value in attributes.items()
         if _NUMBERS.search(name)
         and isinstance(value, int | float | np.ndarray | np.generic)
         and not isinstance(value, bool)
     }
 
 
-def _play(outer: Any, wrappers: Sequence[Any], steps: int) -> list[dict[str, Any]]:
-    """Numbers of the wrappers after an episode's beginning, the same one at each call."""
-    outer.reset(seed=0)
-    outer.action_space.seed(steps)
-    for _ in range(steps):
-        _, _, ended, cut, _ = outer.step(outer.action_space.sample())
+def _play(layers: Sequence[Any]) -> tuple[list[bytes], list[dict[str, Any]]]:
+    """Results of a few steps, the same ones at each call, and the numbers when they begin."""
+    env = layers[0]
+    results = [pickle.dumps(env.reset(seed=0)[0])]
+    numbers = _numbers(layers)
+    env.action_space.seed(0)
+    for _ in range(_STEPS):
+        obs, reward, ended, cut, _ = env.step(env.action_space.sample())
+        results.append(pickle.dumps((obs, reward)))  # at once: obs may be one array all the time
         if np.any(ended) or np.any(cut):
             break
-    outer.reset(seed=0)
-    return [_numbers(wrapper) for wrapper in wrappers]
+    return results, numbers
 
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -431,6 +431,39 @@ class OwnScale(gymnasium.ObservationWrapper[Any, Any, Any]):
         return (obs / self.running_max).astype(np.float32)
 
 
+class Welford:
+    """Mean of all numbers so far."""
+
+    count, mean = 0, 0.0
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    def add(self, number: float) -> None:
+        self.count += 1
+        self.mean += (number - self.mean) / self.count
+
+
+class OwnMean(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Subtracts the mean so far, which an object holds."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env)
+        self.seen = Welford()
+
+    def observation(self, obs: Any) -> Any:
+        self.seen.add(float(obs[0]))
+        return (obs - self.seen.mean).astype(np.float32)
+
+
+class Logged(OwnMean):
+    """Keeps the mean for a log, and changes nothing."""
+
+    def observation(self, obs: Any) -> Any:
+        self.seen.add(float(obs[0]))
+        return obs
+
+
 class FixedScale(OwnScale):
     """Divides by a fixed number."""
 
@@ -438,7 +471,7 @@ class FixedScale(OwnScale):
         return (obs / 10).astype(np.float32)
 
 
-@pytest.mark.parametrize("wrapper", [NormalizeObservation, NormalizeReward, OwnScale])
+@pytest.mark.parametrize("wrapper", [NormalizeObservation, NormalizeReward, OwnScale, OwnMean])
 @pytest.mark.parametrize("inside", [True, False])
 def test_running_statistics_are_refused_by_name(wrapper, inside):
     """Of Gymnasium and own ones, wherever they are, with a way out."""
@@ -466,7 +499,7 @@ def test_fixed_numbers_are_no_running_statistics():
         env.update_running_mean = False
         return env
 
-    for make in (frozen, lambda: FixedScale(Walk())):
+    for make in (frozen, lambda: FixedScale(Walk()), lambda: Logged(Walk())):
         from_gymnasium(make).close()
 
 
@@ -599,6 +632,19 @@ def test_names_are_those_of_the_registry():
     for make in (lambda: Swapped(gymnasium.make("recipe/Walk-v0")), "recipe/Walk-v0"):
         assert from_gymnasium(make).name == "recipe/Walk-v0"
     assert from_gymnasium(Walk, max_steps=3).name == "Walk"
+
+
+def test_the_time_limit_of_a_vector_env_is_known():
+    """From its arguments, its copies or its tensor environment."""
+    for vector, limit in (
+        (gymnasium.make_vec("CartPole-v1", 2, "vector_entry_point", max_episode_steps=30), 30),
+        (gymnasium.make_vec("recipe/Walk-v0", 2, "sync"), 9),
+        (walks(2), 7),
+        (gymnasium.make_vec("dqn_fast/LineWorld-v0", 2, max_steps=21), 21),
+    ):
+        env = from_gymnasium(vector)
+        assert (env.max_steps, env.for_evaluation().max_steps) == (limit, limit)
+        env.close()
 
 
 def test_recipes_in_files_are_checked():
