@@ -1,7 +1,8 @@
 """Greedy evaluation: `python -m dqn_fast.evaluate RUN_DIR`.
 
-Fresh env copies play the greedy policy. Only the first episode of each copy counts: the first
-episodes to finish, over all copies, would favour short ones.
+Env copies play the greedy policy in rounds. Only the first episode of each copy counts in a round:
+the first episodes to finish, over all copies, would favour short ones. Episode i draws the same
+random numbers for any number of copies.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from dqn_fast.dqn import QFunction
 from dqn_fast.engines import StopRequested
 from dqn_fast.envs import EnvError, TensorEnv
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
-from dqn_fast.memory import check_evaluation
+from dqn_fast.memory import check_evaluation, copies_of
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.process import command
 from dqn_fast.settings import at_least, check_settings, parse
 from dqn_fast.sweep import label_of
 
 _STEPS_PER_CHECK = 32
+HOST_COPIES = 16
+"""Copies of an environment on the host that the command line makes for each member."""
 
 
 class Evaluation(NamedTuple):
@@ -60,17 +63,22 @@ def evaluate(
     epoch: int = 0,
     gamma: float | NDArray[np.float64] = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
+    num_copies: int | None = None,
 ) -> Evaluation:
     """Play `num_episodes` greedy episodes of every member.
+
+    The episodes do not depend on `num_copies`, if a seed determines an episode: not with a
+    VectorEnv that takes one seed for all copies, or where an episode depends on the one before.
 
     Args:
         env: environment.
         q_net: Q-values of M members.
-        num_episodes: episodes of each member, >= 1, played in parallel.
+        num_episodes: episodes of each member, >= 1.
         noise: of the same M members.
         epoch: number of this evaluation; each number gives different episodes.
         gamma: discount of `discounted_return`, a number or one per member, [M].
         should_stop: asked every few steps.
+        num_copies: env copies of each member, >= 1; None: one for each episode.
 
     Returns:
         Results on the network's device.
@@ -78,13 +86,39 @@ def evaluate(
     Raises:
         StopRequested: `should_stop` returned true.
     """
-    copies = (q_net.num_members, num_episodes)
+    copies = num_copies or num_episodes
+    with env.evaluating():
+        rounds = [
+            _play_round(env, q_net, first, copies, num_episodes, noise, epoch, gamma, should_stop)
+            for first in range(0, num_episodes, copies)
+        ]
+    return Evaluation(
+        *(torch.cat(parts, 1)[:, :num_episodes] for parts in zip(*rounds, strict=True))
+    )
+
+
+def _play_round(
+    env: TensorEnv,
+    q_net: QFunction,
+    first: int,
+    num_copies: int,
+    num_episodes: int,
+    noise: Noise,
+    epoch: int,
+    gamma: float | NDArray[np.float64],
+    should_stop: Callable[[], bool],
+) -> Evaluation:
+    """Episodes first .. first + num_copies - 1 of every member; those from `num_episodes` on need
+    not end. Other arguments and results as `evaluate`."""
+    copies = (q_net.num_members, num_copies)
+    needed = num_episodes - first
 
     def draw(stream: Stream, start: int, count: int, dim: int) -> Tensor:
-        return noise.uniform(stream, start, count, (num_episodes, dim), epoch).flatten(1, 2)
+        drawn = noise.uniform(stream, start, count, (num_copies, dim), epoch, skip=first * dim)
+        return drawn.flatten(1, 2)
 
     def q_values(obs: Tensor) -> Tensor:
-        return q_net(env.features(obs.view(*copies, *obs.shape[1:])))  # [M, episodes, A]
+        return q_net(env.features(obs.view(*copies, *obs.shape[1:])))  # [M, copies, A]
 
     vector = env.vector_reset(draw(Stream.EVALUATION_RESET, 0, 1, env.reset_noise_dim)[0])
     q = q_values(vector.obs)
@@ -106,12 +140,14 @@ def evaluate(
             action = q.argmax(-1).flatten()
             vector, outcome = env.vector_step(vector, action, step_noise[k], reset_noise[k])
             running = episode_length == 0
-            first = outcome.done & running
-            episode_return = torch.where(first, outcome.episode_return, episode_return)
-            episode_length = torch.where(first, outcome.episode_length, episode_length)
+            ends = outcome.done & running
+            episode_return = torch.where(ends, outcome.episode_return, episode_return)
+            episode_length = torch.where(ends, outcome.episode_length, episode_length)
             discounted_return += discount[k] * outcome.reward * running
+            if env.on_host and bool((episode_length.view(copies)[:, :needed] > 0).all()):
+                break  # a further step may be dear
             q = q_values(vector.obs)
-        if bool((episode_length > 0).all()):
+        if bool((episode_length.view(copies)[:, :needed] > 0).all()):
             break
     return Evaluation(
         episode_return.view(copies),
@@ -135,7 +171,10 @@ class EvaluateArgs:
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Directory that a training run wrote."""
     episodes: Annotated[int, at_least(1)] = 100
-    """Episodes of each member, each on a fresh env copy."""
+    """Episodes of each member."""
+    num_envs: Annotated[int | None, at_least(1)] = None
+    """Copies of the environment that play them, for each member. None: one for each episode, but on
+    the host at most 16."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the episodes; they always differ from those of the training run."""
     agent: AgentFile = "best"
@@ -173,7 +212,9 @@ def main() -> int:
         )
         q_net = agent.q_net
         hidden = tuple(q_net.network.sizes[1:-1])
-        check_evaluation(agent.env, q_net.num_members, args.episodes, hidden, q_net.device)
+        copies = copies_of(agent.env.on_host, args.episodes, HOST_COPIES, args.num_envs)
+        name = "--num-envs" if args.num_envs else "--episodes"
+        check_evaluation(agent.env, q_net.num_members, copies, hidden, q_net.device, name)
         if args.env_id is not None and args.env_id != agent.env_id:
             named = f"note: the run is of {shown(agent.env_id)}, and plays {args.env_id} here"
             print(named, file=sys.stderr)
@@ -186,7 +227,9 @@ def main() -> int:
     noise = Noise(args.seed, agent.q_net.num_members, device)
     env = agent.env.for_evaluation()
     try:
-        result = evaluate(env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH)
+        result = evaluate(
+            env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH, num_copies=copies
+        )
     except EnvError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -37,7 +37,7 @@ from dqn_fast.engines import (
 from dqn_fast.envs import EnvCheckError, EnvError, TensorEnv, check_env, make_env
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
-from dqn_fast.memory import check_memory, fits
+from dqn_fast.memory import EVAL_EPISODES, check_memory, fits
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan, Schedules
@@ -179,6 +179,7 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                 env_id = getattr(env, "name", type(env).__name__)
                 if not env.on_host:
                     check_env(env, num_envs=2, num_steps=2)
+            args = dataclasses.replace(args, eval_episodes=episodes_on(env, args))
             check_memory(args, env, device)
             gammas = member_values(args, "gamma")
             exact = solve(env, gammas.tolist(), device)
@@ -370,6 +371,21 @@ def intervals(args: Args) -> dict[str, int]:
     return chosen
 
 
+LEAST_EPISODES = 10
+"""Episodes of an evaluation at least, on the host, unless they are set."""
+
+
+def episodes_on(env: TensorEnv, args: Args) -> int:
+    """Episodes of an evaluation: as set, or as many as an environment on the host plays, at its
+    time limit, in a 16th of the training."""
+    if args.eval_episodes is not None:
+        return args.eval_episodes
+    if not env.on_host:
+        return EVAL_EPISODES
+    most = args.total_timesteps // (INTERVALS["eval_interval"][0] * env.max_steps)
+    return min(max(most, LEAST_EPISODES), EVAL_EPISODES)
+
+
 def check(args: Args) -> Args:
     """The settings, each in its field's own type.
 
@@ -393,6 +409,11 @@ def check(args: Args) -> Args:
     need(
         args.eval_interval != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
         "eval_interval",
+        "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
+    )
+    need(
+        args.eval_episodes != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
+        "eval_episodes",
         "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
     )
     if wrong := form_error(args.sweep):

@@ -10,6 +10,7 @@ The leading axis E counts env copies: M members times N copies each.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -171,6 +172,10 @@ class TensorEnv(ABC):
         """An environment of the same kind that shares no episode with this one."""
         return self
 
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Context of an evaluation, in which only the first episode of each copy matters."""
+        return contextlib.nullcontext()
+
     def host_state(self) -> Any | None:
         """State of all copies outside torch, for a checkpoint: plain values and tensors.
 
@@ -265,6 +270,10 @@ def _select(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:
 
 class EnvError(RuntimeError):
     """An environment broke its contract in a run; the message names it, the copy and the step."""
+
+
+class CopiesError(EnvError):
+    """Copies of an environment cannot be made."""
 
 
 class EnvCheckError(AssertionError):

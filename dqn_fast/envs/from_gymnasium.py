@@ -51,7 +51,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqn_fast.device import upload
-from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
+from dqn_fast.envs.core import CopiesError, EnvError, Outcome, TensorEnv, VectorState
 from dqn_fast.envs.host_state import StateKeeper, UnsavableError, identical, load_state_
 from dqn_fast.envs.params import plain
 from dqn_fast.envs.spaces import (
@@ -176,6 +176,7 @@ class GymnasiumEnv(TensorEnv):
         self._factory, self._evaluation = factory, evaluation
         self._encoder = ObservationEncoder(factory.observation_space)
         self._sibling: GymnasiumEnv | None = None
+        self._evaluates = self._saved = False
         self._envs: CheckedVectorEnv | None = None
         self.host_state_refusal = ""
         # The finalizer must not refer to this object, so it gets the list.
@@ -223,15 +224,23 @@ class GymnasiumEnv(TensorEnv):
         return self.reset(state)
 
     def for_evaluation(self) -> GymnasiumEnv:
-        """Copies for evaluation, in this process; always the same object.
-
-        They raise EnvError when a copy's first episode is longer than `max_steps`.
-        """
+        """Copies for evaluation, in this process; always the same object."""
         if self._evaluation is None:
             return self
         if self._sibling is None:
             self._sibling = GymnasiumEnv(self._evaluation, None)
         return self._sibling
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """From the next `vector_reset` on, only the first episode of each copy matters: a copy of
+        this process then waits for the others, and an episode of more than `max_steps` steps is an
+        EnvError. At the end the copies have to be reset."""
+        self._evaluates = True
+        try:
+            yield
+        finally:
+            self._evaluates = False
 
     def close(self) -> None:
         """Close all copies, those for evaluation too, and end their processes.
@@ -255,6 +264,8 @@ class GymnasiumEnv(TensorEnv):
         high, low = (noise.cpu().double() * torch.tensor([2.0**16, 2.0**15])).long().unbind(1)
         try:
             self._envs = envs = self._open_envs(num_envs)
+            if isinstance(envs.env, SameStepVectorEnv):
+                envs.env.holds = self._evaluates
             obs = envs.reset(seed=((high << 15) | low).tolist())
             stored = self._encoder.encode(self._encoder.parts(obs), num_envs)
         except Violation as violation:
@@ -271,6 +282,9 @@ class GymnasiumEnv(TensorEnv):
         `send` and `vector_step`.
         """
         self.host_state_refusal = ""
+        if self._sibling is not None and not self._saved:
+            self._sibling.close()  # not more copies at a time than an evaluation needs
+        self._saved = True
         try:
             copies, autoreset = self._started().save()
         except UnsavableError as error:
@@ -374,8 +388,8 @@ class GymnasiumEnv(TensorEnv):
                 stored[done] = encoder.encode(fresh, len(done))[done]
         if next_step:
             self._ended = done
-        if self._evaluation is None:
-            self._first &= ~done
+        self._first &= ~done
+        if self._evaluates:
             self._check_endless()
 
         floats = np.empty((3, len(done)), np.float32)
@@ -721,10 +735,35 @@ class SameStepVectorEnv(SyncVectorEnv):
     """SyncVectorEnv in SAME_STEP mode for CheckedEnvs.
 
     These have no infos to merge, and to merge them anyway costs SyncVectorEnv a tenth of its time.
+
+    Attributes:
+        holds: whether a copy whose episode has ended is neither reset nor stepped before the next
+            reset of all copies. So in an evaluation an episode costs its own steps alone.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], CheckedEnv]]) -> None:
-        super().__init__(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        made: list[CheckedEnv] = []
+
+        def keep(make: Callable[[], CheckedEnv]) -> CheckedEnv:
+            made.append(make())
+            return made[-1]
+
+        try:
+            super().__init__(
+                [functools.partial(keep, make) for make in env_fns],
+                copy=False,
+                autoreset_mode=AutoresetMode.SAME_STEP,
+            )
+        except BaseException:
+            for env in made:
+                env.close()
+            raise
+        self.holds = False
+        self._held: dict[int, Any] = {}
+
+    def reset(self, **arguments: Any) -> Any:
+        self._held = {}
+        return super().reset(**arguments)
 
     def step(
         self, actions: Any
@@ -732,10 +771,16 @@ class SameStepVectorEnv(SyncVectorEnv):
         rows: list[Any] = []
         infos: dict[str, Any] = {}
         for env, action in zip(self.envs, actions, strict=True):
+            if self._held and len(rows) in self._held:
+                rows.append((self._held[len(rows)], 0.0, False, False))
+                continue
             obs, reward, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 infos = self._add_info(infos, {"final_obs": obs}, len(rows))
-                obs, info = env.reset()
+                if self.holds:
+                    self._held[len(rows)] = obs
+                else:
+                    obs, info = env.reset()
             if info:
                 infos = self._add_info(infos, info, len(rows))
             rows.append((obs, reward, terminated, truncated))
@@ -1002,10 +1047,14 @@ class EnvFactory:
 
         Raises:
             ValueError: a VectorEnv of the source has another number of copies, or is closed.
-            EnvError: a copy cannot be made.
+            CopiesError: a copy cannot be made; those before it are closed.
         """
         if self._makers is None:
-            env = self._make_vector(num_envs=num_envs)
+            try:
+                env = self._make_vector(num_envs=num_envs)
+            except Exception as error:
+                text = f"its copies cannot be made: {describe_error(error)}"
+                raise CopiesError(f"{self.name}: {text}") from error
             if env.closed:
                 raise ValueError(f"{_name(env)}: is closed")
             if env.num_envs != num_envs:
@@ -1037,7 +1086,7 @@ class EnvFactory:
             raise
         except Exception as error:
             text = f"its copies cannot be made: {describe_error(error)}"
-            raise EnvError(f"{self.name}: {text}") from error
+            raise CopiesError(f"{self.name}: {text}") from error
 
 
 def _source_of_id(
@@ -1129,7 +1178,7 @@ def _make_checked(
         env = make()
     except Exception as error:
         text = f"it cannot be made: {describe_error(error)}"
-        raise EnvError(f"{name}, copy {index}, step 0: {text}") from error
+        raise CopiesError(f"{name}, copy {index}, step 0: {text}") from error
     return CheckedEnv(env, in_worker, keeper)
 
 

@@ -200,6 +200,12 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
         f"{summary['env_steps_per_s']:,.0f} env steps/s, {summary['updates_per_s']:,.0f} updates/s "
         f"over the {summary['loop_s']:.1f} s of the loop without evaluations and compiling",
     ]
+    if summary["eval_s"] > 0.1 * summary["wall_s"]:
+        lines.append(
+            f"evaluations took {summary['eval_s']:.1f} s, "
+            f"{summary['eval_s'] / summary['wall_s']:.0%} of the run; --eval-episodes "
+            f"{args['eval_episodes']} and --eval-interval {args['eval_interval']} set their number"
+        )
     if summary["eval_return_mean"] is not None:
         lines.append(
             f"greedy return {summary['eval_return_mean']:.5g} +- "

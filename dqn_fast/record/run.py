@@ -209,7 +209,7 @@ class RunRecord:
             self._restore_best()
         self._tracker.progress(self._global_step)
         self._began, self._loop_began = began, time.perf_counter()
-        self._last_log = (Moment(self._device), *window)
+        self._last_log = (Moment(self._device), *window, self.eval_s)
 
     def _load(self, resumed: Resumption, training: Training) -> tuple[int, int, float]:
         """Continue the record of an earlier process.
@@ -421,16 +421,17 @@ class RunRecord:
     ) -> None:
         reading_of = self._metrics.take_()
         step, num_updates, num_syncs = self._global_step, self._num_updates, self._num_syncs
-        moment, self._measured_at = Moment(self._device), step
+        moment, self._measured_at, eval_s = Moment(self._device), step, self.eval_s
 
         def finish(arrived: dict[str, Any]) -> Row:
             reading: Reading = reading_of()
             self._episodes.add(reading)
             if snapshot is not None:
                 self._diagnostics.add(arrived["snapshot"], step, num_syncs)
-            before, first_step, first_update, age = self._last_log
-            self._last_log = moment, step, num_updates, 0.0
-            rate = self._num_members / max(moment.since(before) + age, 1e-9)
+            before, first_step, first_update, age, eval_before = self._last_log
+            self._last_log = moment, step, num_updates, 0.0, eval_s
+            seconds = moment.since(before) + age - (eval_s - eval_before)
+            rate = self._num_members / max(seconds, 1e-9)
             logged = self._logged(
                 step,
                 reading.values
@@ -551,11 +552,12 @@ class RunRecord:
             self._freeze(interval.bad_updates)
             if len(self._frozen) == self._num_members:
                 return  # the earlier checkpoints stand
-            before, step, num_updates, age = self._last_log
+            before, step, num_updates, age, eval_before = self._last_log
+            age += moment.since(before) - (now["eval_s"] - eval_before)
             diagnostics = self._diagnostics.state() | {"previous": arrived["resume"]["previous"]}
             arrived["resume"]["record"] = now | {
                 "frozen": [[*pair] for pair in self._frozen.items()],
-                "window": [step, num_updates, moment.since(before) + age],
+                "window": [step, num_updates, age],
                 "metrics": interval.state(),
                 "episodes": self._episodes.state(),
                 "diagnostics": diagnostics,
