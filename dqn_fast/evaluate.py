@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqn_fast.agent import AgentFile, load_agent, shown
+from dqn_fast.agent import Agent, AgentFile, load_agent, shown
 from dqn_fast.device import upload
 from dqn_fast.dqn import QFunction
 from dqn_fast.engines import StopRequested
 from dqn_fast.envs import EnvError, TensorEnv
+from dqn_fast.envs.spaces import describe_error
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
 from dqn_fast.memory import check_evaluation, copies_of
 from dqn_fast.noise import Noise, Stream
@@ -223,18 +224,37 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    device = agent.q_net.device
-    noise = Noise(args.seed, agent.q_net.num_members, device)
-    env = agent.env.for_evaluation()
-    try:
-        result = evaluate(
-            env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH, num_copies=copies
-        )
-    except EnvError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        env.close()
+    with contextlib.ExitStack() as stack:  # to close a copy may end the library that draws others
+        if draws:
+            stack.callback(draws.close)
+        env = agent.env.for_evaluation()
+        stack.callback(env.close)
+        try:
+            noise = Noise(args.seed, agent.q_net.num_members, agent.q_net.device)
+            result = evaluate(
+                env, agent.q_net, args.episodes, noise, EVALUATION_EPOCH, num_copies=copies
+            )
+        except EnvError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        summary = print_result(args, agent, result)
+        if args.video and draws:
+            sizes = args.video_episodes, args.seed, args.video_steps
+            try:
+                count = record(agent, draws, args.video, *sizes)
+            except Exception as error:
+                reason = getattr(error, "strerror", None)
+                if reason is None:
+                    reason = error if isinstance(error, ValueError) else describe_error(error)
+                print(f"error: --video {args.video}: {reason}", file=sys.stderr)
+                return 2
+            print(f"film of member {agent.member}: {args.video} ({count} pictures)")
+    print(json.dumps(summary))
+    return 0
+
+
+def print_result(args: EvaluateArgs, agent: Agent, result: Evaluation) -> dict[str, Any]:
+    """Print one line per member; returns the JSON values."""
     rows = []
     for member in range(agent.q_net.num_members):
         returns, lengths = result.episode_return[member], result.episode_length[member]
@@ -255,25 +275,12 @@ def main() -> int:
             f"(min {row['return_min']:.5g}, max {row['return_max']:.5g}), "
             f"length {row['length_mean']:.4g} over {args.episodes} episodes"
         )
-    summary = {
+    return {
         "run_dir": str(args.run_dir),
         "agent": args.agent,
         "episodes": args.episodes,
         "members": rows,
     }
-    if args.video and draws:
-        try:
-            with contextlib.closing(draws):
-                count = record(
-                    agent, draws, args.video, args.video_episodes, args.seed, args.video_steps
-                )
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            print(f"error: --video {args.video}: {reason}", file=sys.stderr)
-            return 2
-        print(f"film of member {agent.member}: {args.video} ({count} pictures)")
-    print(json.dumps(summary))
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
@@ -161,6 +161,8 @@ class TensorEnv(ABC):
 
     on_host: ClassVar[bool] = False
     """Whether the copies are outside torch."""
+    image_shapes: Sequence[tuple[int, ...]] = ()
+    """Shapes of the images in an observation, if the environment knows of them."""
     background: bool = False
     """Whether a step runs while the learner learns, between `send` and `vector_step`."""
 

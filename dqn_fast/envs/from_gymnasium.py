@@ -175,6 +175,7 @@ class GymnasiumEnv(TensorEnv):
         self.background = factory.background
         self._factory, self._evaluation = factory, evaluation
         self._encoder = ObservationEncoder(factory.observation_space)
+        self.image_shapes = self._encoder.image_shapes
         self._sibling: GymnasiumEnv | None = None
         self._evaluates = self._saved = False
         self._envs: CheckedVectorEnv | None = None
@@ -230,6 +231,15 @@ class GymnasiumEnv(TensorEnv):
         if self._sibling is None:
             self._sibling = GymnasiumEnv(self._evaluation, None)
         return self._sibling
+
+    @property
+    def render_modes(self) -> list[str]:
+        """Render modes that the environment declares."""
+        return self._factory.render_modes
+
+    def cameras(self) -> Iterator[tuple[str, Callable[[], gymnasium.Env[Any, Any]]]]:
+        """Ways to make one more copy, for pictures, each with its render mode, the best first."""
+        return self._factory.cameras()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -969,6 +979,7 @@ class EnvFactory:
         observation_space, action_space: of one copy.
         max_steps: time limit in steps, or None.
         background: the copies step in worker processes.
+        render_modes: that the environment declares.
         params: arguments of an id's constructor.
         ready: the VectorEnv itself, if the source is one.
         makes_checked: the copies are CheckedEnvs.
@@ -1002,6 +1013,9 @@ class EnvFactory:
                 )
         self.makes_checked = self._makers is not None
         env = self._make_probe(label or "from_gymnasium")
+        modes = env.metadata.get("render_modes") or ()
+        self.render_modes = list(map(str, modes))
+        self._render_mode = None if env.render_mode is None else str(env.render_mode)
         spec = env.spec
         self.name = spec.id if label and spec else _name(env)
         label = label or f"from_gymnasium: {self.name}"
@@ -1029,6 +1043,26 @@ class EnvFactory:
                 "DQN needs it; wrap it with gymnasium.wrappers.TransformAction to a Discrete space "
                 "of chosen actions, or use an algorithm for such actions"
             )
+
+    def cameras(self) -> Iterator[tuple[str, Callable[[], gymnasium.Env[Any, Any]]]]:
+        """See `GymnasiumEnv.cameras`. A callable is asked for a mode if it has that argument; else
+        it makes the copy as it does, unless that opens a window."""
+        make: Any = self._makers[0] if self._makers else None
+        if make is None and self.name in gymnasium.registry:
+            arguments = {"disable_env_checker": True, **self.params}
+            make = functools.partial(gymnasium.make, self.name, **arguments)
+        if make is None:
+            return
+        takes_mode = isinstance(make, functools.partial) and make.func is gymnasium.make
+        with contextlib.suppress(TypeError, ValueError):
+            takes_mode |= "render_mode" in inspect.signature(make).parameters
+        others = [m for m in self.render_modes if m not in ("rgb_array", "human", "ansi")]
+        for mode in ("rgb_array", *others) if takes_mode else ():
+            with_mode = functools.partial(make, render_mode=mode)
+            yield mode, functools.partial(_make_limited, with_mode, self._time_limit)
+        if not takes_mode and self._render_mode != "human":
+            how = f"made with render_mode {self._render_mode}"
+            yield how, functools.partial(_make_limited, make, self._time_limit)
 
     def _make_probe(self, label: str) -> Any:
         """An environment that shows the spaces."""

@@ -125,7 +125,7 @@ class ObservationEncoder:
             raise ValueError("is empty")
         self.arrays_only = all(isinstance(part, ARRAYS) for _, part in parts)
         self._nested = isinstance(space, (spaces.Tuple, spaces.Dict)) or not self.arrays_only
-        self.image_shapes = [part.shape for _, part in parts if is_image(part)]
+        self.image_shapes = [part.shape or () for _, part in parts if is_image(part)]
 
         dtypes = [_stored_dtype(part) for _, part in parts]
         common = np.result_type(*dtypes)

@@ -173,12 +173,34 @@ def header(config: Mapping[str, Any], run_dir: Path, checkpoint_bytes: int) -> l
         f"transitions, replay ratio {derived['replay_ratio']:g}",
         f"network   {'-'.join(map(str, derived['sizes']))}, {derived['num_parameters']:,} "
         f"parameters; replay {args['buffer_size']:,} x {derived['replay_bytes_per_transition']} "
-        f"bytes, {derived['replay_bytes'] / 1e6:.2g} MB",
-        f"saved     {when}, {checkpoint_bytes / 1e6:.2g} MB{without}, the last {kept} kept",
+        f"bytes, {in_words(derived['replay_bytes'])}",
+        f"saved     {when}, {in_words(checkpoint_bytes)}{without}, the last {kept} kept",
         *([f"changed   {', '.join(changed)}"] if changed else []),
         *rounded,
         f"writing   {run_dir}",
     ]
+
+
+def image_warning(env: TensorEnv, config: Mapping[str, Any]) -> str | None:
+    """A line about images that the network reads as numbers without order; None: there are none."""
+    if not env.image_shapes:
+        return None
+    shapes = " and ".join(" x ".join(map(str, shape)) for shape in env.image_shapes)
+    args, derived = config["args"], config["derived"]
+    return (
+        f"observations have images of {shapes}, which a multi-layer perceptron reads as "
+        f"{derived['sizes'][0]:,} unrelated numbers: {derived['num_parameters']:,} parameters, and "
+        f"{in_words(derived['replay_bytes'])} of replay with --buffer-size {args['buffer_size']}; "
+        "there is no convolutional network yet"
+    )
+
+
+def in_words(num_bytes: int) -> str:
+    """Bytes in MB or GB, two digits."""
+    if num_bytes >= 995e6:
+        digits = 1 if num_bytes < 9.95e9 else 0
+        return f"{num_bytes / 1e9:,.{digits}f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 99.5e6 else f"{num_bytes / 1e6:.2g} MB"
 
 
 def resumed_header(resumed: Resumption, end: int) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dqn_fast import tree
 from dqn_fast.device import first_line
 from dqn_fast.envs import EnvError
+from dqn_fast.envs.render import UndrawableError
 from dqn_fast.evaluate import Evaluation
 from dqn_fast.film import RUN_FILM, film_run
 from dqn_fast.plan import Chunk
@@ -36,7 +37,13 @@ from dqn_fast.record.checkpoint import (
     write_weights,
     write_whole,
 )
-from dqn_fast.record.describe import closing, header, resumed_header, summarise
+from dqn_fast.record.describe import (
+    closing,
+    header,
+    image_warning,
+    resumed_header,
+    summarise,
+)
 from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.guard import Guard
 from dqn_fast.record.lock import LOCK_FILE, RunLock
@@ -203,6 +210,8 @@ class RunRecord:
         self._write_digests(self._tracker.digest(), "config.json", at_once=True)
         for line in header(config, run_dir, self._checkpoint_bytes()):
             self._tracker.message(line)
+        if (warning := image_warning(training.env, config)) is not None:
+            warn(warning)
         if resumed is not None:
             for line in resumed_header(resumed, self._plan.end):
                 self._tracker.message(line)
@@ -648,7 +657,8 @@ class RunRecord:
         except Exception as error:
             if isinstance(error, OSError):
                 self._unwritten[what] = error.strerror or repr(error)
-            print(f"warning: no {what}: {type(error).__name__}: {error}", file=sys.stderr)
+            kind = "" if isinstance(error, UndrawableError) else f"{type(error).__name__}: "
+            print(f"warning: no {what}: {kind}{error}", file=sys.stderr)
 
     def _film(self) -> None:
         film_run(self.run_dir, self._diagnostics.env, self._args["seed"])
