@@ -177,11 +177,11 @@ def test_what_is_stored_is_no_feature_though_it_looks_like_one(tmp_path):
 
 
 class Mixed(gymnasium.Env[Any, Any]):
-    """Bytes, which are stored as floats beside the others and read divided by 255."""
+    """A byte, which is stored as a float beside the others and read divided by 255."""
 
     action_space = spaces.Discrete(2)
     observation_space = spaces.Dict(
-        {"bytes": spaces.Box(0, 255, (2,), np.uint8), "floats": spaces.Box(-1, 1, (1,), np.float32)}
+        {"byte": spaces.Box(0, 255, (1,), np.uint8), "floats": spaces.Box(-1, 1, (2,), np.float32)}
     )
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -198,7 +198,7 @@ def test_what_a_host_environment_stores_is_known_too():
     env = from_gymnasium(Mixed)
     network = QNetwork((3, 2))
     q_net = QFunction(network, ScalarHead(), network.init(Noise(0, 1)))
-    stored = torch.tensor([[200.0, 5.0, 0.5], [0.0, 255.0, -1.0]])
+    stored = torch.tensor([[200.0, 0.25, 0.5], [0.0, 1.0, -1.0]])
     agent = Agent(env, q_net, 0, [0], [0.0])
     assert torch.equal(agent.q_values(stored), q_net(env.features(stored)[None])[0])
     box = spaces.Box(-1, 1, (1, 3), np.float32)
