@@ -35,6 +35,7 @@ from dqn_fast.engines import (
     without_compiler,
 )
 from dqn_fast.envs import EnvCheckError, EnvError, TensorEnv, check_env, make_env
+from dqn_fast.envs.from_gymnasium import ENDLESS
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
 from dqn_fast.memory import EVAL_EPISODES, check_memory, fits
@@ -155,7 +156,7 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
     Raises:
         UsageError: a setting is not allowed, or the run does not fit into memory.
     """
-    args = settle(args)
+    asked, args = check(args), settle(args)
     device = device_of(args)
     if args.keep_generated is not None:
         make_folder("keep_generated", args.keep_generated)
@@ -179,7 +180,8 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                 env_id = getattr(env, "name", type(env).__name__)
                 if not env.on_host:
                     check_env(env, num_envs=2, num_steps=2)
-            args = dataclasses.replace(args, eval_episodes=episodes_on(env, args))
+            chosen: dict[str, Any] = {**evaluations_on(env, asked)}
+            args = dataclasses.replace(args, **chosen)
             check_memory(args, env, device)
             gammas = member_values(args, "gamma")
             exact = solve(env, gammas.tolist(), device)
@@ -371,8 +373,9 @@ def intervals(args: Args) -> dict[str, int]:
     return chosen
 
 
-LEAST_EPISODES = 10
-"""Episodes of an evaluation at least, on the host, unless they are set."""
+LEAST_EPISODES, UNKNOWN_LENGTH = 10, 100
+"""Episodes of an evaluation on the host at least, unless they are set; steps that an episode is
+assumed to take if it has no time limit."""
 
 
 def episodes_on(env: TensorEnv, args: Args) -> int:
@@ -382,8 +385,22 @@ def episodes_on(env: TensorEnv, args: Args) -> int:
         return args.eval_episodes
     if not env.on_host:
         return EVAL_EPISODES
-    most = args.total_timesteps // (INTERVALS["eval_interval"][0] * env.max_steps)
+    most = args.total_timesteps // (INTERVALS["eval_interval"][0] * _length(env))
     return min(max(most, LEAST_EPISODES), EVAL_EPISODES)
+
+
+def evaluations_on(env: TensorEnv, args: Args) -> dict[str, int]:
+    """Episodes of an evaluation, and transitions between two: as set; else on the host at least as
+    many as an evaluation may take, for it costs as much per step as training."""
+    episodes, interval = episodes_on(env, args), intervals(args)["eval_interval"]
+    if args.eval_interval is None and env.on_host:
+        least = min(episodes * _length(env), args.total_timesteps)
+        interval = max(interval, -(-least // args.num_envs) * args.num_envs)
+    return {"eval_episodes": episodes, "eval_interval": interval}
+
+
+def _length(env: TensorEnv) -> int:
+    return env.max_steps if env.max_steps < ENDLESS else UNKNOWN_LENGTH
 
 
 def check(args: Args) -> Args:

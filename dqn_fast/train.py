@@ -55,11 +55,11 @@ from dqn_fast.settings import (
 )
 from dqn_fast.setup import (
     Training,
+    check,
     device_of,
-    episodes_on,
+    evaluations_on,
     intervals,
     member_values,
-    settle,
     setup,
 )
 from dqn_fast.sweep import members_of, num_points, read_sweep
@@ -195,7 +195,8 @@ class Args:
     """Transitions between log points. None: a 50th of the run, at most 2,048 vector steps."""
     eval_interval: IntervalOrNone = None
     """Transitions between greedy evaluations. None: a 16th of the run, at most 8,192 vector
-    steps. The end of the run is always evaluated."""
+    steps; on the host at least the steps that an evaluation may take. The end of the run is always
+    evaluated."""
     eval_episodes: Annotated[int | None, at_least(0, note="0: no evaluation")] = None
     """Episodes of each member per evaluation. None: 100; on the host, where an episode may take as
     long as a part of the training, total_timesteps / 16 divided by the time limit, in 10 .. 100.
@@ -337,7 +338,7 @@ def train_or_resume(
 ) -> Result:
     """`train` with complete settings; `resumed` is the run that goes on, or None."""
     began = time.perf_counter()
-    args = settle(args)
+    args = check(args)
     if resumed is None:
         refuse_used_dir(args.run_dir)
     with stop_requests() as stop, ExitStack() as stack:
@@ -466,7 +467,7 @@ def describe_training(training: Training) -> dict[str, Any]:
         vars(args),
         vars(Args.for_env(training.env_id))
         | intervals(usual)
-        | {"eval_episodes": episodes_on(training.env, usual)},
+        | evaluations_on(training.env, usual),
         training.env_id,
         training.env,
         training.plan,

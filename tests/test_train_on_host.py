@@ -289,15 +289,34 @@ def test_the_time_of_evaluations_is_told_and_is_in_no_rate(simulator, tmp_path, 
     assert summary["env_steps_per_s"] == pytest.approx(200 / summary["loop_s"])
 
 
-def test_fewer_episodes_where_they_are_long():
-    """On the host a default evaluation plays, at the time limit, a 16th of the training, but 10
-    episodes at least and 100 at most."""
-    for steps, limit, expected in ((20_000, 1_000, 10), (320_000, 1_000, 20), (10**6, 10, 100)):
-        env = from_gymnasium("CartPole-v1", {"max_episode_steps": limit})
-        args = setup(Args(total_timesteps=steps, engine="eager"), env).args
-        assert args.eval_episodes == expected
-        env.close()
-    assert setup(Args(engine="eager")).args.eval_episodes == 100
+@pytest.mark.parametrize(
+    ("steps", "limit", "episodes", "interval"),
+    [
+        (20_000, 1_000, 10, 10_048),  # two evaluations of at most 10,000 steps
+        (320_000, 1_000, 20, 20_032),
+        (10**6, 10, 100, 62_464),
+        (20_000, None, 12, 1_216),  # without a limit episodes of 100 steps are assumed
+        (2_000, 1_000, 10, 2_048),  # only at the end
+    ],
+)
+def test_fewer_episodes_and_evaluations_where_they_are_long(
+    simulator, steps, limit, episodes, interval
+):
+    """On the host, by default: an evaluation plays, at the time limit, a 16th of the training, but
+    10 episodes at least and 100 at most; and no longer than the training between two."""
+    env = from_gymnasium(Simulator, max_steps=limit)
+    args = setup(Args(total_timesteps=steps, engine="eager"), env).args
+    assert (args.eval_episodes, args.eval_interval) == (episodes, interval)
+    args = Args(total_timesteps=steps, engine="eager", eval_episodes=7, eval_interval=640)
+    args = setup(args, env).args
+    assert (args.eval_episodes, args.eval_interval) == (7, 640)
+    env.close()
+
+
+def test_tensor_environments_play_100_episodes():
+    """Sixteen times in a run, unless that is set."""
+    args = setup(Args(engine="eager")).args
+    assert (args.eval_episodes, args.eval_interval) == (100, 4_096)
 
 
 # ------------------------------------------------------------------------------------------ images
