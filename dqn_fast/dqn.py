@@ -191,6 +191,28 @@ class DQN:
             hyper=hyper,
         )
 
+    @torch.no_grad()
+    def begin_episodes_(self, state: State, noise: Noise, step: int) -> list[dict[str, Any]]:
+        """Begin new episodes in all copies of an environment on the host.
+
+        Args:
+            state: written.
+            noise: of the members.
+            step: vector steps so far; their resets on the host read no noise.
+
+        Returns:
+            Episodes that are cut off here: copy, episode_length and episode_return of each.
+        """
+        elapsed, returns = state.env.elapsed.tolist(), state.env.episode_return.tolist()
+        shape = (self.num_envs, self.env.reset_noise_dim)
+        draws = noise.uniform(Stream.ENV_RESET, step, 1, shape)[0]
+        state.env.copy_(self.env.vector_reset(draws.flatten(0, 1)))
+        return [
+            {"copy": i, "episode_length": elapsed[i], "episode_return": returns[i]}
+            for i in range(len(elapsed))
+            if elapsed[i] > 0
+        ]
+
     def draw(
         self,
         noise: Noise,

@@ -1,7 +1,8 @@
 """Greedy evaluation: `python -m dqn_fast.evaluate RUN_DIR`, in Python `evaluate(run_dir)`.
 
-Fresh env copies play the greedy policy. Only the first episode of each copy counts: the first
-episodes to finish, over all copies, would favour short ones.
+Env copies play the greedy policy in rounds. Only the first episode of each copy counts in a round:
+the first episodes to finish, over all copies, would favour short ones. Episode i draws the same
+random numbers for any number of copies.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +28,17 @@ from dqn_fast.device import run_conditions, upload
 from dqn_fast.dqn import QFunction
 from dqn_fast.engines import StopRequested
 from dqn_fast.envs import EnvError, TensorEnv
+from dqn_fast.envs.spaces import describe_error
 from dqn_fast.film import EVALUATION_EPOCH, ready, record
-from dqn_fast.memory import check_evaluation
+from dqn_fast.memory import check_evaluation, copies_of
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.process import command
 from dqn_fast.settings import at_least, check_settings, check_value, parse
 from dqn_fast.sweep import label_of
 
 _STEPS_PER_CHECK = 32
+HOST_COPIES = 16
+"""Copies of an environment on the host that the command line makes for each member."""
 
 
 class Evaluation(NamedTuple):
@@ -58,6 +62,7 @@ def evaluate(
     env: TensorEnv | None = None,
     episodes: int = 100,
     seed: int = 0,
+    num_envs: int | None = None,
 ) -> Evaluation:
     """Play greedy episodes of a trained agent, as `python -m dqn_fast.evaluate` does.
 
@@ -68,6 +73,8 @@ def evaluate(
         env: the environment, which stays open; None: that of the run or the agent.
         episodes: episodes of each member, >= 1.
         seed: of the episodes, >= 0; they always differ from those of the training run.
+        num_envs: env copies that play them, for each member, >= 1; None: one for each episode, but
+            on the host at most HOST_COPIES.
 
     Returns:
         The results on the agent's device.
@@ -79,6 +86,7 @@ def evaluate(
     """
     episodes = check_value(EvaluateArgs, "episodes", episodes)
     seed = check_value(EvaluateArgs, "seed", seed)
+    num_envs = check_value(EvaluateArgs, "num_envs", num_envs)
     with standard_state(), contextlib.ExitStack() as stack:
         if isinstance(run_or_agent, Agent):
             agent = run_or_agent if env is None else run_or_agent.on(env)
@@ -87,12 +95,15 @@ def evaluate(
             if env is None:
                 stack.callback(agent.env.close)
         stack.enter_context(run_conditions(1, agent.q_net.device))
-        stack.enter_context(global_numbers(seed, 1, EVALUATION_EPOCH))
-        q_net = agent.q_net
+        q_net, own = agent.q_net, agent.env
+        copies = copies_of(own.on_host, episodes, HOST_COPIES, num_envs)
         hidden = tuple(q_net.network.sizes[1:-1])
-        check_evaluation(agent.env, q_net.num_members, episodes, hidden, q_net.device)
+        name = "--num-envs" if num_envs else "--episodes"
+        check_evaluation(own, q_net.num_members, copies, hidden, q_net.device, name)
         noise = Noise(seed, q_net.num_members, q_net.device)
-        return play_episodes(agent.env.for_evaluation(), q_net, episodes, noise, EVALUATION_EPOCH)
+        return play_episodes(
+            own.for_evaluation(), q_net, episodes, noise, EVALUATION_EPOCH, num_copies=copies
+        )
 
 
 @torch.no_grad()
@@ -104,17 +115,23 @@ def play_episodes(
     epoch: int = 0,
     gamma: float | NDArray[np.float64] = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
+    num_copies: int | None = None,
 ) -> Evaluation:
     """Play `num_episodes` greedy episodes of every member.
+
+    The episodes do not depend on `num_copies`, if a seed determines an episode: not with a
+    VectorEnv that takes one seed for all copies, or where an episode depends on the one before.
+    The process's own random numbers follow `noise.seed` and `epoch`, and are as before afterwards.
 
     Args:
         env: environment.
         q_net: Q-values of M members.
-        num_episodes: episodes of each member, >= 1, played in parallel.
+        num_episodes: episodes of each member, >= 1.
         noise: of the same M members.
         epoch: number of this evaluation; each number gives different episodes.
         gamma: discount of `discounted_return`, a number or one per member, [M].
         should_stop: asked every few steps.
+        num_copies: env copies of each member, >= 1; None: one for each episode.
 
     Returns:
         Results on the network's device.
@@ -122,13 +139,39 @@ def play_episodes(
     Raises:
         StopRequested: `should_stop` returned true.
     """
-    copies = (q_net.num_members, num_episodes)
+    copies = num_copies or num_episodes
+    with env.evaluating(), global_numbers(noise.seed, 1, epoch):
+        rounds = [
+            _play_round(env, q_net, first, copies, num_episodes, noise, epoch, gamma, should_stop)
+            for first in range(0, num_episodes, copies)
+        ]
+    return Evaluation(
+        *(torch.cat(parts, 1)[:, :num_episodes] for parts in zip(*rounds, strict=True))
+    )
+
+
+def _play_round(
+    env: TensorEnv,
+    q_net: QFunction,
+    first: int,
+    num_copies: int,
+    num_episodes: int,
+    noise: Noise,
+    epoch: int,
+    gamma: float | NDArray[np.float64],
+    should_stop: Callable[[], bool],
+) -> Evaluation:
+    """Episodes first .. first + num_copies - 1 of every member; those from `num_episodes` on need
+    not end. Other arguments and results as `play_episodes`."""
+    copies = (q_net.num_members, num_copies)
+    needed = num_episodes - first
 
     def draw(stream: Stream, start: int, count: int, dim: int) -> Tensor:
-        return noise.uniform(stream, start, count, (num_episodes, dim), epoch).flatten(1, 2)
+        drawn = noise.uniform(stream, start, count, (num_copies, dim), epoch, skip=first * dim)
+        return drawn.flatten(1, 2)
 
     def q_values(obs: Tensor) -> Tensor:
-        return q_net(env.features(obs.view(*copies, *obs.shape[1:])))  # [M, episodes, A]
+        return q_net(env.features(obs.view(*copies, *obs.shape[1:])))  # [M, copies, A]
 
     vector = env.vector_reset(draw(Stream.EVALUATION_RESET, 0, 1, env.reset_noise_dim)[0])
     q = q_values(vector.obs)
@@ -150,12 +193,14 @@ def play_episodes(
             action = q.argmax(-1).flatten()
             vector, outcome = env.vector_step(vector, action, step_noise[k], reset_noise[k])
             running = episode_length == 0
-            first = outcome.done & running
-            episode_return = torch.where(first, outcome.episode_return, episode_return)
-            episode_length = torch.where(first, outcome.episode_length, episode_length)
+            ends = outcome.done & running
+            episode_return = torch.where(ends, outcome.episode_return, episode_return)
+            episode_length = torch.where(ends, outcome.episode_length, episode_length)
             discounted_return += discount[k] * outcome.reward * running
+            if env.on_host and bool((episode_length.view(copies)[:, :needed] > 0).all()):
+                break  # a further step may be dear
             q = q_values(vector.obs)
-        if bool((episode_length > 0).all()):
+        if bool((episode_length.view(copies)[:, :needed] > 0).all()):
             break
     return Evaluation(
         episode_return.view(copies),
@@ -179,7 +224,10 @@ class EvaluateArgs:
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Directory that a training run wrote."""
     episodes: Annotated[int, at_least(1)] = 100
-    """Episodes of each member, each on a fresh env copy."""
+    """Episodes of each member."""
+    num_envs: Annotated[int | None, at_least(1)] = None
+    """Copies of the environment that play them, for each member. None: one for each episode, but on
+    the host at most 16."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the episodes; they always differ from those of the training run."""
     agent: AgentFile = "best"
@@ -236,13 +284,33 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    try:
-        result = evaluate(agent, None, args.episodes, args.seed)
-    except (EnvError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, EnvError) else 2
-    finally:
-        agent.env.for_evaluation().close()
+    with contextlib.ExitStack() as stack:  # to close a copy may end the library that draws others
+        if draws:
+            stack.callback(draws.close)
+        stack.callback(agent.env.for_evaluation().close)
+        try:
+            result = evaluate(agent, None, args.episodes, args.seed, args.num_envs)
+        except (EnvError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1 if isinstance(error, EnvError) else 2
+        summary = print_result(args, agent, result)
+        if args.video and draws:
+            sizes = args.video_episodes, args.seed, args.video_steps
+            try:
+                count = record(agent, draws, args.video, *sizes)
+            except Exception as error:
+                reason = getattr(error, "strerror", None)
+                if reason is None:
+                    reason = error if isinstance(error, ValueError) else describe_error(error)
+                print(f"error: --video {args.video}: {reason}", file=sys.stderr)
+                return 2
+            print(f"film of member {agent.member}: {args.video} ({count} pictures)")
+    print(json.dumps(summary))
+    return 0
+
+
+def print_result(args: EvaluateArgs, agent: Agent, result: Evaluation) -> dict[str, Any]:
+    """Print one line per member; returns the JSON values."""
     rows = []
     for member in range(agent.q_net.num_members):
         returns, lengths = result.episode_return[member], result.episode_length[member]
@@ -263,25 +331,12 @@ def main() -> int:
             f"(min {row['return_min']:.5g}, max {row['return_max']:.5g}), "
             f"length {row['length_mean']:.4g} over {args.episodes} episodes"
         )
-    summary = {
+    return {
         "run_dir": str(args.run_dir),
         "agent": args.agent,
         "episodes": args.episodes,
         "members": rows,
     }
-    if args.video and draws:
-        try:
-            with contextlib.closing(draws):
-                count = record(
-                    agent, draws, args.video, args.video_episodes, args.seed, args.video_steps
-                )
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            print(f"error: --video {args.video}: {reason}", file=sys.stderr)
-            return 2
-        print(f"film of member {agent.member}: {args.video} ({count} pictures)")
-    print(json.dumps(summary))
-    return 0
 
 
 if __name__ == "__main__":

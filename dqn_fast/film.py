@@ -21,9 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dqn_fast.agent import Agent, load_agent
+from dqn_fast.agent import Agent, AgentFile, load_agent
 from dqn_fast.envs import TensorEnv
-from dqn_fast.envs.render import INSTALL, MissingLibraryError, Picture, Renderer
+from dqn_fast.envs.render import (
+    INSTALL,
+    MissingLibraryError,
+    Picture,
+    Renderer,
+    UndrawableError,
+)
 from dqn_fast.noise import Noise, Stream
 from dqn_fast.record.checkpoint import write_whole
 
@@ -149,12 +155,24 @@ def record(
 
 
 def film_run(run_dir: Path, env: TensorEnv, seed: int) -> None:
-    """Write RUN_FILM, a short film of the run's best agent; write nothing if that is impossible."""
+    """Write RUN_FILM, a short film of the run's best agent, or of its last one if there was no
+    evaluation; if that is impossible, write nothing.
+
+    Raises:
+        UndrawableError: an environment that declares render modes gives no pictures.
+    """
     path = run_dir / RUN_FILM
+    which: AgentFile = "best" if (run_dir / "best.pt").exists() else "last"
+    agent = load_agent(run_dir, which, env=env, device="cpu")
     try:
-        agent = load_agent(run_dir, "best", env=env, device="cpu")
         draws = ready(agent, path)
-    except ValueError:  # no evaluation, no library or nothing that draws
+    except MissingLibraryError:
+        return
+    except UndrawableError as error:
+        if getattr(env, "render_modes", ()):
+            raise UndrawableError(str(error).removeprefix(f"--video {path}: ")) from error
+        return
+    except ValueError:  # nothing draws it
         return
     with contextlib.closing(draws):
         record(agent, draws, path, 1, seed, RUN_STEPS, RUN_FRAMES, RUN_WIDTH)

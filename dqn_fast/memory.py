@@ -30,6 +30,12 @@ from dqn_fast.record.diagnostics import MOST_SNAPSHOTS, SAMPLE_SIZE
 from dqn_fast.record.metrics import Metrics
 from dqn_fast.settings import one_line
 
+EVAL_EPISODES = 100
+"""Episodes of an evaluation, unless they are set."""
+
+RESULT = 2 * 16
+"""Bytes of the results of an episode, and of a second copy while those of all rounds are joined."""
+
 PROGRAM = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Bytes of a run that are not tensors, by type of device. CPU: measured 28 MB, and 66 MB with the
 report. CUDA: an estimate for cuBLAS and for kernels, which are loaded at their first call."""
@@ -84,7 +90,8 @@ class Sizes:
     buffer_size: int
     batch_size: int
     hidden_sizes: tuple[int, ...]
-    eval_episodes: int
+    eval_episodes: int | None
+    eval_envs: int | None
     total_timesteps: int
     log_interval: int
     chunk_steps: int
@@ -353,16 +360,20 @@ class _Run:
 
     @property
     def evaluation(self) -> int:
-        """Bytes of an evaluation, which plays all episodes at once, and draws noise before it frees
-        the last."""
+        """Bytes of an evaluation, which draws noise before it frees the last."""
         layout, f = self.layout, self.layout.num_features
         check = min(STEPS_PER_CHECK, layout.max_steps)
         drawn = 4 * check * (layout.step_noise + layout.reset_noise)
         drawing = 2 * drawn + 20 * check * max(layout.step_noise, layout.reset_noise)
         playing = drawn + max(f + self.forward, self.dynamics)
         episode = 2 * layout.state_bytes + 4 * layout.num_actions + 16 + max(drawing, playing)
-        episodes = self.sizes.num_members * self.sizes.eval_episodes
-        return episodes * (episode + (HOST_COPY if layout.on_host else 0))
+        sizes = self.sizes
+        episodes = EVAL_EPISODES if sizes.eval_episodes is None else sizes.eval_episodes
+        if not episodes:
+            return 0
+        copies = copies_of(layout.on_host, episodes, sizes.num_envs, sizes.eval_envs)
+        each = episode + (HOST_COPY if layout.on_host else 0)
+        return sizes.num_members * (copies * each + RESULT * episodes)
 
     def _passing(self) -> dict[str, int]:
         sizes, layout = self.sizes, self.layout
@@ -567,6 +578,8 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
         return check_counts(sizes)
     place = _place(free, device, "run", asked.total)
     flags = list(dict.fromkeys(flag for part in asked.parts for flag in FLAGS[part]))
+    if sizes.eval_envs:
+        flags = ["eval_envs" if flag == "eval_episodes" else flag for flag in flags]
     for flag in flags:
         if (most := _largest(sizes, flag, fits)) is not None:
             each = " each" if flag == "hidden_sizes" else ""
@@ -585,6 +598,20 @@ def check_memory(args: object, env: TensorEnv, device: torch.device, state_copie
             f"--env-params {pairs}: must make a smaller environment to fit into {place}"
         )
     raise ValueError(f"--device {device}: must have more memory; no run fits into {place}")
+
+
+def copies_of(on_host: bool, num_episodes: int, num_envs: int, asked: int | None) -> int:
+    """Env copies of each member that play an evaluation.
+
+    Args:
+        on_host: whether the environment is on the host, where a copy may hold much memory, a
+            process or a licence.
+        num_episodes: of the evaluation, >= 1.
+        num_envs: most copies on the host, unless they are asked for.
+        asked: value of --eval-envs.
+    """
+    usual = num_envs if on_host else num_episodes
+    return min(asked or usual, num_episodes)
 
 
 def check_time_limit(env: TensorEnv, params: Mapping[str, Any]) -> None:
@@ -671,7 +698,9 @@ def check_evaluation(
         sizes = Sizes(
             **(counts | {"num_seeds": num_members, "eval_episodes": episodes}),  # type: ignore[arg-type]
         )
-        sizes = dataclasses.replace(sizes, hidden_sizes=hidden_sizes, holds_actions=False)
+        sizes = dataclasses.replace(
+            sizes, hidden_sizes=hidden_sizes, holds_actions=False, eval_envs=episodes
+        )
         return _Run(sizes, layout, device.type == "cuda").evaluation
 
     if (asked := needs(episodes)) > free:

@@ -137,7 +137,13 @@ class Noise:
         return self.counters[:count]
 
     def uniform(
-        self, stream: Stream, start: int | Tensor, count: int, shape: Sequence[int], epoch: int = 0
+        self,
+        stream: Stream,
+        start: int | Tensor,
+        count: int,
+        shape: Sequence[int],
+        epoch: int = 0,
+        skip: int = 0,
     ) -> Tensor:
         """Uniform numbers in [0, 1), multiples of 2**-24, float32 [count, M, *shape].
 
@@ -147,12 +153,15 @@ class Noise:
             count: number of rows.
             shape: shape of one member's draw; may contain zeros.
             epoch: a second index in [0, 2**32), for draws that start again at 0.
+            skip: numbers at the beginning of each draw that are left out, >= 0.
         """
         size = math.prod(shape)
         if size == 0:
             return torch.empty((count, self.num_members, *shape), device=self.device)
-        words = self._words(stream, start, count, -(-size // 4), epoch)
-        return uniform_of(words, size).reshape(count, self.num_members, *shape).contiguous()
+        block, skip = divmod(skip, 4)
+        words = self._words(stream, start, count, -(-(skip + size) // 4), epoch, block)
+        drawn = uniform_of(words, skip + size)[..., skip:]
+        return drawn.reshape(count, self.num_members, *shape).contiguous()
 
     def integers(
         self, stream: Stream, start: int | Tensor, count: int, shape: Sequence[int]
@@ -169,8 +178,16 @@ class Noise:
         return rows.contiguous()
 
     def _words(
-        self, stream: Stream, start: int | Tensor, count: int, blocks: int, epoch: int
+        self,
+        stream: Stream,
+        start: int | Tensor,
+        count: int,
+        blocks: int,
+        epoch: int,
+        first_block: int = 0,
     ) -> list[Tensor]:
         """Four int64 tensors [count, M, blocks] of 32-bit words."""
         index = (start + self._up_to(count))[:, None].expand(count, self.num_members)
-        return words_at(self.keys[:, stream], index, self._up_to(blocks), epoch)
+        block = self._up_to(blocks)
+        block = block + first_block if first_block else block
+        return words_at(self.keys[:, stream], index, block, epoch)

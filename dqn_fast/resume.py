@@ -22,7 +22,7 @@ import torch
 from dqn_fast import tree
 from dqn_fast.dqn import DQN, State
 from dqn_fast.envs import NotNamedError, OwnedError, Recipe, TensorEnv
-from dqn_fast.noise import Noise, Stream
+from dqn_fast.noise import Noise
 from dqn_fast.record.checkpoint import (
     kept_paths,
     load_newest,
@@ -45,6 +45,7 @@ MAY_CHANGE: dict[str, str] = {
     "log_interval": "log points lie at other steps",
     "eval_interval": "evaluations lie at other steps, and play other episodes",
     "eval_episodes": "evaluations play other episodes",
+    "eval_envs": "",
     "checkpoint_interval": "",
     "checkpoint_replay": "",
     "keep_checkpoints": "",
@@ -259,16 +260,7 @@ class Resumption:
             dqn.env.load_host_state_(self.saved["host"])
         except ValueError as error:
             self.notes.append(f"all copies begin new episodes: {error}")
-            elapsed, returns = state.env.elapsed.tolist(), state.env.episode_return.tolist()
-            draws = noise.uniform(
-                Stream.ENV_RESET, step, 1, (dqn.num_envs, dqn.env.reset_noise_dim)
-            )[0]
-            state.env.copy_(dqn.env.vector_reset(draws.flatten(0, 1)))
-            return [
-                {"copy": i, "episode_length": elapsed[i], "episode_return": returns[i]}
-                for i in range(len(elapsed))
-                if elapsed[i] > 0
-            ]
+            return dqn.begin_episodes_(state, noise, step)
         return []
 
 

@@ -44,9 +44,10 @@ from dqn_fast.envs import (
     differences,
     need_tensor_env,
 )
+from dqn_fast.envs.from_gymnasium import ENDLESS
 from dqn_fast.exact import ExactValues, solve
 from dqn_fast.heads import ScalarHead
-from dqn_fast.memory import check_memory, fits
+from dqn_fast.memory import EVAL_EPISODES, check_memory, fits
 from dqn_fast.networks import QNetwork
 from dqn_fast.noise import Noise
 from dqn_fast.plan import Chunk, Plan, Schedules
@@ -167,7 +168,7 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
     Raises:
         UsageError: a setting is not allowed, or the run does not fit into memory.
     """
-    args = settle(args)
+    asked, args = check(args), settle(args)
     device = device_of(args)
     if args.keep_generated is not None:
         make_folder("keep_generated", args.keep_generated)
@@ -192,6 +193,8 @@ def setup(args: Args, env: TensorEnv | None = None, resumed: Resumption | None =
                 resumed.notes += differences(resumed.config.get("environment") or {}, env)
             if not env.on_host and (recipe.is_owned or recipe.env is not None):
                 check_env(env, num_envs=2, num_steps=2)
+            chosen: dict[str, Any] = {**evaluations_on(env, asked)}
+            args = dataclasses.replace(args, **chosen)
             check_memory(args, env, device)
             gammas = member_values(args, "gamma")
             exact = solve(env, gammas.tolist(), device)
@@ -393,6 +396,36 @@ def intervals(args: Args) -> dict[str, int]:
     return chosen
 
 
+LEAST_EPISODES, UNKNOWN_LENGTH = 10, 100
+"""Episodes of an evaluation on the host at least, unless they are set; steps that an episode is
+assumed to take if it has no time limit."""
+
+
+def episodes_on(env: TensorEnv, args: Args) -> int:
+    """Episodes of an evaluation: as set, or as many as an environment on the host plays, at its
+    time limit, in a 16th of the training."""
+    if args.eval_episodes is not None:
+        return args.eval_episodes
+    if not env.on_host:
+        return EVAL_EPISODES
+    most = args.total_timesteps // (INTERVALS["eval_interval"][0] * _length(env))
+    return min(max(most, LEAST_EPISODES), EVAL_EPISODES)
+
+
+def evaluations_on(env: TensorEnv, args: Args) -> dict[str, int]:
+    """Episodes of an evaluation, and transitions between two: as set; else on the host at least as
+    many as an evaluation may take, for it costs as much per step as training."""
+    episodes, interval = episodes_on(env, args), intervals(args)["eval_interval"]
+    if args.eval_interval is None and env.on_host:
+        least = min(episodes * _length(env), args.total_timesteps)
+        interval = max(interval, -(-least // args.num_envs) * args.num_envs)
+    return {"eval_episodes": episodes, "eval_interval": interval}
+
+
+def _length(env: TensorEnv) -> int:
+    return env.max_steps if env.max_steps < ENDLESS else UNKNOWN_LENGTH
+
+
 def check(args: Args) -> Args:
     """The settings, each in its field's own type.
 
@@ -416,6 +449,11 @@ def check(args: Args) -> Args:
     need(
         args.eval_interval != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
         "eval_interval",
+        "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
+    )
+    need(
+        args.eval_episodes != 0 or (args.stop_at_return is None and not args.stop_when_optimal),
+        "eval_episodes",
         "above 0 with --stop-at-return or --stop-when-optimal, which act at evaluations",
     )
     if wrong := form_error(args.sweep):

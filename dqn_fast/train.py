@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,10 +28,11 @@ from dqn_fast.ambient import global_numbers, standard_state
 from dqn_fast.device import MatmulPrecision, run_conditions
 from dqn_fast.dqn import QFunction
 from dqn_fast.engines import EngineName, StopRequested
-from dqn_fast.envs import EnvError, TensorEnv, VectorizationMode, need_tensor_env
-from dqn_fast.evaluate import play_episodes, q_probe
+from dqn_fast.envs import CopiesError, EnvError, TensorEnv, VectorizationMode, need_tensor_env
+from dqn_fast.evaluate import Evaluation, play_episodes, q_probe
 from dqn_fast.experiments import experiment
 from dqn_fast.heads import LossName
+from dqn_fast.memory import copies_of
 from dqn_fast.process import command, require, stop_requests
 from dqn_fast.record.describe import describe
 from dqn_fast.record.metrics import Metrics
@@ -40,6 +42,7 @@ from dqn_fast.record.run import (
     create_run_dir,
     refuse_used_dir,
 )
+from dqn_fast.record.tracker import warn
 from dqn_fast.resume import Resumption, open_run
 from dqn_fast.settings import (
     UsageError,
@@ -52,7 +55,15 @@ from dqn_fast.settings import (
     finite,
     parse,
 )
-from dqn_fast.setup import Training, device_of, intervals, member_values, settle, setup
+from dqn_fast.setup import (
+    Training,
+    check,
+    device_of,
+    evaluations_on,
+    intervals,
+    member_values,
+    setup,
+)
 from dqn_fast.sweep import members_of, num_points, read_sweep
 
 # ------------------------------------------------------------------------------------ settings
@@ -194,9 +205,17 @@ class Args:
     """Transitions between log points. None: a 50th of the run, at most 2,048 vector steps."""
     eval_interval: IntervalOrNone = None
     """Transitions between greedy evaluations. None: a 16th of the run, at most 8,192 vector
-    steps. The end of the run is always evaluated."""
-    eval_episodes: Count = 100
-    """Episodes of each member per evaluation."""
+    steps; on the host at least the steps that an evaluation may take. The end of the run is always
+    evaluated."""
+    eval_episodes: Annotated[int | None, at_least(0, note="0: no evaluation")] = None
+    """Episodes of each member per evaluation. None: 100; on the host, where an episode may take as
+    long as a part of the training, total_timesteps / 16 divided by the time limit, in 10 .. 100.
+    Without an evaluation there is no best agent."""
+    eval_envs: Annotated[int | None, at_least(0, note="0: those of training")] = None
+    """Copies of the environment that play an evaluation, for each member; they are used again until
+    all episodes are over. None: one for each episode, but on the host at most num_envs. With 0, or
+    if no further copy can be made, an environment on the host plays on the copies of training,
+    which begin new episodes afterwards."""
     stop_at_return: Annotated[float | None, finite()] = None
     """End the run at the first evaluation in which every member's mean return is at least this."""
     stop_when_optimal: bool = False
@@ -337,7 +356,7 @@ def train_or_resume(
 ) -> Result:
     """`train` with complete settings; `resumed` is the run that goes on, or None."""
     began = time.perf_counter()
-    args, runs = settle(args), absolute(Path("runs"))
+    args, runs = check(args), absolute(Path("runs"))
     if resumed is None:
         refuse_used_dir(args.run_dir)
     with stop_requests() as stop, ExitStack() as stack:
@@ -348,7 +367,9 @@ def train_or_resume(
         first_step = 0 if resumed is None else resumed.global_step
         stack.enter_context(global_numbers(args.seed, 0, first_step))
         training = stack.enter_context(closing(setup(args, env, resumed)))
-        env = training.env
+        env, args = training.env, training.args
+        eval_episodes = args.eval_episodes or 0
+        on_training_copies = env.on_host and args.eval_envs == 0
         q_net, noise, exact, plan = training.q_net, training.noise, training.exact, training.plan
         gammas = member_values(args, "gamma")
         differs = bool(args.sweep.keys() & {"eps_start", "eps_end", "eps_fraction"})
@@ -371,6 +392,32 @@ def train_or_resume(
         with RunRecord(run_dir, config, training, metrics, began, resumed) as run:
             training.runner.on_change = run.changed_engine
 
+            def played() -> Evaluation:
+                """Play an evaluation; on the training copies where there are no others."""
+                nonlocal on_training_copies
+                play = partial(play_episodes, q_net=q_net, num_episodes=eval_episodes, noise=noise)
+                play = partial(play, epoch=run.num_evaluations, gamma=gammas, should_stop=stops)
+                if not on_training_copies:
+                    copies = copies_of(env.on_host, eval_episodes, args.num_envs, args.eval_envs)
+                    try:
+                        return play(env.for_evaluation(), num_copies=copies)
+                    except CopiesError as error:
+                        on_training_copies = True
+                        warn(f"evaluations interrupt the episodes of training: {error}")
+                try:
+                    result = play(env, num_copies=args.num_envs)
+                except StopRequested:
+                    begin_episodes()
+                    raise
+                begin_episodes()
+                return result
+
+            def begin_episodes() -> None:
+                step = run.global_step
+                cut = training.dqn.begin_episodes_(training.state, noise, step // args.num_envs)
+                if cut:
+                    metrics.cut_(step, args.num_envs, cut)
+
             def side_jobs() -> bool:
                 """Evaluate, log and save where it is due, always in this order; returns whether the
                 run goes on. Only an evaluation waits for the device."""
@@ -382,17 +429,9 @@ def train_or_resume(
                 row: dict[str, Any] = {}
                 if evaluation or done:
                     run.check_finite()
+                if eval_episodes and (evaluation or done):
                     eval_began, run.owes_side_jobs = time.perf_counter(), True
-                    with global_numbers(args.seed, 1, run.num_evaluations):
-                        result = play_episodes(
-                            env.for_evaluation(),
-                            q_net,
-                            args.eval_episodes,
-                            noise,
-                            epoch=run.num_evaluations,
-                            gamma=gammas,
-                            should_stop=stops,
-                        )
+                    result = played()
                     known = exact.compare(q_net) if exact else {}
                     row = run.evaluated(result, known)
                     run.eval_s += time.perf_counter() - eval_began
@@ -447,7 +486,9 @@ def describe_training(training: Training) -> dict[str, Any]:
     )
     return describe(
         vars(args),
-        vars(Args.for_env(training.env_id)) | intervals(usual),
+        vars(Args.for_env(training.env_id))
+        | intervals(usual)
+        | evaluations_on(training.env, usual),
         training.env_id,
         training.env,
         training.recipe,

@@ -178,11 +178,11 @@ def test_what_is_stored_is_no_feature_though_it_looks_like_one(tmp_path):
 
 
 class Mixed(gymnasium.Env[Any, Any]):
-    """Bytes, which are stored as floats beside the others and read divided by 255."""
+    """A byte, which is stored as a float beside the others and read divided by 255."""
 
     action_space = spaces.Discrete(2)
     observation_space = spaces.Dict(
-        {"bytes": spaces.Box(0, 255, (2,), np.uint8), "floats": spaces.Box(-1, 1, (1,), np.float32)}
+        {"byte": spaces.Box(0, 255, (1,), np.uint8), "floats": spaces.Box(-1, 1, (2,), np.float32)}
     )
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:

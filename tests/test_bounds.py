@@ -36,7 +36,8 @@ LARGE = {
     "--env-id FrozenLake-v1 --env-params max_steps 9e18": "--env-params max_steps 9000000000",
     "--env-id gym:CartPole-v1 --env-params max_episode_steps 9223372036854775808":
         "--env-params max_episode_steps 9223372036854775808: must be at most",
-    "--env-id gym:CartPole-v1 --eval-episodes 10000000": "--eval-episodes 10000000: must be",
+    "--env-id gym:CartPole-v1 --eval-episodes 10000000 --eval-envs 9000000":
+        "--eval-envs 9000000: must be at most",
     "--env-id gym:CartPole-v1 --vectorization-mode async --num-envs 10000": "--num-envs 10000: m",
     "--name {long}": "...: must be at most 255 characters, all printable",
     "--wandb-project {long}": "--wandb-project aaaa",

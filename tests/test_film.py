@@ -7,9 +7,11 @@ import html
 import io
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,9 @@ from dqn_fast import film
 from dqn_fast.agent import Agent
 from dqn_fast.dqn import QFunction
 from dqn_fast.envs import LineWorld, TensorEnv, make_env
+from dqn_fast.envs.from_gymnasium import from_gymnasium
 from dqn_fast.envs.render import headless
-from dqn_fast.evaluate import play_episodes
+from dqn_fast.evaluate import main, play_episodes
 from dqn_fast.film import (
     EVALUATION_EPOCH,
     Moment,
@@ -108,7 +111,6 @@ def test_the_film_shows_the_evaluation(env):
 def test_an_environment_on_the_host_is_filmed_to_its_end():
     """One picture for each state, the last one too, although a reset follows at once; the same
     episodes as in an evaluation."""
-    gymnasium = pytest.importorskip("gymnasium")
 
     class Counter(gymnasium.Env):
         """Ends after as many steps as its seed says; its picture is the number of steps."""
@@ -213,6 +215,133 @@ def test_mp4(tmp_path):
     frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(path))
     assert frames == 14 + 10
     assert seconds == pytest.approx(2.4, abs=0.11)
+
+
+class Window(gymnasium.Env):
+    """Its pictures come from a library that ends when any copy that has drawn is closed, as that of
+    Blackjack; what `render` gives and which modes it has is set by the test."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array"]}
+    observation_space = gymnasium.spaces.Box(0, 100, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+    is_open = False
+    picture: ClassVar[Any] = None
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise AssertionError
+        self.render_mode, self.has_drawn = render_mode, False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.count = 0
+        return np.array([0.0], np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.count += 1
+        return np.array([self.count], np.float32), 1.0, self.count == 3, False, {}
+
+    def render(self) -> Any:
+        if not self.has_drawn:
+            Window.is_open = self.has_drawn = True
+        if not Window.is_open:
+            raise RuntimeError("font not initialized")
+        return self.picture
+
+    def close(self) -> None:
+        if self.has_drawn:
+            Window.is_open = False
+
+
+@pytest.fixture
+def window(monkeypatch):
+    monkeypatch.setattr(Window, "picture", np.zeros((5, 7, 3), np.uint8))
+    gymnasium.register("Window-v0", Window)
+    yield
+    del gymnasium.registry["Window-v0"]
+
+
+def run_of(env_id: str, folder: Path, **settings: Any) -> Any:
+    few = {"num_envs": 2, "batch_size": 16, "learning_starts": 16, "total_timesteps": 64}
+    args = Args(env_id=env_id, run_dir=folder, eval_episodes=3, quiet=True, **few, **settings)
+    return train(args)
+
+
+def evaluated(monkeypatch, *argv: Any) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, argv)])
+    return main()
+
+
+def test_closing_one_copy_breaks_no_film(window, tmp_path, monkeypatch, capsys):
+    """The film's copy stays open until the film is made, and is closed then."""
+    run_of("Window-v0", tmp_path / "run", report=False)
+    film_path = tmp_path / "x.gif"
+    assert evaluated(monkeypatch, tmp_path / "run", "--episodes", 5, "--video", film_path) == 0
+    assert len(decoded(film_path)) == 4
+    assert not Window.is_open
+    env = from_gymnasium(partial(Window, "rgb_array"))  # evaluation's copies can draw, too
+    draws = ready(agent(env, 0.0, 1.0), film_path)
+    play_episodes(env.for_evaluation(), agent(env, 0.0, 1.0).q_net, 2, Noise(0, 1))
+    assert record(agent(env, 0.0, 1.0), draws, film_path) == 4
+    draws.close()
+    env.close()
+
+
+def test_what_refuses_to_be_drawn_is_one_line(window, tmp_path, monkeypatch, capsys):
+    """A bare assert against rgb_array: training warns, and --video is exit status 2 with the id and
+    the modes that there are."""
+    monkeypatch.setattr(Window, "metadata", {"render_modes": ["human"]})
+    run_of("Window-v0", tmp_path / "run", report=True)
+    text = "Window-v0 cannot be drawn; it needs the render mode rgb_array and has human "
+    text += "(rgb_array: AssertionError)"
+    assert capsys.readouterr().err == f"warning: no agent.gif: {text}\n"
+    flags = ["--episodes", 1, "--video", tmp_path / "x.gif"]
+    assert evaluated(monkeypatch, tmp_path / "run", *flags) == 2
+    assert capsys.readouterr().err == f"error: --video {tmp_path / 'x.gif'}: {text}\n"
+
+
+def test_a_film_that_breaks_off_is_one_line(window, tmp_path, monkeypatch, capsys):
+    """After the figures; nothing is written."""
+    run_of("Window-v0", tmp_path / "run", report=False)
+    step = Window.step
+
+    def lose_the_library(env: Any, action: Any) -> Any:
+        Window.is_open = False
+        return step(env, action)
+
+    monkeypatch.setattr(Window, "step", lose_the_library)
+    flags = ["--episodes", 1, "--video", tmp_path / "x.gif"]
+    assert evaluated(monkeypatch, tmp_path / "run", *flags) == 2
+    message = "render raised RuntimeError: font not initialized"
+    assert capsys.readouterr().err == f"error: --video {tmp_path / 'x.gif'}: {message}\n"
+    assert not (tmp_path / "x.gif").exists()
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float", "gray", "list", "channels first", "alpha"])
+def test_odd_pictures_are_filmed(window, tmp_path, monkeypatch, kind):
+    """Floats, one channel, a list of pictures, channels first, four channels; odd sides."""
+    grey = np.full((5, 7, 3), 51, np.uint8)
+    given = {
+        "uint8": grey, "float": grey / 255.0, "gray": grey[..., 0], "list": [grey * 0, grey],
+        "channels first": grey.transpose(2, 0, 1), "alpha": np.dstack([grey, grey[..., :1]]),
+    }[kind]  # fmt: skip
+    monkeypatch.setattr(Window, "picture", given)
+    env = make_env("Window-v0")
+    player = agent(env, 0.0, 1.0)
+    draws = ready(player, tmp_path / "x.gif")
+    assert record(player, draws, tmp_path / "x.gif") == 4
+    np.testing.assert_array_equal(draws.frame(), grey)
+    draws.close()
+    env.close()
+
+
+def test_without_an_evaluation_the_last_agent_is_filmed(tmp_path):
+    """--eval-episodes 0 leaves no best agent."""
+    args = Args(run_dir=tmp_path / "run", **(SMALL | {"eval_episodes": 0}))
+    result = train(args)
+    assert result.summary["eval_return_mean"] is None
+    assert not (tmp_path / "run" / "best.pt").exists()
+    assert len(decoded(tmp_path / "run" / "agent.gif")) >= 2
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 # ------------------------------------------------------------------------------- single pictures
@@ -320,11 +449,9 @@ def test_an_environment_that_cannot_be_drawn_names_the_method():
     """The message has the method's name, argument and result, or Gymnasium's requirement."""
     with pytest.raises(ValueError, match=r"Undrawn .*render\(self, state\).*uint8 \[H, W, 3\]"):
         ready(agent(Undrawn(), 0.0, 1.0), Path("film.gif"))
-    from dqn_fast.envs.from_gymnasium import from_gymnasium
-
-    gymnasium = pytest.importorskip("gymnasium")
     env = from_gymnasium(lambda: gymnasium.make("CartPole-v1"))
-    with pytest.raises(ValueError, match="its copies must have the render mode rgb_array"):
+    message = "CartPole-v1 cannot be drawn; it needs .* rgb_array and has human, rgb_array "
+    with pytest.raises(ValueError, match=message + ".made with render_mode None: render gave None"):
         ready(agent(env, 0.0, 1.0), Path("film.gif"))
     env.close()
 

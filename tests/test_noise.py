@@ -114,3 +114,12 @@ def test_the_gpu_draws_the_same_numbers():
             Noise(0, 3, "cuda").uniform(stream, 7, 5, (9,)),
         )
         assert torch.equal(cpu, gpu.cpu())
+
+
+@pytest.mark.parametrize("skip", [1, 2, 4, 7, 1_001])
+def test_skipped_numbers_are_those_of_the_whole_draw(skip):
+    """Leaving out the beginning of each draw changes no other number."""
+    noise = Noise(3, 2)
+    whole = noise.uniform(Stream.EVALUATION_RESET, 5, 3, (skip + 9,), epoch=7)
+    part = noise.uniform(Stream.EVALUATION_RESET, 5, 3, (9,), epoch=7, skip=skip)
+    assert torch.equal(part, whole[..., skip:])

@@ -201,7 +201,7 @@ def test_an_evaluation_that_is_interrupted_is_made_again(tmp_path):
     def should_stop() -> bool:
         frame = sys._getframe(2)
         asked_in.append(frame.f_code.co_name)
-        return asked_in.count("play_episodes") == 2
+        return asked_in.count("_play_round") == 2
 
     run_dir = tmp_path / "parts"
     result = train(settings(run_dir), should_stop=should_stop)

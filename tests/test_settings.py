@@ -40,12 +40,14 @@ from dqn_fast.train import Args, train
 INTS = {
     **dict.fromkeys(
         ("num_envs", "num_seeds", "total_timesteps", "buffer_size", "batch_size", "train_freq",
-         "chunk_steps", "eval_episodes", "keep_checkpoints"),
+         "chunk_steps", "keep_checkpoints"),
         ([1], [0, -1], "at least 1"),
     ),
     **dict.fromkeys(
         ("seed", "learning_starts", "gradient_steps", "sweep_random"), ([0], [-1], "at least 0")
     ),
+    "eval_episodes": ([0], [-1], "at least 0 (0: no evaluation)"),
+    "eval_envs": ([0], [-1], "at least 0 (0: those of training)"),
     "num_threads": ([0, 1_024], [-1, 1_025], "in [0, 1024] (0: torch's own choice)"),
     **dict.fromkeys(
         ("target_update_interval", "log_interval", "eval_interval", "checkpoint_interval"),
@@ -84,6 +86,7 @@ OTHERS = (
 )  # fmt: skip
 OPTIONAL = {
     "learning_rate_end", "resume", "run_dir", "log_interval", "eval_interval", "stop_at_return",
+    "eval_episodes", "eval_envs",
     "checkpoint_interval", "wandb_entity", "wandb_group", "wandb_mode", "keep_generated", "env",
 }  # fmt: skip
 RANGES = {**INTS, **FLOATS, "hidden_sizes": ([(1,), ()], [(64, 0), (-1,)], "at least 1 each")}

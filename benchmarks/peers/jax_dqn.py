@@ -49,6 +49,7 @@ from dqn_fast.dqn import QFunction
 from dqn_fast.envs import make_env
 from dqn_fast.exact import solve
 from dqn_fast.heads import ScalarHead
+from dqn_fast.memory import EVAL_EPISODES
 from dqn_fast.networks import QNetwork
 from dqn_fast.settings import UsageError
 from dqn_fast.setup import check
@@ -611,7 +612,7 @@ class Algorithm:
 
     def evaluate(self, params: Params, key: Array) -> Array:
         """Returns of `eval_episodes` greedy episodes, the first of each copy; float32 [E]."""
-        env, count = self.env, self.args.eval_episodes
+        env, count = self.env, self.args.eval_episodes or EVAL_EPISODES
 
         def noise(k: Array, dim: int) -> Array:
             return uniform(jax.random.bits(jax.random.fold_in(key, k), (count, dim)))

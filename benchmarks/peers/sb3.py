@@ -34,7 +34,7 @@ from dqn_fast.record.checkpoint import write_json
 from dqn_fast.record.describe import software
 from dqn_fast.record.tracker import JsonlTracker
 from dqn_fast.settings import UsageError
-from dqn_fast.setup import intervals, make_plan
+from dqn_fast.setup import episodes_on, intervals, make_plan
 from dqn_fast.train import Args
 
 
@@ -181,7 +181,7 @@ class Recorder(BaseCallback):
         copy_policy_(self._q_net, self.model)
         epoch, self._num_evaluations = self._num_evaluations, self._num_evaluations + 1
         played = play_episodes(
-            self._env, self._q_net, self._args.eval_episodes, self._noise, epoch
+            self._env, self._q_net, episodes_on(self._env, self._args), self._noise, epoch
         ).episode_return
         mean, std = played.mean().item(), played.std(correction=0).item()
         self.summary = {"eval_return_mean": mean, "eval_return_std": std}
@@ -241,7 +241,7 @@ def train_sb3(args: Args) -> DQN:
         "env_steps_per_s": model.num_timesteps / (now - loop_began),
         "updates_per_s": model._n_updates / (now - loop_began),
         "num_episodes": len(step),
-        "eval_episodes": args.eval_episodes,
+        "eval_episodes": episodes_on(recorder._env, args),
         "device": "cpu",
     }
     write_json(args.run_dir / "summary.json", summary | recorder.summary)

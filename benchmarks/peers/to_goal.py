@@ -126,13 +126,15 @@ def return_judge(args: Args, sizes: tuple[int, ...]) -> Judge:
     from dqn_fast.envs import make_env
     from dqn_fast.evaluate import play_episodes
     from dqn_fast.noise import Noise
+    from dqn_fast.setup import episodes_on
 
     env, q_net, least = make_env(args.env_id), fresh(sizes), args.stop_at_return
     assert least is not None
     noise, epoch = Noise(args.seed, 1, torch.device("cpu")), itertools.count()
 
     def judge(network: nn.Module) -> tuple[bool, float]:
-        played = play_episodes(env, copied(q_net, network), args.eval_episodes, noise, next(epoch))
+        episodes = episodes_on(env, args)
+        played = play_episodes(env, copied(q_net, network), episodes, noise, next(epoch))
         mean = played.episode_return.mean().item()
         return mean >= least, mean
 

@@ -3,6 +3,7 @@
 from dqn_fast.envs.acrobot import Acrobot
 from dqn_fast.envs.cartpole import CartPole
 from dqn_fast.envs.core import (
+    CopiesError,
     EnvCheckError,
     EnvError,
     Outcome,
@@ -32,6 +33,7 @@ __all__ = [
     "TENSOR_ENVS",
     "Acrobot",
     "CartPole",
+    "CopiesError",
     "EnvCheckError",
     "EnvError",
     "GymTable",

@@ -10,10 +10,11 @@ The leading axis E counts env copies: M members times N copies each.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
@@ -211,6 +212,8 @@ class TensorEnv(ABC):
 
     on_host: ClassVar[bool] = False
     """Whether the copies are outside torch."""
+    image_shapes: Sequence[tuple[int, ...]] = ()
+    """Shapes of the images in an observation, if the environment knows of them."""
     background: bool = False
     """Whether a step runs while the learner learns, between `send` and `vector_step`."""
 
@@ -221,6 +224,10 @@ class TensorEnv(ABC):
     def for_evaluation(self) -> TensorEnv:
         """An environment of the same kind that shares no episode with this one."""
         return self
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Context of an evaluation, in which only the first episode of each copy matters."""
+        return contextlib.nullcontext()
 
     def host_state(self) -> Any | None:
         """State of all copies outside torch, for a checkpoint: plain values and tensors.
@@ -320,6 +327,10 @@ def _select(mask: Tensor, if_true: Tensor, if_false: Tensor) -> Tensor:
 
 class EnvError(RuntimeError):
     """An environment broke its contract in a run; the message names it, the copy and the step."""
+
+
+class CopiesError(EnvError):
+    """Copies of an environment cannot be made."""
 
 
 class EnvCheckError(AssertionError):

@@ -56,7 +56,7 @@ from torch import Tensor
 
 from dqn_fast.ambient import derived_seed, seed_global_numbers
 from dqn_fast.device import upload
-from dqn_fast.envs.core import EnvError, Outcome, TensorEnv, VectorState
+from dqn_fast.envs.core import CopiesError, EnvError, Outcome, TensorEnv, VectorState
 from dqn_fast.envs.foreign_vectors import ForeignVectorEnv, as_vector_env
 from dqn_fast.envs.host_state import (
     StateKeeper,
@@ -227,7 +227,9 @@ class GymnasiumEnv(TensorEnv):
         self.background = factory.background
         self._factory, self._evaluation = factory, evaluation
         self._encoder = ObservationEncoder(factory.observation_space)
+        self.image_shapes = self._encoder.image_shapes
         self._sibling: GymnasiumEnv | None = None
+        self._evaluates = self._saved = False
         self._envs: CheckedVectorEnv | None = None
         self.host_state_refusal = ""
         # The finalizer must not refer to this object, so it gets the list.
@@ -282,19 +284,32 @@ class GymnasiumEnv(TensorEnv):
         return self.reset(state)
 
     def for_evaluation(self) -> GymnasiumEnv:
-        """Copies for evaluation, in this process; always the same object.
-
-        They raise EnvError when a copy's first episode is longer than `max_steps`.
-        """
+        """Copies for evaluation, in this process; always the same object."""
         if self._evaluation is None:
             return self
         if self._sibling is None:
             self._sibling = GymnasiumEnv(self._evaluation, None)
         return self._sibling
 
-    def make_single(self, render_mode: str) -> gymnasium.Env[Any, Any]:
-        """One more copy for evaluation by itself; see `EnvFactory.make_single`."""
-        return (self._evaluation or self._factory).make_single(render_mode)
+    @property
+    def render_modes(self) -> list[str]:
+        """Render modes that the environment declares."""
+        return (self._evaluation or self._factory).render_modes
+
+    def cameras(self) -> Iterator[tuple[str, Callable[[], gymnasium.Env[Any, Any]]]]:
+        """Ways to make one more copy, for pictures, each with its render mode, the best first."""
+        return (self._evaluation or self._factory).cameras()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """From the next `vector_reset` on, only the first episode of each copy matters: a copy of
+        this process then waits for the others, and an episode of more than `max_steps` steps is an
+        EnvError. At the end the copies have to be reset."""
+        self._evaluates = True
+        try:
+            yield
+        finally:
+            self._evaluates = False
 
     def close(self) -> None:
         """Close all copies, those for evaluation too, and end their processes.
@@ -316,6 +331,8 @@ class GymnasiumEnv(TensorEnv):
         num_envs, self._step = len(noise), 0
         try:
             self._envs = envs = self._open_envs(num_envs)
+            if isinstance(envs.env, SameStepVectorEnv):
+                envs.env.holds = self._evaluates
             obs = envs.reset(seed=episode_seeds(noise))
             stored = self._encoder.encode(self._encoder.parts(obs), num_envs)
         except Violation as violation:
@@ -332,6 +349,9 @@ class GymnasiumEnv(TensorEnv):
         `send` and `vector_step`.
         """
         self.host_state_refusal = ""
+        if self._sibling is not None and not self._saved:
+            self._sibling.close()  # not more copies at a time than an evaluation needs
+        self._saved = True
         try:
             copies, autoreset = self._started().save()
         except UnsavableError as error:
@@ -437,8 +457,8 @@ class GymnasiumEnv(TensorEnv):
                 stored[done] = encoder.encode(fresh, len(done))[done]
         if next_step:
             self._ended = done
-        if self._evaluation is None:
-            self._first &= ~done
+        self._first &= ~done
+        if self._evaluates:
             self._check_endless()
 
         floats = np.empty((3, len(done)), np.float32)
@@ -826,10 +846,35 @@ class SameStepVectorEnv(SyncVectorEnv):
     """SyncVectorEnv in SAME_STEP mode for CheckedEnvs.
 
     These have few infos to merge, and to merge them always costs SyncVectorEnv a tenth of its time.
+
+    Attributes:
+        holds: whether a copy whose episode has ended is neither reset nor stepped before the next
+            reset of all copies. So in an evaluation an episode costs its own steps alone.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], CheckedEnv]]) -> None:
-        super().__init__(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        made: list[CheckedEnv] = []
+
+        def keep(make: Callable[[], CheckedEnv]) -> CheckedEnv:
+            made.append(make())
+            return made[-1]
+
+        try:
+            super().__init__(
+                [functools.partial(keep, make) for make in env_fns],
+                copy=False,
+                autoreset_mode=AutoresetMode.SAME_STEP,
+            )
+        except BaseException:
+            for env in made:
+                env.close()
+            raise
+        self.holds = False
+        self._held: dict[int, Any] = {}
+
+    def reset(self, **arguments: Any) -> Any:
+        self._held = {}
+        return super().reset(**arguments)
 
     def step(
         self, actions: Any
@@ -837,10 +882,16 @@ class SameStepVectorEnv(SyncVectorEnv):
         rows: list[Any] = []
         infos: dict[str, Any] = {}
         for env, action in zip(self.envs, actions, strict=True):
+            if self._held and len(rows) in self._held:
+                rows.append((self._held[len(rows)], 0.0, False, False))
+                continue
             obs, reward, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 infos = self._add_info(infos, {"final_obs": obs, **info}, len(rows))
-                obs, info = env.reset()
+                if self.holds:
+                    self._held[len(rows)], info = obs, {}
+                else:
+                    obs, info = env.reset()
             if info:
                 infos = self._add_info(infos, info, len(rows))
             rows.append((obs, reward, terminated, truncated))
@@ -1045,6 +1096,7 @@ class EnvFactory:
         layers: names of the classes of one copy, from the outside inwards.
         max_steps: time limit in steps, or None.
         background: the copies step in worker processes.
+        render_modes: that the environment declares.
         params: arguments of an id's constructor.
         ready: the VectorEnv itself, if the source is one.
         makes_checked: the copies are CheckedEnvs.
@@ -1087,6 +1139,8 @@ class EnvFactory:
         self.makes_checked = self._makers is not None
         env = self._make_probe(label or "from_gymnasium")
         self.name = _name(env)
+        self.render_modes = list(map(str, (env.metadata or {}).get("render_modes") or ()))
+        self._render_mode: str | None = getattr(env, "render_mode", None)
         label = label or f"from_gymnasium: {self.name}"
         layers = list(_layers(env))
         self.layers = tuple(
@@ -1125,6 +1179,28 @@ class EnvFactory:
                 "of chosen actions, or use an algorithm for such actions"
             )
 
+    def cameras(self) -> Iterator[tuple[str, Callable[[], gymnasium.Env[Any, Any]]]]:
+        """See `GymnasiumEnv.cameras`. A callable that takes a render mode gets one; others make
+        the copy as they do, unless that opens a window."""
+        if self.ready is not None:
+            return
+        make: Any = self._makers[0] if self._makers else self._make_vector
+        if getattr(make, "func", None) is gymnasium.make_vec:
+            options = {k: v for k, v in make.keywords.items() if k != "vectorization_mode"}
+            make = functools.partial(gymnasium.make, *make.args, **options)
+        elif not self._makers:
+            make = functools.partial(_first_copy, make)
+        inner = make.make if isinstance(make, Wrapped) else make
+        known, takes_any = parameters_of(inner)
+        takes_mode = "render_mode" in known or getattr(inner, "func", None) is gymnasium.make
+        others = [m for m in self.render_modes if m not in ("rgb_array", "human", "ansi")]
+        for mode in ("rgb_array", *others) if takes_mode or takes_any else ():
+            with_mode = functools.partial(make, render_mode=mode)
+            yield mode, functools.partial(_make_limited, with_mode, self._time_limit)
+        if not takes_mode and self._render_mode != "human":
+            how = f"made with render_mode {self._render_mode}"
+            yield how, functools.partial(_make_limited, make, self._time_limit)
+
     def _make_probe(self, label: str) -> Any:
         """An environment that shows the spaces."""
         try:
@@ -1142,41 +1218,20 @@ class EnvFactory:
             raise ValueError(f"{label}: it makes {describe_value(env)}, not a gymnasium.{kind}")
         return env
 
-    def make_single(self, render_mode: str) -> gymnasium.Env[Any, Any]:
-        """One copy by itself, like the others; it is told the render mode if its maker takes one.
-
-        Raises:
-            ValueError: the source makes no single copies.
-        """
-        make: Any = self._makers[0] if self._makers else self._make_vector
-        if getattr(make, "func", None) is gymnasium.make_vec:
-            options = {k: v for k, v in make.keywords.items() if k != "vectorization_mode"}
-            make = functools.partial(gymnasium.make, *make.args, **options)
-        elif not self._makers:
-            vector = None if self.ready is not None else self._make_vector(num_envs=1)
-            copies: Any = getattr(vector, "envs", None)
-            if not (isinstance(vector, SyncVectorEnv) and copies):
-                raise ValueError(f"{self.name}: its VectorEnv shows no single copy")
-            env: gymnasium.Env[Any, Any] = copies[0]
-            return env
-        inner = make.make if isinstance(make, Wrapped) else make
-        known, any_name = parameters_of(inner)
-        if "render_mode" in known or any_name:
-            with contextlib.suppress(TypeError):
-                return _make_limited(
-                    functools.partial(make, render_mode=render_mode), self._time_limit
-                )
-        return _make_limited(make, self._time_limit)
-
     def make(self, num_envs: int) -> AnyVectorEnv:
         """A VectorEnv of `num_envs` copies.
 
         Raises:
             ValueError: a VectorEnv of the source has another number of copies, or is closed.
-            EnvError: a copy cannot be made.
+            CopiesError: a copy cannot be made; those before it are closed.
         """
         if self._makers is None:
-            env = as_vector_env(self._make_vector(num_envs=num_envs))
+            try:
+                made = self._make_vector(num_envs=num_envs)
+            except Exception as error:
+                text = f"its copies cannot be made: {describe_error(error)}"
+                raise CopiesError(f"{self.name}: {text}") from error
+            env = as_vector_env(made)
             if env.closed:
                 raise ValueError(f"{_name(env)}: is closed")
             if env.num_envs != num_envs:
@@ -1184,8 +1239,8 @@ class EnvFactory:
                 if together > 1:
                     raise ValueError(
                         f"{_name(env)}: {num_envs} copies were asked for, but {together} agents "
-                        "play together; --num-envs times the number of members, and "
-                        f"--eval-episodes, must be multiples of {together}"
+                        "play together; --num-envs times the number of members, and the copies "
+                        f"of an evaluation, --eval-envs, must be multiples of {together}"
                     )
                 raise ValueError(
                     f"--num-envs: {num_envs} copies were asked for (all members together), but "
@@ -1216,7 +1271,7 @@ class EnvFactory:
             raise
         except Exception as error:
             text = f"its copies cannot be made: {describe_error(error)}"
-            raise EnvError(f"{self.name}: {text}{_hint(error) * self.background}") from error
+            raise CopiesError(f"{self.name}: {text}{_hint(error) * self.background}") from error
 
 
 def _hint(error: Exception) -> str:
@@ -1316,6 +1371,21 @@ def _make_limited(make: Callable[[], Any], max_steps: int | None) -> gymnasium.E
     return env if max_steps is None else TimeLimit(env, max_steps)
 
 
+def _first_copy(make_vector: Callable[..., Any]) -> gymnasium.Env[Any, Any]:
+    """The single environment inside a VectorEnv of one copy.
+
+    Raises:
+        ValueError: the VectorEnv does not show it.
+    """
+    vector = as_vector_env(make_vector(num_envs=1))
+    copies: Any = getattr(vector, "envs", None)
+    if not (isinstance(vector, SyncVectorEnv) and copies):
+        vector.close()
+        raise ValueError(f"{_name(vector)}: shows no single copy")
+    env: gymnasium.Env[Any, Any] = copies[0]
+    return env
+
+
 def _make_checked(
     make: Callable[[], gymnasium.Env[Any, Any]],
     keeper: StateKeeper,
@@ -1338,7 +1408,7 @@ def _make_checked(
         env = make()
     except Exception as error:
         text = f"it cannot be made: {describe_error(error)}"
-        raise EnvError(f"{name}, copy {index}, step 0: {text}") from error
+        raise CopiesError(f"{name}, copy {index}, step 0: {text}") from error
     return CheckedEnv(env, in_worker, keeper)
 
 

@@ -18,6 +18,7 @@ the environment make a second.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from dqn_fast.envs.core import TabularEnv, TensorEnv
 from dqn_fast.envs.from_gymnasium import from_gymnasium
+from dqn_fast.envs.spaces import describe_error, describe_value, shorten
 from dqn_fast.envs.tabular import GymTable
 
 Picture = NDArray[np.uint8]
@@ -42,6 +44,10 @@ GRID_COLUMNS = 32
 
 class MissingLibraryError(ValueError):
     """Pictures need a library that is not installed; the message says how to install it."""
+
+
+class UndrawableError(ValueError):
+    """An environment gives no pictures; the message names it and what was tried."""
 
 
 class Renderer:
@@ -92,23 +98,28 @@ class Renderer:
                 "returns a picture, uint8 [H, W, 3], of one copy's state"
             )
         if self._drawn is not None:
-            self.fps = float(self._drawn.metadata.get("render_fps", DEFAULT_FPS))
+            fps = self._drawn.metadata.get("render_fps")
+            is_number = isinstance(fps, int | float | np.number) and 0 < fps < math.inf
+            self.fps = float(fps) if is_number else DEFAULT_FPS
         self._draw = draw
 
     def frame(self, state: Any = None, i: int = 0) -> Picture:
         """Picture of copy `i` of an environment state, a NamedTuple of tensors [E, ...].
 
         Raises:
-            ValueError: the environment's own method returns no picture.
+            ValueError: the environment returns no picture.
         """
         return self._draw(state, i)
 
     def close(self) -> None:
         """Close the environment that draws."""
+        if isinstance(self._drawn, _Camera):
+            self._drawn.may_close = True
         if self.live:
             self.env.close()
         if self._drawn is not None:
-            self._drawn.close()
+            with contextlib.suppress(Exception):  # the film is made
+                self._drawn.close()
 
     def _draw_own(self, state: Any, i: int) -> Picture:
         """By the environment's method `render`."""
@@ -124,7 +135,7 @@ class Renderer:
     def _draw_camera(self, state: Any, i: int) -> Picture:
         """By the environment itself; after the end of an episode, its last picture."""
         last = self._drawn.last
-        return self._picture() if last is None else np.array(last)
+        return self._picture() if last is None else last
 
     def _draw_classic(self, state: Any, i: int) -> Picture:
         """By Gymnasium's environment with the same dynamics, set to the same state.
@@ -143,8 +154,7 @@ class Renderer:
         return self._picture()
 
     def _picture(self) -> Picture:
-        with headless():
-            return np.array(self._drawn.render())
+        return _picture_of(self._drawn)
 
     def _draw_grid(self, state: Any, i: int) -> Picture:
         """By a grid of states in the order of the table: the agent is a disc, terminal states are
@@ -178,9 +188,12 @@ class Renderer:
 
 
 class _Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Keeps the last picture of an episode, because a reset follows at once."""
+    """Keeps the last picture of an episode, because a reset follows at once.
 
-    is_over, last = False, None
+    It stays open until the film is made: to close one copy may end the library that draws others.
+    """
+
+    is_over, last, may_close = False, None, False
 
     def step(self, action: Any) -> Any:
         result = super().step(action)
@@ -188,27 +201,79 @@ class _Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
         return result
 
     def reset(self, **options: Any) -> Any:
-        self.last = self.env.render() if self.is_over else None
+        self.last = _picture_of(self.env) if self.is_over else None
         self.is_over = False
         return super().reset(**options)
+
+    def close(self) -> None:
+        if self.may_close:
+            super().close()
 
 
 def _open_camera(env: Any) -> _Camera:
     """One more copy of an environment on the host, which gives pictures."""
-    error: Exception | None = None
-    try:
-        with headless():
-            camera = _Camera(env.make_single("rgb_array"))
-            camera.reset(seed=0)
-            if isinstance(camera.render(), np.ndarray):
+    tried = []
+    for mode, make in env.cameras():
+        made = None
+        try:
+            with headless():
+                made = make()
+                camera = _Camera(made)
+                camera.reset(seed=0)
+                _picture_of(camera)
                 return camera
-    except gymnasium.error.DependencyNotInstalled as missing:
-        raise MissingLibraryError(str(missing)) from None
-    except (TypeError, ValueError, gymnasium.error.Error) as refused:
-        error = refused
-    raise ValueError(
-        f"{env.name} cannot be drawn; its copies must have the render mode rgb_array"
-    ) from error
+        except gymnasium.error.DependencyNotInstalled as missing:
+            raise MissingLibraryError(shorten(str(missing))) from None
+        except Exception as error:
+            why = str(error) if isinstance(error, UndrawableError) else describe_error(error)
+            tried.append(f"{mode}: {why}")
+            if made is not None:
+                with contextlib.suppress(Exception):
+                    made.close()
+    has = ", ".join(env.render_modes) or "none"
+    raise UndrawableError(
+        f"{env.name} cannot be drawn; it needs the render mode rgb_array and has {has} "
+        f"({'; '.join(tried) or 'no single environment without a window can be made'})"
+    )
+
+
+def _picture_of(env: Any) -> Picture:
+    """What an environment's `render` gives, as a picture."""
+    with headless():
+        try:
+            given = env.render()
+        except gymnasium.error.DependencyNotInstalled:
+            raise
+        except Exception as error:
+            raise UndrawableError(f"render raised {describe_error(error)}") from error
+    return as_picture(given)
+
+
+def as_picture(given: Any) -> Picture:
+    """A picture as environments give it, as uint8 [H, W, 3].
+
+    Args:
+        given: uint8, bool, other whole numbers in 0 .. 255, or floats, in 0 .. 1 if none is larger;
+            [H, W], or [H, W, C] or [C, H, W] with 1, 3 or 4 channels. Of a list, its last picture.
+
+    Raises:
+        UndrawableError: it is something else.
+    """
+    value = given[-1] if isinstance(given, list | tuple) and given else given
+    array = np.asarray(value) if hasattr(value, "__array__") else np.empty(0, object)
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, 2)
+    array = array[..., None] if array.ndim == 2 else array
+    is_picture = array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.size > 0
+    if not is_picture or array.dtype.kind not in "biuf":
+        raise UndrawableError(f"render gave {describe_value(value)}, no picture [H, W, 3]")
+    array = np.broadcast_to(array[..., :3], (*array.shape[:2], 3))
+    if array.dtype.kind == "f":
+        array = np.nan_to_num(array, nan=0.0)
+        array = np.rint(array * 255.0 if array.max() <= 1.0 else array)
+    elif array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    return np.array(np.clip(array, 0, 255), np.uint8)
 
 
 def _make_drawing(env_id: str, arguments: Mapping[str, Any]) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 
 ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """Spaces whose observations are arrays of a fixed shape and dtype."""
+IMAGE = 1_024
+"""Smallest number of bytes of an image: 32 x 32 pixels of one colour."""
 _SMALL = tuple(map(np.dtype, (np.bool_, np.uint8, np.int8, np.int16, np.float16)))
 
 
@@ -41,12 +44,60 @@ class _Leaf(NamedTuple):
     Attributes:
         path: keys that lead to it.
         space: its space.
-        columns: where it is stored, if there are several parts.
+        columns: where it is stored in the row of its block, if there are several parts.
     """
 
     path: tuple[Any, ...]
     space: spaces.Space[Any]
     columns: slice
+
+
+class _Block:
+    """Consecutive parts of an observation that are stored in one dtype.
+
+    Attributes:
+        leaves: the parts.
+        dtype: in which they are stored.
+        num_bytes: of a row.
+        num_features: float32 numbers that the parts become.
+    """
+
+    def __init__(self, parts: Sequence[tuple[tuple[Any, ...], spaces.Space[Any]]], dtype: Any):
+        ends = list(itertools.accumulate((_width(space) for _, space in parts), initial=0))
+        self.leaves = [
+            _Leaf(path, space, slice(*ends[i : i + 2])) for i, (path, space) in enumerate(parts)
+        ]
+        self.dtype = np.dtype(dtype)
+        self.num_bytes = ends[-1] * self.dtype.itemsize
+        columns, values, scales = map(
+            np.concatenate, zip(*map(_feature_table, self.leaves), strict=True)
+        )
+        self.num_features = len(columns)
+        one_hot = ~np.isnan(values)
+        # Without one-hot features and with one scale for all, no table is needed.
+        self._scale: float | None = None
+        if not one_hot.any() and len(scales) and (scales == scales[0]).all():
+            self._scale = float(scales[0])
+        kind = np.float32 if self.dtype.kind == "f" else np.int64
+        table = (columns, np.where(one_hot, values, 0).astype(kind), scales, one_hot)
+        self._tables = {torch.device("cpu"): list(map(torch.from_numpy, table))}
+
+    def write_(self, row: NDArray[Any], arrays: Iterable[NDArray[Any]]) -> None:
+        """Write the parts [E, ...] into row [E, columns]."""
+        with np.errstate(over="ignore"):
+            for leaf, array in zip(self.leaves, arrays, strict=True):
+                row[:, leaf.columns] = array.reshape(len(row), -1)
+
+    def features(self, row: Tensor) -> Tensor:
+        """float32 [..., num_features] of row [..., columns]."""
+        if self._scale is not None:
+            return row.float() if self._scale == 1.0 else row.float() / self._scale
+        if row.device not in self._tables:
+            tables = self._tables[torch.device("cpu")]
+            self._tables[row.device] = [table.to(row.device) for table in tables]
+        columns, values, scales, one_hot = self._tables[row.device]
+        spread = row[..., columns]
+        return torch.where(one_hot, (spread == values).float(), spread.float() / scales)
 
 
 class ObservationEncoder:
@@ -55,40 +106,49 @@ class ObservationEncoder:
     Observations are stored as [E, *shape]. A space without parts keeps its shape: a Box of at most
     two bytes an element keeps its dtype, any other becomes float32; Discrete and MultiDiscrete are
     stored as integers of the smallest sufficient dtype. The parts of a Tuple or Dict become columns
-    of one row, in the smallest dtype that holds all of them. Other spaces are stored as
-    `gymnasium.spaces.flatten` encodes them.
+    of one row: in one dtype that holds all of them if this takes no more memory, else each in its
+    own dtype, as bytes. Other spaces are stored as `gymnasium.spaces.flatten` encodes them.
 
     Attributes:
         shape, dtype: of one stored observation.
         num_features: F.
         arrays_only: every part is an array, so processes can share observations as memory.
+        image_shapes: shapes of the parts that are images, see `IMAGE`.
 
     Raises:
         ValueError: the space is empty or has no fixed size.
     """
 
     def __init__(self, space: spaces.Space[Any]) -> None:
-        self._leaves = leaves = list(_leaves(space))
-        width = leaves[-1].columns.stop if leaves else 0
-        if width == 0:
+        parts = list(_leaves(space))
+        if sum(_width(part) for _, part in parts) == 0:
             raise ValueError("is empty")
-        self.arrays_only = all(isinstance(leaf.space, ARRAYS) for leaf in leaves)
+        self.arrays_only = all(isinstance(part, ARRAYS) for _, part in parts)
         self._nested = isinstance(space, (spaces.Tuple, spaces.Dict)) or not self.arrays_only
-        self.shape: tuple[int, ...] = (width,) if self._nested else space.shape or ()
-        common = np.result_type(*(_stored_dtype(leaf.space) for leaf in leaves))
-        self.dtype = np.dtype(np.float32) if common == np.float64 else common
-        columns, values, scales = map(
-            np.concatenate, zip(*map(_feature_table, leaves), strict=True)
-        )
-        self.num_features = len(columns)
-        one_hot = ~np.isnan(values)
-        # Without one-hot features and with one scale for all, no table is needed.
-        self._scale: float | None = None
-        if not one_hot.any() and (scales == scales[0]).all():
-            self._scale = float(scales[0])
-        kind = np.float32 if self.dtype.kind == "f" else np.int64
-        table = (columns, np.where(one_hot, values, 0).astype(kind), scales, one_hot)
-        self._tables = {torch.device("cpu"): list(map(torch.from_numpy, table))}
+        self.image_shapes = [part.shape or () for _, part in parts if is_image(part)]
+
+        dtypes = [_stored_dtype(part) for _, part in parts]
+        common = np.result_type(*dtypes)
+        joint = _Block(parts, np.float32 if common == np.float64 else common)
+        own, first = list[_Block](), 0
+        for dtype, run in itertools.groupby(dtypes):
+            end = first + len(list(run))
+            own.append(_Block(parts[first:end], dtype))
+            first = end
+        # A block begins at a multiple of its items' size, and so does the next row.
+        self._starts, end = list[int](), 0
+        for block in own:
+            self._starts.append(_round_up(end, block.dtype.itemsize))
+            end = self._starts[-1] + block.num_bytes
+        end = _round_up(end, max(block.dtype.itemsize for block in own))
+        self._in_bytes = end < joint.num_bytes
+        self._blocks = own if self._in_bytes else [joint]
+        self._leaves = [leaf for block in self._blocks for leaf in block.leaves]
+        self.dtype = np.dtype(np.uint8) if self._in_bytes else joint.dtype
+        self.shape: tuple[int, ...] = space.shape or ()
+        if self._nested:
+            self.shape = (end if self._in_bytes else joint.num_bytes // self.dtype.itemsize,)
+        self.num_features = sum(block.num_features for block in self._blocks)
 
     def parts(self, batch: Any) -> list[Any]:
         """The parts of a batch as a VectorEnv returns it."""
@@ -145,31 +205,59 @@ class ObservationEncoder:
         ]
         if not self._nested and arrays[0].dtype == self.dtype:
             stored = arrays[0].copy()
-        else:
-            stored = np.empty((num_rows, *self.shape), self.dtype)
-            with np.errstate(over="ignore"):
-                for array, leaf in zip(arrays, self._leaves, strict=True):
-                    if self._nested:
-                        stored[:, leaf.columns] = array.reshape(num_rows, -1)
-                    else:
-                        stored[:] = array
-        if self.dtype.kind == "f" and not np.isfinite(stored).all():
-            row = first_true(~np.isfinite(stored))
-            value = stored[row][~np.isfinite(stored[row])][0]
-            raise Violation(f"its observation holds {value}", row)
+        else:  # zeros between the blocks: equal observations are equal bytes
+            stored = np.zeros((num_rows, *self.shape), self.dtype)
+        rows = self._rows(stored.reshape(num_rows, -1))
+        left = iter(arrays)
+        for block, row in zip(self._blocks, rows, strict=True):
+            if self._nested or arrays[0].dtype != self.dtype:
+                block.write_(row, itertools.islice(left, len(block.leaves)))
+            if block.dtype.kind == "f" and not np.isfinite(row).all():
+                index = first_true(~np.isfinite(row))
+                value = row[index][~np.isfinite(row[index])][0]
+                raise Violation(f"its observation holds {value}", index)
         return stored
 
     def features(self, obs: Tensor) -> Tensor:
         """float32 [..., F] of stored observations [..., *shape]."""
         flat = obs.flatten(-len(self.shape)) if self.shape else obs.unsqueeze(-1)
-        if self._scale is not None:
-            return flat.float() if self._scale == 1.0 else flat.float() / self._scale
-        if obs.device not in self._tables:
-            tables = self._tables[torch.device("cpu")]
-            self._tables[obs.device] = [table.to(obs.device) for table in tables]
-        columns, values, scales, one_hot = self._tables[obs.device]
-        spread = flat[..., columns]
-        return torch.where(one_hot, (spread == values).float(), spread.float() / scales)
+        if not self._in_bytes:
+            return self._blocks[0].features(flat)
+        parts = []
+        for start, block in zip(self._starts, self._blocks, strict=True):
+            row = flat[..., start : start + block.num_bytes].view(torch_dtype(block.dtype))
+            parts.append(block.features(row))
+        return torch.cat(parts, -1)
+
+    def _rows(self, flat: NDArray[Any]) -> list[NDArray[Any]]:
+        """The row of each block, as views of stored observations [E, columns]."""
+        if not self._in_bytes:
+            return [flat]
+        return [
+            flat[:, start : start + block.num_bytes].view(block.dtype)
+            for start, block in zip(self._starts, self._blocks, strict=True)
+        ]
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """torch's name of a dtype of NumPy."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def is_image(space: spaces.Space[Any]) -> bool:
+    """Whether a space is one of images: bytes in two dimensions or more, at least IMAGE of them."""
+    shape = space.shape or ()
+    is_bytes = isinstance(space, spaces.Box) and space.dtype == np.uint8
+    return is_bytes and len(shape) >= 2 and math.prod(shape) >= IMAGE
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _width(space: spaces.Space[Any]) -> int:
+    """Columns in which a space that is no Tuple or Dict is stored."""
+    return math.prod(space.shape or ()) if isinstance(space, ARRAYS) else spaces.flatdim(space)
 
 
 def without_text(
@@ -204,22 +292,19 @@ def _is_endless_text(space: spaces.Space[Any]) -> bool:
 
 
 def _leaves(
-    space: spaces.Space[Any], path: tuple[Any, ...] = (), start: int = 0
-) -> Iterator[_Leaf]:
-    """The parts that are no Tuple or Dict, in Gymnasium's order, from column `start` on."""
+    space: spaces.Space[Any], path: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], spaces.Space[Any]]]:
+    """The parts that are no Tuple or Dict, with their paths, in Gymnasium's order."""
     if isinstance(space, (spaces.Tuple, spaces.Dict)):
         parts = space.spaces
         for key, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
-            for leaf in _leaves(part, (*path, key), start):
-                yield leaf
-                start = leaf.columns.stop
-    elif isinstance(space, ARRAYS):
-        yield _Leaf(path, space, slice(start, start + math.prod(space.shape or ())))
-    else:
-        try:
-            yield _Leaf(path, space, slice(start, start + spaces.flatdim(space)))
-        except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"has no fixed size because of {shorten(str(space))}") from error
+            yield from _leaves(part, (*path, key))
+        return
+    try:
+        _width(space)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"has no fixed size because of {shorten(str(space))}") from error
+    yield path, space
 
 
 def _stored_dtype(space: spaces.Space[Any]) -> np.dtype[Any]:

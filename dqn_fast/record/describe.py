@@ -181,12 +181,34 @@ def header(config: Mapping[str, Any], run_dir: Path, checkpoint_bytes: int) -> l
         f"transitions, replay ratio {derived['replay_ratio']:g}",
         f"network   {'-'.join(map(str, derived['sizes']))}, {derived['num_parameters']:,} "
         f"parameters; replay {args['buffer_size']:,} x {derived['replay_bytes_per_transition']} "
-        f"bytes, {derived['replay_bytes'] / 1e6:.2g} MB",
-        f"saved     {when}, {checkpoint_bytes / 1e6:.2g} MB{without}, the last {kept} kept",
+        f"bytes, {in_words(derived['replay_bytes'])}",
+        f"saved     {when}, {in_words(checkpoint_bytes)}{without}, the last {kept} kept",
         *([f"changed   {', '.join(changed)}"] if changed else []),
         *rounded,
         f"writing   {_shown(run_dir)}",
     ]
+
+
+def image_warning(env: TensorEnv, config: Mapping[str, Any]) -> str | None:
+    """A line about images that the network reads as numbers without order; None: there are none."""
+    if not env.image_shapes:
+        return None
+    shapes = " and ".join(" x ".join(map(str, shape)) for shape in env.image_shapes)
+    args, derived = config["args"], config["derived"]
+    return (
+        f"observations have images of {shapes}, which a multi-layer perceptron reads as "
+        f"{derived['sizes'][0]:,} unrelated numbers: {derived['num_parameters']:,} parameters, and "
+        f"{in_words(derived['replay_bytes'])} of replay with --buffer-size {args['buffer_size']}; "
+        "there is no convolutional network yet"
+    )
+
+
+def in_words(num_bytes: int) -> str:
+    """Bytes in MB or GB, two digits."""
+    if num_bytes >= 995e6:
+        digits = 1 if num_bytes < 9.95e9 else 0
+        return f"{num_bytes / 1e9:,.{digits}f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 99.5e6 else f"{num_bytes / 1e6:.2g} MB"
 
 
 def resumed_header(resumed: Resumption, end: int) -> list[str]:
@@ -208,6 +230,12 @@ def closing(summary: Mapping[str, Any], args: Mapping[str, Any], run_dir: Path) 
         f"{summary['env_steps_per_s']:,.0f} env steps/s, {summary['updates_per_s']:,.0f} updates/s "
         f"over the {summary['loop_s']:.1f} s of the loop without evaluations and compiling",
     ]
+    if summary["eval_s"] > 0.1 * summary["wall_s"]:
+        lines.append(
+            f"evaluations took {summary['eval_s']:.1f} s, "
+            f"{summary['eval_s'] / summary['wall_s']:.0%} of the run; --eval-episodes "
+            f"{args['eval_episodes']} and --eval-interval {args['eval_interval']} set their number"
+        )
     if summary["eval_return_mean"] is not None:
         lines.append(
             f"greedy return {summary['eval_return_mean']:.5g} +- "

@@ -22,6 +22,7 @@ from torch import Tensor
 from dqn_fast import tree
 from dqn_fast.device import first_line
 from dqn_fast.envs import EnvError
+from dqn_fast.envs.render import UndrawableError
 from dqn_fast.evaluate import Evaluation
 from dqn_fast.film import RUN_FILM, film_run
 from dqn_fast.plan import Chunk
@@ -36,7 +37,13 @@ from dqn_fast.record.checkpoint import (
     write_weights,
     write_whole,
 )
-from dqn_fast.record.describe import closing, header, resumed_header, summarise
+from dqn_fast.record.describe import (
+    closing,
+    header,
+    image_warning,
+    resumed_header,
+    summarise,
+)
 from dqn_fast.record.diagnostics import Diagnostics
 from dqn_fast.record.guard import Guard
 from dqn_fast.record.lock import LOCK_FILE, RunLock
@@ -203,13 +210,15 @@ class RunRecord:
         self._write_digests(self._tracker.digest(), "config.json", at_once=True)
         for line in header(config, run_dir, self._checkpoint_bytes()):
             self._tracker.message(line)
+        if (warning := image_warning(training.env, config)) is not None:
+            warn(warning)
         if resumed is not None:
             for line in resumed_header(resumed, self._plan.end):
                 self._tracker.message(line)
             self._restore_best()
         self._tracker.progress(self._global_step)
         self._began, self._loop_began = began, time.perf_counter()
-        self._last_log = (Moment(self._device), *window)
+        self._last_log = (Moment(self._device), *window, self.eval_s)
 
     def _load(self, resumed: Resumption, training: Training) -> tuple[int, int, float]:
         """Continue the record of an earlier process.
@@ -421,16 +430,17 @@ class RunRecord:
     ) -> None:
         reading_of = self._metrics.take_()
         step, num_updates, num_syncs = self._global_step, self._num_updates, self._num_syncs
-        moment, self._measured_at = Moment(self._device), step
+        moment, self._measured_at, eval_s = Moment(self._device), step, self.eval_s
 
         def finish(arrived: dict[str, Any]) -> Row:
             reading: Reading = reading_of()
             self._episodes.add(reading)
             if snapshot is not None:
                 self._diagnostics.add(arrived["snapshot"], step, num_syncs)
-            before, first_step, first_update, age = self._last_log
-            self._last_log = moment, step, num_updates, 0.0
-            rate = self._num_members / max(moment.since(before) + age, 1e-9)
+            before, first_step, first_update, age, eval_before = self._last_log
+            self._last_log = moment, step, num_updates, 0.0, eval_s
+            seconds = moment.since(before) + age - (eval_s - eval_before)
+            rate = self._num_members / max(seconds, 1e-9)
             logged = self._logged(
                 step,
                 reading.values
@@ -551,11 +561,12 @@ class RunRecord:
             self._freeze(interval.bad_updates)
             if len(self._frozen) == self._num_members:
                 return  # the earlier checkpoints stand
-            before, step, num_updates, age = self._last_log
+            before, step, num_updates, age, eval_before = self._last_log
+            age += moment.since(before) - (now["eval_s"] - eval_before)
             diagnostics = self._diagnostics.state() | {"previous": arrived["resume"]["previous"]}
             arrived["resume"]["record"] = now | {
                 "frozen": [[*pair] for pair in self._frozen.items()],
-                "window": [step, num_updates, moment.since(before) + age],
+                "window": [step, num_updates, age],
                 "metrics": interval.state(),
                 "episodes": self._episodes.state(),
                 "diagnostics": diagnostics,
@@ -646,7 +657,8 @@ class RunRecord:
         except Exception as error:
             if isinstance(error, OSError):
                 self._unwritten[what] = error.strerror or repr(error)
-            print(f"warning: no {what}: {type(error).__name__}: {error}", file=sys.stderr)
+            kind = "" if isinstance(error, UndrawableError) else f"{type(error).__name__}: "
+            print(f"warning: no {what}: {kind}{error}", file=sys.stderr)
 
     def _film(self) -> None:
         film_run(self.run_dir, self._diagnostics.env, self._args["seed"])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dqn_fast.envs.core import EnvError
 from dqn_fast.envs.from_gymnasium import from_gymnasium
+from dqn_fast.envs.spaces import ObservationEncoder, Violation
 
 E = 3
 
@@ -300,3 +301,62 @@ def test_observations_outside_of_their_space_are_named(make_space, value, messag
     with pytest.raises(EnvError, match=rf"^Says, copy 0, step 1: its observation .*{message}"):
         env.vector_step(vector, torch.zeros(2).long(), nothing, nothing)
     env.close()
+
+
+def test_parts_of_a_dict_keep_their_dtypes():
+    """An image of bytes beside two floats takes its bytes, eight more for the floats, and no float
+    for each pixel; a VizDoom observation so takes a quarter."""
+    screen = spaces.Box(0, 255, (240, 320, 3), np.uint8)
+    space = spaces.Dict(gamevariables=spaces.Box(-np.inf, np.inf, (2,), np.float32), screen=screen)
+    encoder = ObservationEncoder(space)
+    assert (encoder.dtype, encoder.shape) == (np.uint8, (8 + 240 * 320 * 3,))
+    values = np.array([[0.1, -3e30], [np.pi, 5e-324]], np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (2, 240, 320, 3), np.uint8)
+    features = encoder.features(torch.from_numpy(encoder.encode([values, images], 2)))
+    np.testing.assert_array_equal(features[:, :2].numpy(), values)
+    expected = images.reshape(2, -1).astype(np.float32) / np.float32(255)
+    np.testing.assert_array_equal(features[:, 2:].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("parts", "row_bytes"),
+    [
+        ([spaces.Box(-1, 1, (3,)), spaces.MultiBinary(9)], 12 + 9 + 3),
+        ([spaces.MultiBinary(9), spaces.Box(-1, 1, (3,))], 9 + 3 + 12),
+        ([spaces.Box(0, 9, (5,), np.int8), spaces.Box(0, 255, (8, 8), np.uint8)], 5 + 64),
+        ([spaces.Box(-1, 1, (4,)), spaces.Discrete(3)], 5 * 4),  # as few bytes as columns of floats
+        ([spaces.Box(-1, 1, (4,), np.float16), spaces.MultiBinary(8)], 8 + 8),
+        ([spaces.Box(0, 255, (4,), np.uint8), spaces.Discrete(4)], 5),
+        ([spaces.Discrete(2, start=2**40), spaces.MultiBinary(30)], 8 + 30 + 2),
+    ],
+)
+def test_bytes_of_a_row(parts, row_bytes):
+    """Each part has its own dtype, aligned to its items, unless one dtype needs no more bytes."""
+    encoder = ObservationEncoder(spaces.Tuple(parts))
+    assert np.empty((1, *encoder.shape), encoder.dtype).nbytes == row_bytes
+
+
+def test_equal_observations_are_equal_bytes_and_bad_floats_are_found():
+    """The gaps between parts are zeros; NaN in a part of floats is refused with its row."""
+    space = spaces.Tuple([spaces.MultiBinary(9), spaces.Box(-np.inf, np.inf, (3,), np.float32)])
+    encoder = ObservationEncoder(space)
+    parts = [np.ones((2, 9), np.int8), np.ones((2, 3), np.float32)]
+    first, again = (encoder.encode(parts, 2) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first[:, 9:12].sum() == 0
+    parts[1][1, 2] = np.nan
+    with pytest.raises(Violation, match="its observation holds nan") as raised:
+        encoder.encode(parts, 2)
+    assert raised.value.index == 1
+
+
+def test_images_are_known():
+    """Bytes in two dimensions, at least 1,024 of them; MiniGrid's 7 x 7 x 3 codes are none."""
+    space = spaces.Dict(
+        a=spaces.Box(0, 255, (84, 84), np.uint8),
+        b=spaces.Box(0, 255, (7, 7, 3), np.uint8),
+        c=spaces.Box(0, 1, (84, 84), np.float32),
+        d=spaces.Box(0, 255, (4096,), np.uint8),
+        e=spaces.Tuple([spaces.Box(0, 255, (3, 32, 32), np.uint8)]),
+    )
+    assert ObservationEncoder(space).image_shapes == [(84, 84), (3, 32, 32)]

@@ -210,6 +210,8 @@ class Body:
             if expr.dtype == torch.bool:
                 return f"{args[0]} != 0"
             return f"({kind}){args[0]}"
+        if op == "bits":
+            return f"bits_as<{kind}>({args[0]})"
         if op == "where":
             return f"{args[0]} ? {args[1]} : {args[2]}"
         if op in ("max", "min"):

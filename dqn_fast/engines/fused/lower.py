@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -302,6 +303,8 @@ class Lowering:
                 for start, size in zip(starts, sizes, strict=False)
             ]
         new = tuple(value.shape)
+        if base == "view" and value.dtype != ref.read().dtype:
+            return seen(View(_bits(new, value.dtype, origin)))
         if base in ("view", "_unsafe_view", "unsqueeze", "squeeze"):
             forward, backward = _reshape(new, origin), _reshape(old, origin)
             return seen(View(forward, lambda _, written: backward(written)))
@@ -948,6 +951,30 @@ def _reshape(shape: Sequence[int], origin: str) -> Callable[[Node], Node]:
             return node.at(_unravel(offset_of(index, strides), old))
 
         return Node("view", new, node.dtype, [node], element, origin)
+
+    return forward
+
+
+def _bits(shape: tuple[int, ...], dtype: torch.dtype, origin: str) -> Callable[[Node], Node]:
+    """The bytes of a tensor as numbers of another type, the lowest byte first."""
+
+    def forward(node: Node) -> Node:
+        if node.dtype != torch.uint8 or sys.byteorder != "little":
+            raise UnknownOperationError(f"view of {node.dtype} as {dtype}")
+        whole = torch.int64 if dtype.itemsize == 8 else torch.int32
+
+        def element(index: Sequence[Index]) -> Expr:
+            if dtype == torch.bool:
+                return cast(node.at(index), dtype)
+            bits: Expr | None = None
+            for i in range(dtype.itemsize):
+                byte = cast(node.at([*index[:-1], index[-1] * dtype.itemsize + i]), whole)
+                part = op("shl", whole, byte, const(8 * i, whole)) if i else byte
+                bits = part if bits is None else op("or", whole, bits, part)
+            assert bits is not None
+            return make("bits", (bits,), dtype) if dtype.is_floating_point else cast(bits, dtype)
+
+        return Node("lazy", shape, dtype, [node], element, origin)
 
     return forward
 

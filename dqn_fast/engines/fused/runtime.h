@@ -111,6 +111,18 @@ DEVICE T power(T a, T b) {
   return (T)made;
 }
 
+// The bytes of a number as a number of another type of the same size.
+template <class T, class Other>
+DEVICE T bits_as(Other other) {
+  static_assert(sizeof(T) == sizeof(Other), "numbers of the same size");
+  union {
+    Other from;
+    T to;
+  } bits;
+  bits.from = other;
+  return bits.to;
+}
+
 // Number of bounds below or at the key; below only. NaN is above all.
 template <class T>
 DEVICE int64_t upper_bound(const T* bounds, int64_t size, T key) {

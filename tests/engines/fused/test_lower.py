@@ -311,6 +311,10 @@ VIEWED = [
     Case("stack_zero_dim", lambda x: torch.stack([x[0], x[1] * 2, x[2]]), [floats(3)]),
     Case("one_hot", lambda x: F.one_hot(x, 5), [indices(9, below=5)]),
     Case("triangle", lambda x: (x.tril(), x.triu(1)), [floats(4, 4)]),
+    Case("bytes_as_numbers", lambda x: [x.view(t) for t in (float32, int32, int64, torch.int16)],
+         [bytes_(5, 32)]),
+    Case("some_bytes", lambda x: (x[:, 8:24].view(float32), (x > 99).to(uint8).view(torch.bool)),
+         [bytes_(5, 32)]),
     Case("meshgrid", lambda x, y: torch.meshgrid(x, y, indexing="ij"), [floats(3), floats(9)]),
 ]  # fmt: skip
 
@@ -658,6 +662,7 @@ REFUSED = {
     "int8": lambda x: x.to(torch.int8).sum(),
     "complex64": lambda x: torch.complex(x, x).abs(),
     "as_strided": lambda x: x.as_strided((2, 2), (1, 2)),
+    "view_bits": lambda x: x.view(int32),
     "rand": lambda x: x + torch.rand(9),
     "bernoulli": lambda x: torch.bernoulli(x.clamp(0, 1)),
     "item": lambda x: x + x[0].item(),
