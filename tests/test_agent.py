@@ -200,11 +200,11 @@ def untrained(env: TensorEnv) -> Agent:
 
 
 def test_bytes_beside_floats_are_read_as_training_reads_them():
-    """They are no features, even if they have their number; a Box with an axis of 1 keeps it."""
+    """What is stored is divided by 255 as it is there; a Box with an axis of 1 keeps it."""
     env = from_gymnasium(Mixed)
     agent = untrained(env)
-    obs = {"bytes": np.array([200, 5], np.uint8), "floats": np.array([0.5], np.float32)}
-    features = torch.tensor([200 / 255, 5 / 255, 0.5])
+    obs = {"byte": np.array([200], np.uint8), "floats": np.array([0.25, 0.5], np.float32)}
+    features = torch.tensor([200 / 255, 0.25, 0.5])
     assert torch.equal(agent.q_values(obs), agent.values(features))
     box = spaces.Box(-1, 1, (1, 3), np.float32)
     one_row = from_gymnasium(lambda: gymnasium.wrappers.TransformObservation(Mixed(), dict, box))

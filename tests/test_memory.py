@@ -101,6 +101,21 @@ def test_a_gradient_step_by_hand():
     assert steps[0] - 100 * 2 * row == 2 * (5 * 10 + 11 * 2) * 4 * 3
 
 
+def test_copies_of_an_evaluation_count_and_not_its_episodes():
+    """On the host as many as training has, or as asked for; an episode takes only its results."""
+    env = make_env("gym:CartPole-v1")
+
+    def evaluation(**settings: int | None) -> int:
+        return memory_needs(replace(SMALL, **settings), env, CPU).passing["evaluation"]
+
+    few, many = evaluation(eval_episodes=4), evaluation(eval_episodes=1_004)
+    assert many - few == 2 * 1_000 * 32
+    eight = evaluation(eval_episodes=1_004, eval_envs=8)
+    assert eight - many == few - 2 * 4 * 32
+    assert evaluation(eval_episodes=0) == 0
+    assert evaluation(eval_episodes=None) == evaluation(eval_episodes=100)
+
+
 def test_held_actions_and_wide_actions_count():
     """A random action that lasts is 8 bytes a copy; above 256 actions each takes 2 bytes."""
     env = make_env("LineWorld-v0")
