@@ -75,7 +75,7 @@ class NotNamedError(ValueError):
 
 
 class CannotMakeError(ValueError):
-    """A callable that should make an environment raised something."""
+    """A callable raised something, or made what cannot be adapted."""
 
 
 class OwnedError(ValueError):
@@ -453,7 +453,7 @@ def source_of(path: str, params: Mapping[str, Any]) -> Any:
 
     Raises:
         ImportFailed: nothing is called like this.
-        CannotMakeError: the callable raised something.
+        CannotMakeError: the callable raised something, or made what cannot be adapted.
         ValueError: it makes no environment, or takes no such parameters.
     """
     flag = f"--env {path}"
@@ -482,7 +482,11 @@ def source_of(path: str, params: Mapping[str, Any]) -> Any:
         made = source()
     except Exception as error:
         raise CannotMakeError(f"{flag}: raises {describe_error(error)}") from error
-    made = as_vector_env(made)
+    try:
+        made = as_vector_env(made)
+    except ValueError as error:
+        words = str(error).removeprefix("from_gymnasium: ")
+        raise CannotMakeError(f"{flag}: {words}") from error
     if isinstance(made, (TensorEnv, VectorEnv)):
         return made
     if isinstance(made, gymnasium.Env):
