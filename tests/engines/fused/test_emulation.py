@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dqn_fast.engines.fused.body import MATH
-from dqn_fast.engines.fused.chunk import PACKAGE
+from dqn_fast.engines.fused.cpp import PACKAGE
 from dqn_fast.engines.fused.toolchains import Cpp
 
 HEADERS = PACKAGE
