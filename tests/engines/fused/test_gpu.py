@@ -192,7 +192,7 @@ def sanitized(name: str, sanitizer: str, library: str, mode: str) -> dict[int, b
     environ = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     environ["UBSAN_OPTIONS"] = "halt_on_error=1"
     again = "suppress_equal_stacks=0:suppress_equal_addresses=0"  # as if there had been no others
-    environ |= {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=0:{again}"}
+    environ |= {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=0:symbolize=0:{again}"}
     words = [sys.executable, "-c", RACES, name, options]
     subprocess.run([*words, "compile"], env=environ, cwd=ROOT, check=True)  # compiles
     found = subprocess.run(
