@@ -6,7 +6,7 @@ Constants are from NVIDIA's guides and from the probes named beside them; `HIDDE
 to the phases of a hand-written kernel for the same algorithm that was measured on an H100. A
 predicted number stands for a measured one only until a card has run the program:
 
-    python -m benchmarks.components --device cuda-model
+    python -m benchmarks.predicted
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -222,8 +222,11 @@ class Phase:
         return self.times * (max(max(busy) + rest, self.latency) + BARRIER_CYCLES)
 
     def row(self) -> dict[str, Any]:
-        """A JSON object."""
-        return {**asdict(self), "bound": self.bound, "least": self.least, "cycles": self.cycles}
+        """A JSON object, with cycles by resource."""
+        same = {"function": self.function, "what": self.what, "origins": self.origins}
+        numbers = {name: round(cycles) for name, cycles in self.each.items()}
+        totals = {"least": round(self.least), "cycles": round(self.cycles)}
+        return {**same, "times": self.times, **numbers, "bound": self.bound, **totals}
 
 
 def phases_of(function: Arranged, precision: str) -> list[Phase]:
