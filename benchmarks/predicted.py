@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.common import at_least_one, finish
+from benchmarks.phases import show_cycles
 from benchmarks.throughput import endless, fast_args
 from dqn_fast import tree
 from dqn_fast.device import MatmulPrecision
@@ -128,23 +129,6 @@ def table(args: PredictedArgs) -> dict[str, Any]:
     }
 
 
-def show_phases(rows: Sequence[dict[str, Any]]) -> None:
-    """Phases of one program; rows may have cycles that were measured as well."""
-    head = f"{'times':>6}{'predicted':>11}{'least':>8}{'measured':>10}{'x':>7}"
-    print(f"{'function':<13}{'kernels':<30}{head}  bound    operations")
-    for row in rows:
-        measured = row.get("measured")
-        cells = (
-            f"{measured:>10,.0f}{measured / row['cycles']:>7.2f}"
-            if measured
-            else f"{'-':>10}{'-':>7}"
-        )
-        print(
-            f"{row['function']:<13}{row['what'][:29]:<30}{row['times']:>6}{row['cycles']:>11,.0f}"
-            f"{row['least']:>8,.0f}{cells}  {row['bound']:<9}{row['origins'][:60]}"
-        )
-
-
 def show(result: dict[str, Any]) -> None:
     """The tables: rates of all rows, and the phases of the first program."""
     print(f"{NOTE}: an H100 at {result['clock_ghz']:g} GHz, 128x128, batch 64, one update a step")
@@ -161,7 +145,7 @@ def show(result: dict[str, Any]) -> None:
         )
     program = result["programs"][0]
     print("\nphases of {env_id}, {num_envs} envs, {matmul_precision}".format(**program))
-    show_phases(program["phases"])
+    show_cycles(program["phases"])
 
 
 def main() -> int:

@@ -591,10 +591,12 @@ def _residents(arrangement: Arrangement) -> tuple[str, str]:
 
 
 COUNTED = """
+#define BEGIN(phases) begin(phases)
 #define MARK(number) mark(phases, number)
 """
 
 UNCOUNTED = """
+#define BEGIN(phases)
 #define MARK(number)
 """
 
@@ -638,7 +640,13 @@ DEVICE int fresh(int number) {
   return number;
 }
 
-// Adds the cycles since the last mark to a phase, those of the first block alone.
+// Begins to count cycles, those of the first block alone: what lies between launches is no phase's.
+DEVICE void begin(int64_t* phases) {
+  if (thread_id() == 0 && block_id() == 0)
+    phases[0] = cycles();
+}
+
+// Adds the cycles since the last mark to a phase.
 DEVICE void mark(int64_t* phases, int number) {
   if (thread_id() || block_id())
     return;
@@ -661,6 +669,7 @@ struct ArgumentsOf_many_NAME {
 
 KERNEL(many_NAME, ArgumentsOf_many_NAME, THREADS_OF_DRAWS) {
   char* const scratch = g.scratch + block_id() * g.scratch_bytes;
+  BEGIN(g.phases);
   for (int64_t i = block_id(); i < g.num_steps * g.num_members; i += num_blocks()) {
     NAME(
         g.arguments, g.constants, shared_memory(), scratch, g.phases, i % g.num_steps,
@@ -685,6 +694,7 @@ KERNEL(many_NAME, ArgumentsOf_many_NAME, THREADS) {
   char* const scratch = g.scratch + member * g.scratch_bytes;
   FETCH
   BARRIER();
+  BEGIN(g.phases);
   for (int64_t k = 0; k < g.num_steps; ++k) {
     NAME(g.arguments, g.constants, shared, scratch, g.phases, k, member);
     BARRIER();
@@ -711,6 +721,7 @@ KERNEL(chunk, ArgumentsOf_chunk, THREADS) {
   char* const scratch = g.scratch + member * g.scratch_bytes;
   FETCH
   BARRIER();
+  BEGIN(g.phases);
   int u = 0;
   for (int k = 0; k < (int)g.num_steps; ++k) {
     step(g.step, g.step_constants, shared, scratch, g.phases, k, member);

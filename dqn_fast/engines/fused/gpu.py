@@ -178,7 +178,12 @@ def generate(
 
 
 class DeviceProgram:
-    """Kernels of `cuda.print_program`, for a number of members."""
+    """Kernels of `cuda.print_program`, for a number of members.
+
+    Attributes:
+        phases: if it counts, the clock at the last mark and the cycles of each phase so far, of the
+            first block; int64.
+    """
 
     def __init__(
         self,
@@ -217,14 +222,18 @@ class DeviceProgram:
     def many(self, name: str, table: Table, count: int) -> None:
         """Run one function for `count` steps of all members."""
         kernel, blocks = f"many_{name}", self._members
-        if name.startswith("draw_"):
-            blocks = min(count * self._members, self._most_blocks)
         if not count:
             return
+        if name.startswith("draw_"):
+            blocks = self.drawing_blocks(count)
         words = self._words(kernel, blocks, count)
         if name.startswith("draw_"):
             words += np.int64(self._members).tobytes()
         self._run(kernel, blocks, self._table(name, table, 0) + words)
+
+    def drawing_blocks(self, count: int) -> int:
+        """Blocks that draw `count` steps of all members."""
+        return min(count * self._members, self._most_blocks)
 
     def _run(self, kernel: str, blocks: int, parameters: bytes) -> None:
         self._launch(kernel, blocks, self._described["shared"][kernel], parameters)
