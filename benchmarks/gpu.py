@@ -528,7 +528,14 @@ def told(kind: Kind, result: Mapping[str, Any]) -> str:
             return "; ".join([f"{len(result['rows'])} rows, {left} left out", *words])
         case "components":
             engines = [f"{row['engine']} {row['us']:.0f} us" for row in result["engines"]]
-            return f"{len(result['parts'])} parts; {', '.join(engines)} a vector step"
+            text = f"{len(result['parts'])} parts; {', '.join(engines)} a vector step"
+            cycles = (result.get("phases") or {}).get("cycles")
+            if cycles:
+                measured, predicted = (
+                    sum(row[n] for row in cycles) for n in ("measured", "cycles")
+                )
+                text += f"; {measured:,.0f} cycles, {predicted:,.0f} predicted"
+            return text
         case "profile":
             busy = "?" if result["busy_us"] is None else f"{result['busy_us']:.0f}"
             kernels = "?" if result["kernels"] is None else f"{result['kernels']:.0f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks.gpu import (
     bounds,
     main,
     parts_of,
+    read_cold,
     read_run_dir,
     read_tests,
     run_part,
@@ -258,6 +260,25 @@ def test_a_run_is_read_from_what_it_wrote(tmp_path):
     assert result["engine"] == "eager"
     assert "gradient steps" in result["engine_reason"]
     assert told("run", result).startswith(f"eager ({result['engine_reason']}); ")
+    for name in ("cold", "warm"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    (tmp_path / "seconds.json").write_text('{"cold": 9.24, "warm": 5.06}')
+    both = read_cold(tmp_path)
+    assert both == {
+        name: {**result, "process_s": s} for name, s in (("cold", 9.24), ("warm", 5.06))
+    }
+    assert told("cold", both).startswith("5.1 s from start to exit, 9.2 with an empty cache; eager")
+
+
+def test_cycles_are_told_beside_the_predicted_ones():
+    """Their sums; a CPU's phases have none."""
+    result = {"parts": [], "engines": [{"engine": "fused", "us": 26.0}], "phases": None}
+    words = "0 parts; fused 26 us a vector step"
+    assert told("components", result) == words
+    result["phases"] = {
+        "cycles": [{"measured": 1000.4, "cycles": 900}, {"measured": 2, "cycles": 3}]
+    }
+    assert told("components", result) == f"{words}; 1,002 cycles, 903 predicted"
 
 
 def rounded(value: float | None) -> float | None:
