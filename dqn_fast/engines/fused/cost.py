@@ -94,6 +94,7 @@ FAST_WEIGHTS = {"sqrt": 2, "div": 3}
 
 
 MMA_CYCLES = int(re.findall(r"MMA_CYCLES = (\d+);", (PACKAGE / "tiles.h").read_text())[0])
+"""Of an mma on one scheduler's tensor core."""
 
 
 @dataclass(frozen=True)
@@ -418,8 +419,8 @@ class _Counter:
             self._bytes += 4 * max(elements, 32 * cost.memory // 2)
 
     def _is_across(self, operand: Operand) -> bool:
-        columns = self.printer.columns_of(operand.buffer)
-        return operand.column != 1 and (columns > 0 or operand.row == 1)
+        """As the printer's `Transposed<Swizzled>`; others are loaded number by number."""
+        return self.printer.columns_of(operand.buffer) > 0 and operand.column != 1
 
     # -------------------------------------------------------------------------------- memory
 
