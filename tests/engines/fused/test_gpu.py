@@ -241,6 +241,9 @@ class Text:
     def generate(self, functions: Any, num_state: int, counted: bool) -> Any:
         return generate(functions, num_state, counted, SHARED_BYTES, self.precision)
 
+    def check(self, described: Any, num_members: int, updates: float) -> None:
+        pass
+
     def load(self, package: Any, device: torch.device, num_members: int) -> Any:
         raise EngineUnavailableError(package.log)
 
