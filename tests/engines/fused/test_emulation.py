@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dqn_fast.engines.fused import build, cpp
+from dqn_fast.engines.fused import cpp
 
 HEADERS = cpp.PACKAGE
 NVCC = shutil.which("nvcc")
@@ -179,7 +179,7 @@ def line_of(comment: str) -> int:
 def compiled(folder: Path, *flags: str, text: str = KERNELS) -> Path:
     """A program, built with some flags."""
     (folder / "kernels.cpp").write_text(text)
-    command = [build._compiler(), "-std=c++17", "-ffp-contract=off", f"-I{HEADERS}", *flags]
+    command = [Cpp().compiler(), "-std=c++17", "-ffp-contract=off", f"-I{HEADERS}", *flags]
     subprocess.run([*command, "kernels.cpp", "-o", "kernels"], cwd=folder, check=True)
     return folder / "kernels"
 
