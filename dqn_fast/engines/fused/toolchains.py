@@ -108,13 +108,13 @@ class Cpp:
 
     def identity(self) -> Any:
         """Compiler, options, and this machine's processor."""
-        compiler = self.compiler()
+        compiler = self._compiler()
         machine = [instruction_sets(), platform.machine()]
         return [compiler, _ask(self.name, compiler, "--version"), FLAGS, self.extra, machine]
 
     def commands(self, parts: Sequence[str]) -> list[str]:
         """One compiler for each part, all at once, and one that links their objects."""
-        words = [self.compiler(), *FLAGS, *self.extra]
+        words = [self._compiler(), *FLAGS, *self.extra]
         objects = [f"{part}.o" for part in parts]
         return [
             *(f"{shlex.join([*words, '-c', part + self.suffix])} & {part}=$!" for part in parts),
@@ -122,8 +122,7 @@ class Cpp:
             f"exec {shlex.join([*words, '-shared', *objects, '-o', LIBRARY])}",
         ]
 
-    def compiler(self) -> str:
-        """Absolute path of the compiler."""
+    def _compiler(self) -> str:
         path = shutil.which(os.environ.get("CXX") or "g++")
         if path is None:
             raise EngineUnavailableError("no C++ compiler")
@@ -137,7 +136,7 @@ def sanitizer_preload() -> list[str]:
     Raises:
         EngineUnavailableError: the compiler has none.
     """
-    compiler = Cpp().compiler()
+    compiler = Cpp()._compiler()
     paths = [
         _ask(Cpp.name, compiler, f"-print-file-name={name}")
         for name in ("libasan.so", "libubsan.so")

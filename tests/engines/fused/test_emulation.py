@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dqn_fast.engines.fused import cpp
+from dqn_fast.engines.fused.body import MATH
+from dqn_fast.engines.fused.chunk import PACKAGE
+from dqn_fast.engines.fused.toolchains import Cpp
 
-HEADERS = cpp.PACKAGE
+HEADERS = PACKAGE
 NVCC = shutil.which("nvcc")
 
 KERNELS = """
@@ -179,7 +181,7 @@ def line_of(comment: str) -> int:
 def compiled(folder: Path, *flags: str, text: str = KERNELS) -> Path:
     """A program, built with some flags."""
     (folder / "kernels.cpp").write_text(text)
-    command = [Cpp().compiler(), "-std=c++17", "-ffp-contract=off", f"-I{HEADERS}", *flags]
+    command = [Cpp().identity()[0], "-std=c++17", "-ffp-contract=off", f"-I{HEADERS}", *flags]
     subprocess.run([*command, "kernels.cpp", "-o", "kernels"], cwd=folder, check=True)
     return folder / "kernels"
 
@@ -378,7 +380,7 @@ def test_the_thread_sanitizer_notices_each_missing_barrier(tmp_path):
 def test_the_same_text_compiles_for_a_gpu(tmp_path):
     """With every function that the printer can name, in both precisions."""
     calls = []
-    for op in sorted({*cpp.MATH, "fabs", "rint"}):
+    for op in sorted({*MATH, "fabs", "rint"}):
         count = {"fma": 3}.get(op, 2 if op in ("atan2", "fmod", "pow", "hypot", "copysign") else 1)
         values = ", ".join(["x", "2.5f", "0.5f"][:count])
         calls.append(f"x += __builtin_{op}f({values}) + (float)__builtin_{op}({values});")
@@ -402,7 +404,7 @@ def test_nvrtc_learns_each_function_that_text_names():
     for name in re.findall(r"DEVICE_MATH(?:_2)?\((\w+)\)", text):
         known |= {name, f"{name}f"}
     known |= set(re.findall(r"DEVICE (?:float|double) __builtin_(\w+)\(", text))
-    printed = {*cpp.MATH, "fabs", "rint", "trunc", "nan", "inf"}
+    printed = {*MATH, "fabs", "rint", "trunc", "nan", "inf"}
     runtime = (HEADERS / "runtime.h").read_text()
     host = runtime.index("#ifndef __CUDACC__\nstruct FlushDenormals")
     helpers = runtime[runtime.index("#endif\n\n// Keeps", host) :]
