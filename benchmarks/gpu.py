@@ -43,26 +43,34 @@ from dqn_fast.settings import UsageError
 ROOT = Path(__file__).resolve().parents[1]
 
 PartName = Literal[
+    "seeds",
+    "fused",
+    "fused-phases",
+    "tests",
     "run",
     "run-twice",
     "throughput",
     "profile-graph-tf32",
-    "tests",
-    "run-plain",
+    "fused-members",
+    "fused-envs",
+    "fused-cartpole",
+    "fused-acrobot",
+    "learn-cartpole",
+    "learn-acrobot",
     "run-graph",
     "populations",
     "profile-graph",
-    "profile-plain",
+    "profile-auto",
     "components",
     "run-compile",
     "run-seeds",
     "run-cartpole",
 ]
-Kind = Literal["tests", "run", "twice", "rows", "components", "profile"]
+Kind = Literal["tests", "run", "twice", "cold", "rows", "components", "profile"]
 Status = Literal["ok", "failed", "timed out", "not run"]
 Words = tuple[str, ...]
 
-SECONDS, QUICK_SECONDS = 600.0, 200.0
+SECONDS, QUICK_SECONDS = 600.0, 150.0
 CLOSING_S = 12.0
 """Kept back for imports and for the end, when results are printed."""
 
@@ -72,9 +80,21 @@ POPULATIONS = (132, 1024)
 ONE_UPDATE = ("--num-envs", "64", "--train-freq", "64", "--target-update-interval", "64")
 """One gradient step a vector step, as in the rows of benchmarks.throughput."""
 
-STEP_US, PLAIN_STEP_US = 160.0, 550.0
-"""Bounds of a vector step of 64 envs with one gradient step, in microseconds: compiled kernels in
-graphs with TF32, as the training command runs them; plain kernels in graphs."""
+STEP_US = 160.0
+"""Bound of a vector step of 64 envs with one gradient step, in microseconds: compiled kernels in
+graphs with TF32, as the training command runs them."""
+FUSED_US = {
+    Key("fused", 64, 1.0, 1, "high"): 26.0,
+    Key("fused", 64, 1.0, 1, "highest"): 40.0,
+    Key("fused", 64, 1.0, 132, "high"): 26.4,
+    Key("fused", 64, 1.0, 132, "highest"): 38.8,
+    Key("fused", 256, 1.0, 132, "high"): 42.2,
+}
+"""Bounds of the same in the engine `fused`: 132 members are 5 and 3.4 million updates a second, and
+with 256 envs 800 million env steps."""
+WARM_S, COLD_S = 6.0, 10.0
+"""Bounds of the default run of 132 members, from process start to exit without report: with and
+without compiled programs in the cache."""
 OVER_BUSY = 1.5
 """Bound of that compiled step over the time for which its own profile has the GPU busy."""
 OVER_MEDIAN = 1.3
@@ -86,14 +106,14 @@ class GpuArgs:
     """Everything that a card can say in ten minutes."""
 
     quick: bool = False
-    """End within 200 s: short stretches, the most telling parts first."""
+    """End within 150 s: short stretches, the most telling parts first."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu: a rehearsal at tiny sizes, whose figures mean nothing."""
     parts: tuple[PartName, ...] | None = None
     """Which parts, in their own order. None: all."""
     seconds: float | None = None
     """Seconds after which the command has ended; > 0. What does not fit is not run. None: 600;
-    with --quick 200."""
+    with --quick 150."""
     folder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where the output of the parts is kept, new or empty. None: runs/gpu__<UTC time>."""
     out: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -156,31 +176,48 @@ for name in ("first", "second"):
 """Two equal runs in one process: memory and graphs of the first must not be in the second's way."""
 
 
+COLD = """
+import json, os, subprocess, sys, time
+folder, *flags = sys.argv[1:]
+environ = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"}
+seconds = {}
+for name in ("cold", "warm"):
+    command = [sys.executable, "-m", "dqn_fast.train", *flags, "--run-dir", f"{folder}/{name}"]
+    began = time.monotonic()
+    subprocess.run(command, env=environ, check=True)
+    seconds[name] = time.monotonic() - began
+with open(f"{folder}/seconds.json", "w") as file:
+    json.dump(seconds, file)
+"""
+"""Two equal runs from process start to exit, the first with an empty cache of programs."""
+
+
 def parts_of(args: GpuArgs) -> list[Part]:
     """The parts that are asked for, in their own order: what tells most comes first."""
     device, rehearsal, quick = ("--device", args.device), args.device == "cpu", args.quick
     graph, compiled = ("eager", "eager") if rehearsal else ("graph", "compile")
     tf32: Words = ("--matmul-precision", "high")
-    long: Words = ("--total-timesteps", str(2**15 * 64), "--eval-interval", "0")
     rounds: Words = ("--seconds", "0.5", "--repeats", "7")
     members: Words = tuple(map(str, POPULATIONS))
     wide: Words = ("eager", "graph", "jax")
     narrow: Words = ("graph", "jax")
-    engines: Words = ("eager", "graph")
+    fused: Words = ("fused", "jax")
+    engines: Words = ("eager", "fused", "graph")
     tiny: Words = ()
     if quick:
         wide, rounds = narrow, ("--seconds", "0.2", "--repeats", "5")
     if rehearsal:
-        tf32, long, rounds = (), ("--eval-interval", "0"), ("--seconds", "0.02", "--repeats", "2")
+        tf32, rounds = (), ("--seconds", "0.02", "--repeats", "2")
         members = ("2",)
-        wide, narrow, engines = ("eager", "jax"), ("jax",), ("eager",)
+        wide, narrow, engines = ("eager", "jax"), ("jax",), ("eager", "fused")
         tiny = ("--total-timesteps", "2048", "--hidden-sizes", "16", "--no-report")
 
     def run(*flags: str) -> Words:
         return ("-m", "dqn_fast.train", *flags, "--run-dir", "FOLDER/run", *device, *tiny)
 
-    def rows(loops: Sequence[str], *flags: str) -> Words:
-        command = ("-m", "benchmarks.throughput", "--num-envs", "64", "--no-equal-work", "--cores")
+    def rows(loops: Sequence[str], *flags: str, num_envs: Words = ("64",)) -> Words:
+        command = ("-m", "benchmarks.throughput", "--num-envs", *num_envs)
+        command += ("--no-equal-work", "--cores")
         limit = ("--time-limit", "TIME_LIMIT")
         return (*command, "--loops", *loops, *flags, *rounds, *limit, *device)
 
@@ -192,24 +229,56 @@ def parts_of(args: GpuArgs) -> list[Part]:
     populations = rows(narrow, "--num-seeds", *members, *tf32)
     short = rounds if rehearsal else ()
     components = ("-m", "benchmarks.components", "--engines", *engines, "--cores", *device, *short)
+    phases = ("-m", "benchmarks.components", "--engines", "fused", "--cores", *device, *short)
     tests = ("-m", "pytest", "-m", "gpu", "-v", "--tb=line", "-p", "no:cacheprovider")
     twice = ("-c", TWICE, "FOLDER", "--num-envs", "64", *device, *tiny)
     cartpole = ("--env-id", "CartPole-v1", "--stop-at-return", "475")
+    seeds = ("-c", COLD, "FOLDER", "--num-seeds", members[0], *device, *tiny)
+    seeds += () if rehearsal else ("--no-report",)
+    few: Words = ("1", members[0])
+    many: Words = ("8", "264", "1024")
+    more: Words = ("256", "4096")
+    if rehearsal:
+        fused, many, more = ("fused",), ("3",), ("8",)
+
+    def learn(env_id: str) -> Words:
+        return run("--env-id", env_id, "--num-seeds", "2" if rehearsal else "10")
+
+    def fused_rows(*flags: str, num_envs: Words = ("64",)) -> Words:
+        return rows(fused, *flags, *both, num_envs=num_envs)
 
     def limit(seconds: float, with_quick: float) -> float:
         return with_quick if quick else seconds
 
     every = [
+        Part("seeds", "cold", seeds, limit(90, 40)),
+        Part("fused", "rows", fused_rows("--num-seeds", *few), limit(150, 90)),
+        Part("fused-phases", "components", (*phases, *tf32), limit(90, 40)),
+        Part("tests", "tests", tests, limit(240, 90)),
         Part("run", "run", run("--num-envs", "64"), limit(60, 40)),
         Part("run-twice", "twice", twice, limit(90, 40)),
         Part("throughput", "rows", rows(wide, *both), limit(200, 90)),
         Part("profile-graph-tf32", "profile", profile(graph, *tf32), limit(90, 60)),
-        Part("tests", "tests", tests, limit(240, 60)),
-        Part("run-plain", "run", run(*ONE_UPDATE, *long), limit(90, 40)),
+        Part("fused-members", "rows", fused_rows("--num-seeds", *many), limit(180, 90)),
+        Part("fused-envs", "rows", fused_rows("--num-seeds", *few, num_envs=more), limit(240, 120)),
+        Part(
+            "fused-cartpole",
+            "rows",
+            fused_rows("--num-seeds", *few, "--env-id", "CartPole-v1"),
+            limit(150, 90),
+        ),
+        Part(
+            "fused-acrobot",
+            "rows",
+            fused_rows("--num-seeds", *few, "--env-id", "Acrobot-v1"),
+            limit(150, 90),
+        ),
+        Part("learn-cartpole", "run", learn("CartPole-v1"), limit(120, 60)),
+        Part("learn-acrobot", "run", learn("Acrobot-v1"), limit(120, 60)),
         Part("run-graph", "run", run("--engine", graph), limit(120, 60)),
         Part("populations", "rows", populations, limit(180, 60)),
         Part("profile-graph", "profile", profile(graph), limit(90, 60)),
-        Part("profile-plain", "profile", profile("auto"), limit(90, 60)),
+        Part("profile-auto", "profile", profile("auto"), limit(90, 60)),
         Part("components", "components", components, limit(90, 60)),
         Part("run-compile", "run", run("--engine", compiled), limit(120, 60)),
         Part("run-seeds", "run", run("--num-seeds", members[0]), limit(60, 40)),
@@ -363,6 +432,12 @@ def read_twice(folder: Path) -> dict[str, Any]:
     return {"first": first, "second": second, "equal": equal}
 
 
+def read_cold(folder: Path) -> dict[str, Any]:
+    """Both runs, with `process_s` from process start to exit."""
+    seconds = json.loads((folder / "seconds.json").read_text())
+    return {name: {**read_run_dir(folder / name), "process_s": s} for name, s in seconds.items()}
+
+
 def read_json_line(folder: Path) -> dict[str, Any]:
     """The last line of stdout, as every benchmark prints it, and what stands above it."""
     *table, line = (folder / "out.txt").read_text().splitlines()
@@ -377,7 +452,8 @@ def read_rows(folder: Path) -> dict[str, Any]:
 
 def read_components(folder: Path) -> dict[str, Any]:
     record = read_json_line(folder)
-    return {name: record[name] for name in ("rates", "parts", "engines", "table", "device")}
+    names = ("rates", "parts", "engines", "phases", "table", "device")
+    return {name: record[name] for name in names}
 
 
 def read_profile(folder: Path) -> dict[str, Any]:
@@ -415,6 +491,7 @@ READ: dict[Kind, Callable[[Path], dict[str, Any]]] = {
     "tests": read_tests,
     "run": read_run,
     "twice": read_twice,
+    "cold": read_cold,
     "rows": read_rows,
     "components": read_components,
     "profile": read_profile,
@@ -438,14 +515,27 @@ def told(kind: Kind, result: Mapping[str, Any]) -> str:
         case "twice":
             same = "equal" if result["equal"] else "NOT EQUAL"
             return f"{same}; second: {told_run(result['second'])}"
+        case "cold":
+            cold, warm = (result[name] for name in ("cold", "warm"))
+            return (
+                f"{warm['process_s']:.1f} s from start to exit, {cold['process_s']:.1f} with an "
+                f"empty cache; {told_run(warm)}"
+            )
         case "rows":
-            best = [row for row in result["rows"] if row["contender"].endswith("graph")]
+            best = [row for row in result["rows"] if row["contender"].endswith(("graph", "fused"))]
             words = [f"{name_of(row)} {row['updates_per_s']:,.0f} updates/s" for row in best]
             left = len(result["left_out"])
             return "; ".join([f"{len(result['rows'])} rows, {left} left out", *words])
         case "components":
             engines = [f"{row['engine']} {row['us']:.0f} us" for row in result["engines"]]
-            return f"{len(result['parts'])} parts; {', '.join(engines)} a vector step"
+            text = f"{len(result['parts'])} parts; {', '.join(engines)} a vector step"
+            cycles = (result.get("phases") or {}).get("cycles")
+            if cycles:
+                measured, predicted = (
+                    sum(row[n] for row in cycles) for n in ("measured", "cycles")
+                )
+                text += f"; {measured:,.0f} cycles, {predicted:,.0f} predicted"
+            return text
         case "profile":
             busy = "?" if result["busy_us"] is None else f"{result['busy_us']:.0f}"
             kernels = "?" if result["kernels"] is None else f"{result['kernels']:.0f}"
@@ -478,18 +568,18 @@ def bounds(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     rows = [
         row
-        for name in ("throughput", "populations")
+        for name in ("throughput", "populations", "fused", "fused-members", "fused-envs")
         for row in results.get(name, {}).get("rows", [])
-        if row["contender"] in ("graph", "train graph")
+        if row["contender"] in ("graph", "train graph", "fused", "train fused")
     ]
+    us = {
+        key_of(row): 1e6 * row["num_envs"] * row["num_seeds"] / row["env_steps_per_s"]
+        for row in rows
+    }
     user = Key("train graph", 64, 1.0, 1, "high")
-    step_us = next(
-        (1e6 * row["num_envs"] / row["env_steps_per_s"] for row in rows if key_of(row) == user),
-        None,
-    )
+    step_us = us.get(user)
     busy_us = results.get("profile-graph-tf32", {}).get("busy_us")
-    plain = results.get("run-plain", {})
-    is_plain = "plain" in str(plain.get("engine_reason")) and plain.get("engine") == "graph"
+    seeds = results.get("seeds", {})
     found: list[tuple[str, float, float | None]] = [
         ("us a vector step, train graph, TF32", STEP_US, step_us),
         (
@@ -497,10 +587,17 @@ def bounds(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             OVER_BUSY,
             step_us / busy_us if step_us and busy_us else None,
         ),
-        (
-            "us a vector step, plain kernels in graphs",
-            PLAIN_STEP_US,
-            plain.get("us_per_vector_step") if is_plain else None,
+        *(
+            (f"us a vector step, {name_of(key._asdict())}", bound, us.get(key))
+            for key, bound in FUSED_US.items()
+        ),
+        *(
+            (
+                f"s from start to exit, 132 members, {name}",
+                bound,
+                seeds.get(name, {}).get("process_s"),
+            )
+            for name, bound in (("warm", WARM_S), ("cold", COLD_S))
         ),
     ]
     found += [

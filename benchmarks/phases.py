@@ -1,4 +1,5 @@
-"""What each part of the generated program costs, beside the least that it could cost.
+"""What each part of the generated program costs, beside the least that it could cost; on a GPU
+beside the cycles that are predicted.
 
 `python -m benchmarks.components` prints this for the engine `fused`. A phase is one loop nest or
 one matrix product of the program. The program is compiled once more with a counter around each
@@ -31,10 +32,14 @@ from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.engines import EngineUnavailableError
 from dqn_fast.engines.fused import FusedChunk
 from dqn_fast.engines.fused.build import Build, find, key_of, load
+from dqn_fast.engines.fused.chunk import target_of
+from dqn_fast.engines.fused.cost import phases_of as phases_of_cuda
 from dqn_fast.engines.fused.cpp import PACKAGE
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index
+from dqn_fast.engines.fused.gpu import Cuda, DeviceProgram, Emulated
 from dqn_fast.engines.fused.native import NativeProgram
 from dqn_fast.engines.fused.planner import Kernel, Program
+from dqn_fast.engines.fused.target import Target
 from dqn_fast.plan import Chunk
 from dqn_fast.setup import Training
 
@@ -275,17 +280,106 @@ def measure_phases(
     }
 
 
-def try_phases(*args: Any) -> dict[str, Any] | None:
-    """`measure_phases`, or None and one line that says why."""
+def measure_cycles(
+    training: Training,
+    inputs: tuple[Chunk, StepInputs, UpdateInputs],
+    repeats: int,
+    seconds: float,
+    target: Target | None = None,
+) -> dict[str, Any]:
+    """Cycles of each phase of a CUDA program, of the first member, beside the predicted ones.
+
+    Args:
+        training: that learns, on a GPU; its state is written.
+        inputs: a chunk with one gradient step per vector step, and its inputs.
+        repeats: rounds, of which the one with the fewest cycles counts.
+        seconds: length of a stretch.
+        target: that runs it; None: the GPU.
+
+    Raises:
+        EngineUnavailableError: the step cannot be fused here.
+    """
+    parts = training.dqn, training.state, training.plan, training.noise
+    device = training.noise.device
+    target = target or target_of(device)
+    with closing(FusedChunk(*parts, counted=True, target=target)) as fused:
+        fused.finish(lambda: False)
+        program = fused.program
+        assert isinstance(program, DeviceProgram)
+        assert isinstance(target, Cuda | Emulated)
+        phases = [phase for plan in fused.plans for phase in phases_of_cuda(plan, target.precision)]
+        chunk, steps, updates = inputs
+
+        def job() -> None:
+            fused.draw(training.noise, chunk.num_steps, chunk.num_updates, 0, 0)
+            fused(training.dqn, training.state, steps, updates, chunk.update_counts)
+
+        job()
+        calls = max(1, round(seconds / stretch(job, 1, device)))
+        rounds = list[tuple[float, list[int]]]()
+        for _ in range(repeats):
+            program.phases.zero_()
+            us = 1e6 * stretch(job, calls, device) / (calls * chunk.num_steps)
+            rounds.append((us, program.phases[1 : 1 + len(phases)].tolist()))
+        members = training.dqn.num_members
+        runs = {"step": chunk.num_steps, "update": chunk.num_updates}
+        for name, count in list(runs.items()):  # of the first block
+            runs[f"draw_{name}"] = -(-count * members // program.drawing_blocks(count))
+    us, counts = min(rounds, key=lambda each: sum(each[1]))
+    return {
+        "precision": target.precision,
+        "whole_us": us,
+        "chunk_steps": chunk.num_steps,
+        "cycles": [
+            {**phase.row(), "measured": count / (calls * runs[phase.function])}
+            for phase, count in zip(phases, counts, strict=True)
+        ],
+    }
+
+
+def try_phases(training: Training, *args: Any) -> dict[str, Any] | None:
+    """What is measured of the program's phases, or None and one line that says why."""
+    measure = measure_cycles if training.noise.device.type == "cuda" else measure_phases
     try:
-        return measure_phases(*args)
+        return measure(training, *args)
     except EngineUnavailableError as error:
         print(f"fused, by phase: left out, {error}", file=sys.stderr)
         return None
 
 
+def show_cycles(rows: Sequence[dict[str, Any]]) -> None:
+    """Predicted cycles of each phase, beside the measured ones where there are some."""
+    head = f"{'times':>6}{'predicted':>11}{'least':>8}{'measured':>10}{'x':>7}"
+    print(f"{'function':<13}{'kernels':<30}{head}  bound    operations")
+    totals = dict[str, list[float]]()
+    for row in rows:
+        measured = row.get("measured")
+        sums = totals.setdefault(row["function"], [0.0, 0.0, 0.0])
+        for n, cycles in enumerate((row["cycles"], row["least"], measured or 0.0)):
+            sums[n] += cycles
+        print(
+            f"{row['function']:<13}{row['what'][:29]:<30}{row['times']:>6}"
+            f"{_cycles(row['cycles'], row['least'], measured)}  {row['bound']:<9}"
+            f"{row['origins'][:60]}"
+        )
+    for name, sums in totals.items():
+        print(f"{name:<13}{'all':<36}{_cycles(*sums)}")
+
+
+def _cycles(predicted: float, least: float, measured: float | None) -> str:
+    cells = f"{measured:>10,.0f}{measured / predicted:>7.2f}" if measured else f"{'-':>10}{'-':>7}"
+    return f"{predicted:>11,.0f}{least:>8,.0f}{cells}"
+
+
 def show_phases(result: dict[str, Any]) -> None:
     """The table."""
+    if "cycles" in result:
+        print(
+            f"\nfused, by phase: cycles of one member, {result['precision']} products; the counted "
+            f"program takes {result['whole_us']:.1f} us a vector step"
+        )
+        show_cycles(result["cycles"])
+        return
     print(
         "\nfused, by phase: us of one member on one thread, for each vector step or gradient step; "
         f"floors at {result['gflops']:.3g} GFLOP/s and {result['copy_gb_per_s']:.3g} GB/s"

@@ -75,7 +75,7 @@ from dqn_fast.train import Args, most_episodes, train
 ENDLESS = 2**40
 
 Loop = Literal["eager", "fused", "compile", "graph", "sb3", "jax"]
-EnvName = Literal["LineWorld-v0", "CartPole-v1"]
+EnvName = Literal["LineWorld-v0", "CartPole-v1", "Acrobot-v1"]
 LINE_WORLD = "LineWorld-v0"
 ENGINES: tuple[EngineName, ...] = ("eager", "fused", "compile", "graph")
 PEERS = {"sb3": "stable-baselines3", "jax": "jax"}
@@ -100,8 +100,8 @@ class ThroughputArgs:
     num_envs: tuple[int, ...] | None = None
     """Env copies, a row each for every loop. None: 1 64 1024 16384; with --quick 64."""
     loops: tuple[Loop, ...] | None = None
-    """Loops beside the reference. None: all that suit the device, fused for a CPU and graph for
-    CUDA; with --quick on a CPU without compile, which takes 40 s to begin."""
+    """Loops beside the reference. None: all that suit the device, graph on CUDA only; with --quick
+    on a CPU without compile, which takes 40 s to begin."""
     sb3_num_envs: tuple[int, ...] = (1, 64)
     """Those of --num-envs that Stable-Baselines3 runs as well; it steps copies one by one."""
     num_seeds: tuple[int, ...] = (1,)
@@ -271,7 +271,7 @@ def contenders(args: ThroughputArgs, device: torch.device) -> list[Contender]:
 def _contenders(args: ThroughputArgs, device: torch.device) -> Iterator[Contender]:
     """Those that have settings; some come twice."""
     assert args.num_envs is not None
-    unsuited = ["fused"] if device.type == "cuda" else ["graph", *["compile"] * args.quick]
+    unsuited = [] if device.type == "cuda" else ["graph", *["compile"] * args.quick]
     engines = (engine for engine in ENGINES if engine not in unsuited)
     loops: tuple[str, ...] = args.loops if args.loops is not None else (*engines, *PEERS)
     speed = [fast_args(n, str(device), args.num_threads) for n in args.num_envs]

@@ -85,6 +85,7 @@ class LineWorld:
     goal_reward: float = 1.0
     slip_prob: float = 0.0
 
+    num_actions = 2
     reset_noise_dim = 0
     step_noise_dim = 1
 
@@ -112,6 +113,7 @@ class CartPole:
 
     max_steps: int = 500
 
+    num_actions = 2
     reset_noise_dim = 4
     step_noise_dim = 0
 
@@ -136,7 +138,60 @@ class CartPole:
         return state
 
 
-Env = LineWorld | CartPole
+@dataclass(frozen=True)
+class Acrobot:
+    """Gymnasium's Acrobot-v1; the state is both angles and their velocities, float32 [N, 4].
+
+    Source: Sutton (1996), with Gymnasium's constants, "book" equations and one step of fourth-order
+    Runge-Kutta.
+    """
+
+    max_steps: int = 500
+
+    num_actions = 3
+    reset_noise_dim = 4
+    step_noise_dim = 0
+
+    def reset(self, noise: Array) -> Array:
+        return 0.2 * noise - 0.1
+
+    def step(self, state: Array, action: Array, noise: Array) -> tuple[Array, Array, Array]:
+        torque, h = action.astype(jnp.float32) - 1.0, 0.2
+        k1 = self._derivative(state, torque)
+        k2 = self._derivative(state + h / 2 * k1, torque)
+        k3 = self._derivative(state + h / 2 * k2, torque)
+        k4 = self._derivative(state + h * k3, torque)
+        state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        angles = state[:, :2] - math.tau * jnp.round(state[:, :2] / math.tau)
+        limits = jnp.array([4 * math.pi, 9 * math.pi], jnp.float32)
+        velocities = jnp.clip(state[:, 2:], -limits, limits)
+        terminated = -jnp.cos(angles[:, 0]) - jnp.cos(angles.sum(1)) > 1.0
+        reward = terminated.astype(jnp.float32) - 1.0
+        return jnp.concatenate([angles, velocities], 1), reward, terminated
+
+    @staticmethod
+    def _derivative(state: Array, torque: Array) -> Array:
+        mass, length, centre, moment, gravity = 1.0, 1.0, 0.5, 1.0, 9.8
+        theta1, theta2, v1, v2 = state.T
+        cos2, sin2 = jnp.cos(theta2), jnp.sin(theta2)
+        both = length**2 + centre**2 + 2 * length * centre * cos2
+        d1 = mass * centre**2 + mass * both + 2 * moment
+        d2 = mass * (centre**2 + length * centre * cos2) + moment
+        phi2 = mass * centre * gravity * jnp.sin(theta1 + theta2)
+        bend = mass * length * centre * sin2
+        phi1 = -bend * v2**2 - 2 * bend * v2 * v1 + phi2
+        phi1 = phi1 + (mass * centre + mass * length) * gravity * jnp.sin(theta1)
+        a2 = torque + d2 / d1 * phi1 - bend * v1**2 - phi2
+        a2 = a2 / (mass * centre**2 + moment - d2**2 / d1)
+        return jnp.stack([v1, v2, -(d2 * a2 + phi1) / d1, a2], 1)
+
+    def features(self, state: Array) -> Array:
+        theta1, theta2 = state[..., 0], state[..., 1]
+        angles = [jnp.cos(theta1), jnp.sin(theta1), jnp.cos(theta2), jnp.sin(theta2)]
+        return jnp.stack([*angles, state[..., 2], state[..., 3]], -1)
+
+
+Env = LineWorld | CartPole | Acrobot
 
 
 # ------------------------------------------------------------------------ what is carried, inputs
@@ -337,10 +392,12 @@ def need(args: Args, ok: bool, name: str, allowed: str) -> None:
 
 
 def environment(args: Args) -> Env:
-    """The environment of `args`; UsageError where it is not one of the two, or not as they are."""
-    known = {"LineWorld-v0": LineWorld, "CartPole-v1": CartPole}
+    """The environment of `args`; UsageError where it is not one of these, or not as they are."""
+    known: dict[str, type[Env]] = {
+        "LineWorld-v0": LineWorld, "CartPole-v1": CartPole, "Acrobot-v1": Acrobot,
+    }  # fmt: skip
     need(args, args.env_id in known, "env_id", f"one of {', '.join(known)}")
-    if args.env_id == "CartPole-v1":
+    if args.env_id != "LineWorld-v0":
         need(args, set(args.env_params) <= {"max_steps"}, "env_params", "max_steps only")
     try:
         params = make_env(args.env_id, args.env_params).params
@@ -476,7 +533,7 @@ class Algorithm:
         args, n = self.args, self.args.num_envs
         bits = jax.random.bits(jax.random.fold_in(key, RESET), (n, self.env.reset_noise_dim))
         state = self.env.reset(uniform(bits))
-        sizes = (self.env.features(state).shape[-1], *args.hidden_sizes, 2)
+        sizes = (self.env.features(state).shape[-1], *args.hidden_sizes, self.env.num_actions)
         params = init_params(jax.random.fold_in(key, WEIGHTS), sizes)
 
         def zeros() -> Params:
@@ -508,7 +565,7 @@ class Algorithm:
         coin, choice = noise[:, 0], noise[:, 1]
         action = jnp.where(
             coin < epsilon,
-            (choice * 2).astype(jnp.int32),
+            (choice * env.num_actions).astype(jnp.int32),
             self.greedy(carry.learner.params, envs.state),
         )
         following, outcome = env_step(env, envs, action, noise[:, 2:split], noise[:, split:])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from benchmarks.gpu import (
     bounds,
     main,
     parts_of,
+    read_cold,
     read_run_dir,
     read_tests,
     run_part,
@@ -69,7 +72,20 @@ def test_the_parts_are_what_the_card_is_asked():
     assert " --loops graph jax --num-seeds 132 1024 " in found["populations"]
     assert " --engine graph " in found["profile-graph"]
     assert "--matmul-precision high" in found["profile-graph-tf32"]
-    assert found["components"].startswith("-m benchmarks.components --engines eager graph ")
+    assert found["components"].startswith("-m benchmarks.components --engines eager fused graph ")
+    assert "--matmul-precision high" in found["fused-phases"]
+    asked = set()
+    for name in ("fused", "fused-members", "fused-envs", "fused-cartpole", "fused-acrobot"):
+        args = tyro.cli(ThroughputArgs, args=found[name].replace("TIME_LIMIT", "9").split()[2:])
+        assert args.loops == ("fused", "jax")
+        assert args.precisions(torch.device("cuda")) == ("highest", "high")
+        asked |= {*itertools.product(args.env_id, args.num_envs, args.num_seeds)}
+    line = [(64, m) for m in (1, 8, 132, 264, 1024)] + [
+        (n, m) for n in (256, 4096) for m in (1, 132)
+    ]
+    others = [(name, 64, m) for name in ("CartPole-v1", "Acrobot-v1") for m in (1, 132)]
+    assert asked == {*(("LineWorld-v0", *each) for each in line), *others}
+    assert found["seeds"].endswith(" FOLDER --num-seeds 132 --device cuda --no-report")
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -84,7 +100,7 @@ def test_every_command_is_understood(device, quick):
         if part.kind == "tests":
             continue
         module, flags = part.command[1], argv[3:]
-        if part.kind == "twice":
+        if part.kind in ("twice", "cold"):
             module, flags = "dqn_fast.train", argv[4:]
             assert argv[3] == "/folder"
         assert importlib.util.find_spec(module) is not None
@@ -109,15 +125,15 @@ def test_every_command_is_understood(device, quick):
                 assert args.total_timesteps <= 2_048
                 assert args.engine in ("auto", "eager")
         understood += 1
-    assert understood == 13
+    assert understood == 21
 
 
 def test_a_rehearsal_has_the_same_parts():
     """Only smaller, and eager; parts that are asked for come in their own order."""
     names = list(commands())
     assert list(commands(device="cpu")) == list(commands(quick=True)) == names
-    assert len(names) == 14
-    assert list(commands(parts=("tests", "run"))) == ["run", "tests"]
+    assert len(names) == 22
+    assert list(commands(parts=("run", "tests"))) == ["tests", "run"]
 
 
 # ------------------------------------------------------------------------------------- running them
@@ -243,6 +259,29 @@ def test_a_run_is_read_from_what_it_wrote(tmp_path):
     assert result["engine"] == "eager"
     assert "gradient steps" in result["engine_reason"]
     assert told("run", result).startswith(f"eager ({result['engine_reason']}); ")
+    for name in ("cold", "warm"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    (tmp_path / "seconds.json").write_text('{"cold": 9.24, "warm": 5.06}')
+    both = read_cold(tmp_path)
+    assert both == {
+        name: {**result, "process_s": s} for name, s in (("cold", 9.24), ("warm", 5.06))
+    }
+    assert told("cold", both).startswith("5.1 s from start to exit, 9.2 with an empty cache; eager")
+
+
+def test_cycles_are_told_beside_the_predicted_ones():
+    """Their sums; a CPU's phases have none."""
+    result = {"parts": [], "engines": [{"engine": "fused", "us": 26.0}], "phases": None}
+    words = "0 parts; fused 26 us a vector step"
+    assert told("components", result) == words
+    result["phases"] = {
+        "cycles": [{"measured": 1000.4, "cycles": 900}, {"measured": 2, "cycles": 3}]
+    }
+    assert told("components", result) == f"{words}; 1,002 cycles, 903 predicted"
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def row(contender: str, us: float, slowest_us: float, **changes) -> dict:
@@ -253,8 +292,8 @@ def row(contender: str, us: float, slowest_us: float, **changes) -> dict:
 
 
 def test_bounds_are_judged_by_hand():
-    """160 us as a user's run, 1.5 times the busy time, 550 us with plain kernels, and no round of
-    a graph beyond 1.3 times its median."""
+    """160 us as a user's run, 1.5 times the busy time, what is asked of the engine fused and of the
+    run of 132 members, and no round of an engine beyond 1.3 times its median."""
     results = {
         "throughput": {
             "rows": [
@@ -265,31 +304,40 @@ def test_bounds_are_judged_by_hand():
             ]
         },
         "profile-graph-tf32": {"busy_us": 90.0},
-        "run-plain": {
-            "engine": "graph",
-            "engine_reason": "CUDA; plain kernels, 1 gradient steps are few",
-            "us_per_vector_step": 540.0,
+        "fused": {
+            "rows": [
+                row("fused", 30.0, 33.0),
+                row("fused", 25.0 / 132, 25.0 / 132, num_seeds=132),
+                row("jax", 20.0, 20.0),
+            ]
         },
+        "seeds": {"cold": {"process_s": 9.0}, "warm": {"process_s": 7.0}},
     }
     found = bounds(results)
-    assert [(each["bound"], round(each["measured"], 4), each["met"]) for each in found] == [
+    assert [(each["bound"], rounded(each["measured"]), each["met"]) for each in found] == [
         (160.0, 150.0, True),
         (1.5, round(150 / 90, 4), False),
-        (550.0, 540.0, True),
+        (26.0, 30.0, False),
+        (40.0, None, None),
+        (26.4, 25.0, True),
+        (38.8, None, None),
+        (42.2, None, None),
+        (6.0, 7.0, False),
+        (10.0, 9.0, True),
         (1.3, 1.2, True),
         (1.3, 1.02, True),
         (1.3, 1.4, False),
+        (1.3, 1.1, True),
+        (1.3, 1.0, True),
     ]
     assert (
-        found[-1]["what"] == "slowest round over the median, graph, 64 envs, replay ratio 1, TF32"
+        found[-3]["what"] == "slowest round over the median, graph, 64 envs, replay ratio 1, TF32"
     )
 
 
 def test_what_was_not_measured_is_neither_met_nor_missed():
-    """Compiled kernels are not taken for plain ones either."""
-    compiled = {"engine": "graph", "engine_reason": "CUDA; compiled kernels"}
-    for results in ({}, {"run-plain": compiled | {"us_per_vector_step": 100.0}}):
-        assert [(each["measured"], each["met"]) for each in bounds(results)] == [(None, None)] * 3
+    """Every bound is named all the same."""
+    assert [(each["measured"], each["met"]) for each in bounds({})] == [(None, None)] * 9
 
 
 # -------------------------------------------------------------------------------- from the command
@@ -313,7 +361,7 @@ def test_without_a_card_it_is_one_line(monkeypatch, capsys):
     ("flags", "message"),
     [
         (["--seconds", "0"], "--seconds 0.0: must be above 0 and finite"),
-        (["--parts"], "--parts: must be one or more of run, run-twice, "),
+        (["--parts"], "--parts: must be one or more of seeds, fused, "),
         (["--folder", "/nowhere/at/all"], "--folder /nowhere/at/all: must be in a folder that"),
         (["--folder", "benchmarks"], "--folder benchmarks: must be new or empty"),
         (["--folder", "README.md"], "--folder README.md: must be new or empty"),
@@ -334,7 +382,7 @@ def test_a_rehearsal_runs_on_the_cpu(monkeypatch, capsys, tmp_path):
     nothing of it is a GPU's."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     folder = tmp_path / "folder"
-    flags = ["--device", "cpu", "--parts", "run-twice", "profile-plain", "--out", "gpu"]
+    flags = ["--device", "cpu", "--parts", "run-twice", "profile-auto", "--out", "gpu"]
     flags += ["--folder", str(folder)]
     assert run(monkeypatch, *flags) == 0
     *lines, line = capsys.readouterr().out.splitlines()
@@ -346,13 +394,13 @@ def test_a_rehearsal_runs_on_the_cpu(monkeypatch, capsys, tmp_path):
     assert (twice["part"], twice["status"]) == ("run-twice", "ok")
     assert twice["result"]["equal"]
     assert twice["result"]["first"]["num_updates"] > 0
-    assert (profiled["part"], profiled["status"]) == ("profile-plain", "ok")
+    assert (profiled["part"], profiled["status"]) == ("profile-auto", "ok")
     assert 0 < profiled["result"]["us_min"] <= profiled["result"]["us"]
     assert profiled["result"]["engine"] == "eager"
     table = lines[-4:-2]
     assert lines[-2].startswith("a rehearsal on the CPU")
     assert table[0].split()[:2] == ["run-twice", "ok"]
-    assert table[1].split()[:2] == ["profile-plain", "ok"]
+    assert table[1].split()[:2] == ["profile-auto", "ok"]
     assert lines[-1] == f"output of the parts in {folder}"
     assert (folder / "run-twice" / "second" / "summary.json").exists()
 
@@ -399,5 +447,5 @@ def test_the_whole_rehearsal_goes_through(monkeypatch, capsys, tmp_path):
     assert {part["part"]: part["status"] for part in record["parts"]} == dict.fromkeys(
         (part["part"] for part in record["parts"]), "ok"
     )
-    assert len(record["parts"]) == 14
+    assert len(record["parts"]) == 22
     assert status == 0

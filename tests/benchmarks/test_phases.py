@@ -12,8 +12,16 @@ from benchmarks import components, throughput
 from benchmarks.common import RESULTS
 from benchmarks.components import ComponentsArgs, eager_training, learning_chunk
 from benchmarks.floors import work_of
-from benchmarks.phases import Phase, Rates, measure_phases, phases_of, show_phases
+from benchmarks.phases import (
+    Phase,
+    Rates,
+    measure_cycles,
+    measure_phases,
+    phases_of,
+    show_phases,
+)
 from dqn_fast.engines.fused import FusedChunk
+from dqn_fast.engines.fused.gpu import Emulated
 from dqn_fast.engines.fused.lower import lower
 from dqn_fast.engines.fused.planner import plan
 from dqn_fast.engines.fused.trace import trace
@@ -120,3 +128,25 @@ def test_results_from_before_are_shown(capsys):
     rows = [row for row in record["rows"] if "fused" not in row["contender"]]
     throughput.print_table(rows, [])
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+
+
+def test_cycles_of_a_device_program(capsys):
+    """Each phase has predicted and measured ones. A look at the emulated clock takes a cycle: so
+    each phase has one for each time that it runs, and what lies between launches has none."""
+    args = ComponentsArgs(
+        num_envs=8, batch_size=8, hidden_sizes=(8,), num_seeds=2, chunk_steps=2, device="cpu"
+    )
+    with closing(eager_training(args)) as training:
+        inputs = learning_chunk(training)
+        result = measure_cycles(training, inputs, 2, 0.01, Emulated("TF32"))
+    rows = result["cycles"]
+    functions = list(dict.fromkeys(row["function"] for row in rows))
+    assert functions == ["draw_step", "draw_update", "step", "update"]
+    for row in rows:
+        assert row["measured"] == 1.0
+        assert row["cycles"] >= row["least"] > 0
+    json.dumps(result)
+    show_phases(result)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 3 + len(rows) + len(functions)
+    assert "TF32 products" in out

@@ -96,7 +96,7 @@ def test_rows_suit_the_device_and_the_question():
     assert "graph" not in on_cpu
     every = contenders(ThroughputArgs(), CUDA)
     assert {c.num_envs for c in every if c.loop == "graph"} == {1, 64, 1024, 16384}
-    assert not any(c.engine == "fused" for c in every)
+    assert {c.num_envs for c in every if c.loop == "fused"} == {1, 64, 1024, 16384}
     assert {c.num_envs for c in every if c.loop == "train graph"} == {64}
     assert {c.num_envs for c in every if c.loop == "sb3"} == {1, 64}
     assert len({key_of(c.row) for c in every}) == len(every)
@@ -107,7 +107,7 @@ def test_precisions_are_rows_of_a_gpu():
     CPU, in float32, and have one row; a CPU has float32 only."""
     args = ThroughputArgs(quick=True, equal_work=False)
     rows = [(c.loop, c.row["matmul_precision"]) for c in contenders(args, CUDA)]
-    engines = ("eager", "compile", "graph")
+    engines = ("eager", "fused", "compile", "graph")
     loops = [f"{kind}{engine}" for engine in engines for kind in ("", "train ")]
     assert sorted(rows) == sorted(
         [("reference", "highest"), ("sb3", "highest")]

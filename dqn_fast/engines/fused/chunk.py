@@ -92,7 +92,8 @@ class FusedChunk:
             target: what it runs on; None: what the noise lies on.
 
         Raises:
-            EngineUnavailableError: the functions cannot be traced or fused.
+            EngineUnavailableError: the functions cannot be traced or fused, or another engine is
+                faster.
         """
         self._members, self._device = algorithm.num_members, noise.device
         self._state = [tensor.detach() for tensor in tree.leaves(state)]
@@ -109,6 +110,9 @@ class FusedChunk:
             alone, own = algorithm.one_member(), tree.member(state, 0, self._members)
             if counted or not self._find(alone, own):
                 self._generate(alone, own, noise, counted)
+            updates = plan.gradient_steps * plan.num_envs / plan.train_freq
+            self._target.check(self._described, self._members, updates)
+            self._start()
         except EngineUnavailableError:
             raise
         except UnknownOperationError as error:
@@ -133,41 +137,30 @@ class FusedChunk:
         return self._package is not None
 
     def _generate(self, alone: Algorithm, state: Any, noise: Noise, counted: bool) -> None:
-        """Trace all functions for one member, plan and print them, and start the compiler."""
-        functions, constants = dict[str, Any](), list[Tensor]()
-        lowered = dict[str, Lowered]()
-        for function in functions_of(alone, noise):
-            graph = trace(function.call, state, function.inputs)
-            made = lowered[function.name] = lower(graph.graph, graph.num_arguments)
-            buffers = [*made.arguments, *made.constants]
-            for buffer, name in zip(buffers, names_of(function, state, graph), strict=True):
-                buffer.note = name
-            results = [(list(t.shape), str(t.dtype)) for t in tree.leaves(graph.results)]
-            functions[function.name] = {
-                "axes": function.axes,
-                "constants": [len(constants), len(constants) + len(graph.constants)],
-                "results": results,
-            }
-            constants += graph.constants
-        generated = self._target.generate(lowered, len(tree.leaves(state)), counted)
+        """Trace all functions for one member, plan and print them."""
+        traced = trace_functions(alone, state, noise)
+        generated = self._target.generate(traced.lowered, len(tree.leaves(state)), counted)
         expr.forget()
         self.plans = generated.plans if counted else []
         self._described = {
-            "functions": functions,
+            "functions": traced.described,
             "source": generated.source,
             **generated.described,
         }
-        self._constants = [constant.contiguous() for constant in constants]
+        self._constants = [constant.contiguous() for constant in traced.constants]
         if self._key is None or counted:
             parts = self._target.identity, generated.source
             self._key = key_of(*parts, toolchain=self._target.toolchain)
             self._package, note = find(self._key)
             self.notes += [note] if note else []
+
+    def _start(self) -> None:
+        """Start the compiler, if the program is not in the cache."""
+        assert self._key is not None
         if self._package is None:
             self._build = Build(
-                generated.source, self._key, self._described, self._constants,
-                self._target.toolchain,
-            )  # fmt: skip
+                self.source, self._key, self._described, self._constants, self._target.toolchain
+            )
             self.notes += self._build.notes
 
     @property
@@ -322,6 +315,40 @@ def target_of(device: torch.device) -> Target:
         EngineUnavailableError: nothing does.
     """
     return Cuda(device) if device.type == "cuda" else Native()
+
+
+class Traced(NamedTuple):
+    """All functions of an algorithm for one member.
+
+    Attributes:
+        lowered: by name.
+        described: of each, JSON values that calls need.
+        constants: of all.
+    """
+
+    lowered: dict[str, Lowered]
+    described: dict[str, Any]
+    constants: list[Tensor]
+
+
+def trace_functions(alone: Algorithm, state: Any, noise: Noise) -> Traced:
+    """Trace and lower the functions of an algorithm of one member, with its state."""
+    traced = Traced({}, {}, [])
+    constants = traced.constants
+    for function in functions_of(alone, noise):
+        graph = trace(function.call, state, function.inputs)
+        made = traced.lowered[function.name] = lower(graph.graph, graph.num_arguments)
+        buffers = [*made.arguments, *made.constants]
+        for buffer, name in zip(buffers, names_of(function, state, graph), strict=True):
+            buffer.note = name
+        results = [(list(t.shape), str(t.dtype)) for t in tree.leaves(graph.results)]
+        traced.described[function.name] = {
+            "axes": function.axes,
+            "constants": [len(constants), len(constants) + len(graph.constants)],
+            "results": results,
+        }
+        constants += graph.constants
+    return traced
 
 
 def functions_of(alone: Algorithm, noise: Noise) -> list[Function]:

@@ -150,6 +150,8 @@ class DevicePrinter(Lines):
 
     Attributes:
         is_fast: whether quotients and square roots may be wrong in their last place.
+        threads: of the block.
+        precision: of products.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class DevicePrinter(Lines):
             first_phase: number of what runs before the first barrier.
         """
         super().__init__()
-        self._function, self._threads, self._precision = function, threads, precision
+        self._function, self.threads, self.precision = function, threads, precision
         self.is_fast, self._phase = is_fast, first_phase
         self._block: Block | None = None
         self._first_warp = 0
@@ -254,13 +256,13 @@ class DevicePrinter(Lines):
     def _threads_for(self, items: int) -> str:
         """A thread's number among those that share out `items`; kernels that run at the same time
         begin with different warps, so that small ones do not wait for each other."""
-        warps, needed = self._threads // 32, -(-items // 32)
+        warps, needed = self.threads // 32, -(-items // 32)
         first = self._first_warp
         if needed >= warps or not first:
             self._first_warp = needed % warps if needed < warps else 0
             return "thread_id()"
         self._first_warp = (first + needed) % warps
-        return f"(thread_id() + {self._threads - 32 * first}) % {self._threads}"
+        return f"(thread_id() + {self.threads - 32 * first}) % {self.threads}"
 
     def _decode(self, flat: str, extents: Sequence[int], first: int, step: int = 1) -> None:
         """Define the variables of loops `first` .. from the number of an iteration.
@@ -295,7 +297,7 @@ class DevicePrinter(Lines):
         roots = [store.value for store in kept]
         roots += [atom for store in kept for atom in store.offset.terms]
         total = math.prod(extents)
-        step = LANES if self._pays_together(kernel, kept) else 1
+        step = LANES if self.pays_together(kernel, kept) else 1
         if step > 1:
             body.vectorise(make("var", (len(extents) - 1, extents[-1]), torch.int64))
         by_depth = body.by_depth(roots)
@@ -306,11 +308,11 @@ class DevicePrinter(Lines):
         if extents:  # else they may be what the only thread at work overwrites
             for expr in by_depth.pop(0, []):
                 body.emit(expr)
-        if not rows and total // step <= self._threads:
+        if not rows and total // step <= self.threads:
             self.open(f"if (t < {text}) {{")
             self.line("const int i = t;")
         else:
-            self.open(f"for (int i = t; i < {text}; i += {self._threads}) {{")
+            self.open(f"for (int i = t; i < {text}; i += {self.threads}) {{")
         self._decode("i", extents, 0, step)
         for depth in sorted(by_depth):
             for expr in by_depth[depth]:
@@ -319,12 +321,12 @@ class DevicePrinter(Lines):
             self._store(body, store)
         self.close()
 
-    def _pays_together(self, kernel: Kernel, kept: Sequence[Store]) -> bool:
+    def pays_together(self, kernel: Kernel, kept: Sequence[Store]) -> bool:
         """Whether a thread computes several neighbours: all threads must have work then."""
         extents = kernel.extents
         if kernel.kind != "loop" or not extents or extents[-1] % LANES:
             return False
-        if math.prod(extents) < LANES * self._threads // 2:
+        if math.prod(extents) < LANES * self.threads // 2:
             return False
         probe = DeviceBody(self, {})
         probe.vectorise(make("var", (len(extents) - 1, extents[-1]), torch.int64))
@@ -352,7 +354,7 @@ class DevicePrinter(Lines):
         kept = kernel.extents[inner:] if r.outer else kernel.extents[: len(kernel.extents) - inner]
         first_kept, first_reduced = (inner, 0) if r.outer else (0, len(kept))
         results, terms = math.prod(kept), math.prod(r.extents)
-        lanes = self._lanes_for(results, terms) if r.what in SIGNS else 1
+        lanes = self.lanes_for(results, terms) if r.what in SIGNS else 1
         per_warp = 32 // lanes
         body = DeviceBody(self, {})
         by_depth = body.by_depth([r.term, *r.offset.terms])
@@ -366,7 +368,7 @@ class DevicePrinter(Lines):
         self.line(f"const int part = {part};")
         for expr in by_depth.pop(0, []):
             body.emit(expr)
-        step = self._threads // 32 * per_warp
+        step = self.threads // 32 * per_warp
         self.open(f"for (int i = t / 32 * {per_warp}; i < {text}; i += {step}) {{")
         # All threads of a warp exchange sums, so those without a result compute the last one.
         self.line(f"const int own = i + {lane};")
@@ -412,10 +414,10 @@ class DevicePrinter(Lines):
         self.close()
         self.close()
 
-    def _lanes_for(self, results: int, terms: int) -> int:
+    def lanes_for(self, results: int, terms: int) -> int:
         """Threads of a warp that share a result."""
         lanes = 32
-        while lanes > 1 and (lanes > terms or results * lanes > self._threads):
+        while lanes > 1 and (lanes > terms or results * lanes > self.threads):
             lanes //= 2
         return lanes
 
@@ -438,8 +440,8 @@ class DevicePrinter(Lines):
         if self._block is not None:
             rows, most = "count", self._block.rows_at_once
         x, y = self._matrix(p.x, True), self._matrix(p.y, False)
-        precision = f"Precision::{self._precision}"
-        sizes = f"{most}, {p.columns}, {p.depth}, {self._threads}"
+        precision = f"Precision::{self.precision}"
+        sizes = f"{most}, {p.columns}, {p.depth}, {self.threads}"
         call = f"product<{precision}, End::NOTHING, {sizes}>"
         if not kernel.stores:
             self.line(f"{call}({x}, {y}, {self._matrix(p.out, True)}, nullptr, {rows});")
@@ -499,6 +501,14 @@ class DevicePrinter(Lines):
 # --------------------------------------------------------------------------------------- programs
 
 
+def printer_of(function: Arranged, precision: str, first_phase: int = 0) -> DevicePrinter:
+    """What prints a function of a program, by its name."""
+    threads = DRAW_THREADS if function.name.startswith("draw_") else THREADS
+    # Numbers that only weights follow from; what environments compute is exact.
+    is_fast = function.name == "update" and precision == "TF32"
+    return DevicePrinter(function, threads, precision, is_fast, first_phase)
+
+
 def print_program(
     arrangement: Arrangement,
     draws: Sequence[Arranged],
@@ -521,11 +531,7 @@ def print_program(
     parts += [COUNTED if counted else UNCOUNTED, HELPERS]
     phase = 0
     for function in [*draws, *arrangement.functions.values()]:
-        is_draw = function.name not in arrangement.functions
-        threads = DRAW_THREADS if is_draw else THREADS
-        # Numbers that only weights follow from; what environments compute is exact.
-        is_fast = function.name == "update" and precision == "TF32"
-        printer = DevicePrinter(function, threads, precision, is_fast, phase)
+        printer = printer_of(function, precision, phase)
         parts += ["namespace {", *printer.function(), "} // namespace", ""]
         phase += printer.num_phases
     for function in draws:
@@ -585,10 +591,12 @@ def _residents(arrangement: Arrangement) -> tuple[str, str]:
 
 
 COUNTED = """
+#define BEGIN(phases) begin(phases)
 #define MARK(number) mark(phases, number)
 """
 
 UNCOUNTED = """
+#define BEGIN(phases)
 #define MARK(number)
 """
 
@@ -632,7 +640,13 @@ DEVICE int fresh(int number) {
   return number;
 }
 
-// Adds the cycles since the last mark to a phase, those of the first block alone.
+// Begins to count cycles, those of the first block alone: what lies between launches is no phase's.
+DEVICE void begin(int64_t* phases) {
+  if (thread_id() == 0 && block_id() == 0)
+    phases[0] = cycles();
+}
+
+// Adds the cycles since the last mark to a phase.
 DEVICE void mark(int64_t* phases, int number) {
   if (thread_id() || block_id())
     return;
@@ -655,6 +669,7 @@ struct ArgumentsOf_many_NAME {
 
 KERNEL(many_NAME, ArgumentsOf_many_NAME, THREADS_OF_DRAWS) {
   char* const scratch = g.scratch + block_id() * g.scratch_bytes;
+  BEGIN(g.phases);
   for (int64_t i = block_id(); i < g.num_steps * g.num_members; i += num_blocks()) {
     NAME(
         g.arguments, g.constants, shared_memory(), scratch, g.phases, i % g.num_steps,
@@ -679,6 +694,7 @@ KERNEL(many_NAME, ArgumentsOf_many_NAME, THREADS) {
   char* const scratch = g.scratch + member * g.scratch_bytes;
   FETCH
   BARRIER();
+  BEGIN(g.phases);
   for (int64_t k = 0; k < g.num_steps; ++k) {
     NAME(g.arguments, g.constants, shared, scratch, g.phases, k, member);
     BARRIER();
@@ -705,6 +721,7 @@ KERNEL(chunk, ArgumentsOf_chunk, THREADS) {
   char* const scratch = g.scratch + member * g.scratch_bytes;
   FETCH
   BARRIER();
+  BEGIN(g.phases);
   int u = 0;
   for (int k = 0; k < (int)g.num_steps; ++k) {
     step(g.step, g.step_constants, shared, scratch, g.phases, k, member);

@@ -588,7 +588,11 @@ inline float4 load_l2(const float* p) { return *(const float4*)p; }
 inline void store_l2(float4* p, float4 x) { *p = x; }
 inline void store_l2(float* p, float4 x) { *(float4*)p = x; }
 
-inline int64_t cycles() { return 0; }
+// Each look at the clock takes a cycle, so that what is counted can be told.
+inline int64_t cycles() {
+  static int64_t looks = 0;
+  return ++looks;
+}
 
 } // namespace
 

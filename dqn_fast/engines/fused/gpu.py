@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.fused.build import Package, load
+from dqn_fast.engines.fused.cost import DRAWING_BLOCKS, Prediction, phases_of, predict
 from dqn_fast.engines.fused.cuda import DRAW_THREADS, MAX_STEPS, THREADS, print_program
 from dqn_fast.engines.fused.driver import Kernels, driver
 from dqn_fast.engines.fused.lower import Lowered
@@ -27,9 +28,6 @@ SHARED_BYTES = 232_448
 
 PRECISIONS = {"highest": "TF32X3", "high": "TF32", "medium": "TF32"}
 """Products by `torch.get_float32_matmul_precision()`. TF32X3 is as exact as float32."""
-
-BLOCKS_PER_PROCESSOR = 4
-"""Blocks that draw, at most, on each multiprocessor."""
 
 
 class Cuda:
@@ -70,6 +68,11 @@ class Cuda:
         """Arrange and print functions, see `Target`."""
         return generate(functions, num_state, counted, self._limits.shared_bytes, self.precision)
 
+    def check(self, described: dict[str, Any], num_members: int, updates: float) -> None:
+        """Refuse what a graph does faster, see `Target`."""
+        prediction = Prediction(**described["predicted"])
+        prediction.refuse_if_slower(num_members, self._limits.multiprocessors, updates)
+
     def load(self, package: Package, device: torch.device, num_members: int) -> DeviceProgram:
         """Load the cubin."""
         kernels = Kernels(package.library, self._index)
@@ -81,7 +84,7 @@ class Cuda:
 
         for name, shared_bytes in package.described["shared"].items():
             kernels.prepare(name, shared_bytes)
-        most = BLOCKS_PER_PROCESSOR * self._limits.multiprocessors
+        most = DRAWING_BLOCKS * self._limits.multiprocessors
         return DeviceProgram(launch, package.described, device, num_members, most)
 
 
@@ -121,6 +124,9 @@ class Emulated:
         """Arrange and print functions, see `Target`."""
         return generate(functions, num_state, counted, self._shared_bytes, self.precision, True)
 
+    def check(self, described: dict[str, Any], num_members: int, updates: float) -> None:
+        """Refuse nothing."""
+
     def load(self, package: Package, device: torch.device, num_members: int) -> DeviceProgram:
         """Load the library."""
         library = load(package)
@@ -152,26 +158,32 @@ def generate(
     main = {name: part for name, part in parts.items() if name not in draws}
     # Blocks that draw are small, so that several are on a multiprocessor.
     arranged = {
-        name: arrange(
-            {name: part}, 0, shared_bytes // BLOCKS_PER_PROCESSOR - 1024, DRAW_THREADS // 32
-        )
+        name: arrange({name: part}, 0, shared_bytes // DRAWING_BLOCKS - 1024, DRAW_THREADS // 32)
         for name, part in draws.items()
     }
     whole = arrange(main, num_state, shared_bytes, THREADS // 32)
     drawn = [made.functions[name] for name, made in arranged.items()]
+    planned = [*drawn, *whole.functions.values()]
     source = print_program(whole, drawn, precision, counted, emulated)
     kernels = {f"many_{name}": made for name, made in arranged.items()}
     kernels |= {"chunk": whole} if "step" in main else {f"many_{name}": whole for name in main}
+    phases = [phase for function in planned for phase in phases_of(function, precision)]
     described = {
+        "predicted": predict(phases, planned)._asdict(),
         "shared": {name: made.shared_bytes for name, made in kernels.items()},
         "scratch": {name: made.global_bytes for name, made in kernels.items()},
         "constants": {name: max(len(part[2]), 1) for name, part in parts.items()},
     }
-    return Generated(source, described, [*drawn, *whole.functions.values()])
+    return Generated(source, described, planned)
 
 
 class DeviceProgram:
-    """Kernels of `cuda.print_program`, for a number of members."""
+    """Kernels of `cuda.print_program`, for a number of members.
+
+    Attributes:
+        phases: if it counts, the clock at the last mark and the cycles of each phase so far, of the
+            first block; int64.
+    """
 
     def __init__(
         self,
@@ -210,14 +222,18 @@ class DeviceProgram:
     def many(self, name: str, table: Table, count: int) -> None:
         """Run one function for `count` steps of all members."""
         kernel, blocks = f"many_{name}", self._members
-        if name.startswith("draw_"):
-            blocks = min(count * self._members, self._most_blocks)
         if not count:
             return
+        if name.startswith("draw_"):
+            blocks = self.drawing_blocks(count)
         words = self._words(kernel, blocks, count)
         if name.startswith("draw_"):
             words += np.int64(self._members).tobytes()
         self._run(kernel, blocks, self._table(name, table, 0) + words)
+
+    def drawing_blocks(self, count: int) -> int:
+        """Blocks that draw `count` steps of all members."""
+        return min(count * self._members, self._most_blocks)
 
     def _run(self, kernel: str, blocks: int, parameters: bytes) -> None:
         self._launch(kernel, blocks, self._described["shared"][kernel], parameters)

@@ -35,6 +35,9 @@ class Native:
         scratch = max(program.scratch_bytes + room_bytes(program) for program in programs)
         return Generated(source, {"scratch": scratch}, programs)
 
+    def check(self, described: dict[str, Any], num_members: int, updates: float) -> None:
+        """Refuse nothing."""
+
     def load(self, package: Package, device: torch.device, num_members: int) -> NativeProgram:
         """Load the library."""
         return NativeProgram(load(package), package.described["scratch"], num_members)

@@ -73,6 +73,18 @@ class Target(Protocol):
             EngineUnavailableError: the target cannot run them.
         """
 
+    def check(self, described: dict[str, Any], num_members: int, updates: float) -> None:
+        """Refuse what another engine does faster.
+
+        Args:
+            described: of `generate`.
+            num_members: M.
+            updates: gradient steps for each vector step, on average.
+
+        Raises:
+            EngineUnavailableError: both figures.
+        """
+
     def load(self, package: Package, device: torch.device, num_members: int) -> Program:
         """Load what the toolchain made.
 
