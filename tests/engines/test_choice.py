@@ -45,8 +45,8 @@ def test_no_compiler_is_never_an_error(name, device, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "num_updates", "on_host", "engine"),
     [
-        ("auto", 10, False, "graph"),
-        ("auto", 10**9, False, "graph"),
+        ("auto", 10, False, "fused"),
+        ("auto", 10**9, False, "fused"),
         ("graph", 10, False, "graph"),
         ("auto", 10, True, "fused"),
         ("auto", 10**9, True, "fused"),
