@@ -446,14 +446,19 @@ def _may_join(one: Kernel, other: Kernel) -> bool:
     """Whether each iteration of one kernel may be followed by the same one of another."""
     if not {one.kind, other.kind} <= {"loop", "scatter"} or one.extents != other.extents:
         return False
-    scattered = [kernel for kernel in (one, other) if kernel.kind == "scatter"]
     for kernel, rest in ((one, other), (other, one)):
-        touched = _roots(rest.reads() | rest.writes())
-        if kernel in scattered and touched & _roots(kernel.writes()):
+        computed = [store for store in kernel.stores if not _in_own_place(store)]
+        if _roots(store.buffer for store in computed) & _roots(rest.reads() | rest.writes()):
             return False
-        if kernel not in scattered and not touch_equally(kernel, rest):
+        in_place = [store for store in kernel.stores if _in_own_place(store)]
+        if not touch_equally(Kernel("loop", kernel.extents, in_place), rest):
             return False
     return True
+
+
+def _in_own_place(store: Store) -> bool:
+    """Whether each iteration has a place of its own, known from its number."""
+    return all(atom.op == "var" for atom in store.offset.terms)
 
 
 def _barriers(
