@@ -317,7 +317,7 @@ def test_evaluation_plays_the_greedy_policy_to_its_end(right, expected):
 class Countdown:
     """Episodes of 1 to 20 steps, as the start draws; a step pays what is left."""
 
-    max_steps, reset_noise_dim, step_noise_dim = 100, 1, 0
+    num_actions, max_steps, reset_noise_dim, step_noise_dim = 2, 100, 1, 0
 
     def reset(self, noise):
         return 1.0 + jnp.floor(20.0 * noise)

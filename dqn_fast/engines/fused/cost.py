@@ -132,7 +132,7 @@ def product_cost(
         tiles, steps = _tiles(4 * height, 32, rows, columns), _up(depth, 4)
         return ProductCost(
             tiles * (steps * (4 * height + 16) // 2 + 4 * height), 0,
-            _busiest(tiles, warps) * steps * (16 * height + 2 * height + 8),
+            _busiest(tiles, warps) * steps * 20 * height,
             _up(tiles, warps) * (SHARED_LATENCY + depth * STEP_LATENCY),
         )  # fmt: skip
     three = 3 if precision == "TF32X3" else 1
