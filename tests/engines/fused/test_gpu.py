@@ -22,7 +22,7 @@ from dqn_fast.device import cpu_threads
 from dqn_fast.engines import EngineUnavailableError, chunk_
 from dqn_fast.engines.fused import chunk
 from dqn_fast.engines.fused.gpu import SHARED_BYTES, Emulated, generate
-from dqn_fast.engines.fused.toolchains import NvccToolchain, resources
+from dqn_fast.engines.fused.toolchains import NvccToolchain, resources, sanitizer_preload
 from dqn_fast.setup import rows_of, setup
 from dqn_fast.train import Args
 from tests.engines.fused.test_chunk import MORE, assert_same_steps, fuse, single_steps
@@ -191,7 +191,7 @@ for line in [0, *barriers] if mode == "each" else [0]:
 """
 
 
-def sanitized(name: str, sanitizer: str, library: str, mode: str) -> dict[int, bool]:
+def sanitized(name: str, sanitizer: str, preload: list[str], mode: str) -> dict[int, bool]:
     """Run vector steps of a program that a sanitizer watches, in a process of its own; returns
     whether it reports anything, by the line of the barrier that is left out (0: none)."""
     options = json.dumps(["-O1", "-g", f"-fsanitize={sanitizer}"])
@@ -199,10 +199,7 @@ def sanitized(name: str, sanitizer: str, library: str, mode: str) -> dict[int, b
     environ |= {"UBSAN_OPTIONS": "halt_on_error=1", "TSAN_OPTIONS": "halt_on_error=1:symbolize=0"}
     words = [sys.executable, "-c", RACES, name, options]
     subprocess.run([*words, "compile"], env=environ, cwd=ROOT, check=True)  # compiles
-    found = subprocess.run(
-        ["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True
-    )
-    environ["LD_PRELOAD"] = found.stdout.strip()
+    environ["LD_PRELOAD"] = " ".join(preload)
     fixed = ["setarch", platform.machine(), "-R"]  # where the thread sanitizer finds its memory
     done = subprocess.run(
         [*fixed, *words, mode], env=environ, cwd=ROOT, capture_output=True, text=True
@@ -215,7 +212,10 @@ def sanitized(name: str, sanitizer: str, library: str, mode: str) -> dict[int, b
 @pytest.mark.parametrize("name", ["LineWorld", "CartPole"])
 def test_each_barrier_is_needed_and_is_enough(name):
     """The thread sanitizer sees no race, and one where any of the barriers is left out."""
-    found = sanitized(name, "thread", "libtsan.so", "each")
+    where = subprocess.run(
+        ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
+    )
+    found = sanitized(name, "thread", [where.stdout.strip()], "each")
     assert not found.pop(0)
     assert len(found) > 15
     assert [line for line, noticed in found.items() if not noticed] == []
@@ -225,7 +225,7 @@ def test_each_barrier_is_needed_and_is_enough(name):
 @pytest.mark.parametrize("name", ["LineWorld", "CartPole"])
 def test_sanitizers_find_nothing(name):
     """No access outside of memory, nothing undefined."""
-    assert sanitized(name, "address,undefined", "libasan.so", "whole") == {0: False}
+    assert sanitized(name, "address,undefined", sanitizer_preload(), "whole") == {0: False}
 
 
 class Text:
@@ -254,7 +254,7 @@ class Text:
 @pytest.mark.parametrize("args", [LINE, CART], ids=["LineWorld", "CartPole"])
 def test_registers_are_enough(args, precision):
     """Nvcc compiles the text for compute capability 9.0; a thread keeps almost all that it needs
-    in its 128 registers."""
+    in its 128 registers, and spills what 48 more would hold at most."""
     training = setup(replace(args, engine="eager"))
     parts = training.dqn, training.state, training.plan, training.noise
     program = chunk.FusedChunk(*parts, target=Text(precision))
@@ -263,7 +263,7 @@ def test_registers_are_enough(args, precision):
     needed = resources(str(raised.value))
     assert set(needed) == {"chunk", "many_draw_step", "many_draw_update"}
     assert needed["chunk"].registers <= 128
-    assert needed["chunk"].spill_stores <= 128
+    assert needed["chunk"].spill_stores <= 192, needed
 
 
 # ----------------------------------------------------------------------------------- on a GPU
