@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from dqn_fast.engines.fused.expr import Buffer, Expr, Index
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index, make
+from dqn_fast.engines.fused.planner import Reduction, Store
 
 TYPES = {
     torch.float32: "float",
@@ -145,6 +146,20 @@ class Body:
             return
         self._define(expr, f"const {TYPES[expr.dtype]}", self._text(expr))
 
+    def emit_all(self, by_depth: Mapping[int, Iterable[Expr]]) -> None:
+        """Print the definitions of values in order."""
+        for depth in sorted(by_depth):
+            for expr in by_depth[depth]:
+                self.emit(expr)
+
+    def finish(self, r: Reduction, result: str) -> None:
+        """Store the result of a reduction, whose accumulated value is called `result`."""
+        value = make("named", (result,), r.buffer.dtype)
+        self.names[value] = result
+        finished = r.finish(value)
+        self.emit_all(self.by_depth([finished]))
+        self._lines.line(f"{self.element(r.buffer, r.offset)} = {self.name(finished)};")
+
     def _define(self, expr: Expr, kind: str, text: str) -> str:
         """Print the definition of a new name for a value; returns the name."""
         name = self.names[expr] = self._lines.name()
@@ -252,6 +267,25 @@ class Body:
         if op in MATH:
             return f"__builtin_{op}{suffix_of(expr.dtype)}({', '.join(args)})"
         raise AssertionError(op)
+
+
+def known_values(stores: Iterable[Store]) -> dict[Any, Expr]:
+    """Values of elements that an iteration stores, by `load_key`; it need not load them. An
+    argument's elements are read before they are overwritten."""
+    return {
+        load_key(store.buffer, store.offset): store.value
+        for store in stores
+        if store.buffer.role == "scratch"
+    }
+
+
+def roots_of(stores: Iterable[Store]) -> list[Expr]:
+    """What has to be computed for some stores: values and places."""
+    stores = list(stores)
+    return [
+        *(store.value for store in stores),
+        *(atom for store in stores for atom in store.offset.terms),
+    ]
 
 
 def load_key(buffer: Buffer, index: Index) -> Any:

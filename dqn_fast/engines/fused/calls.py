@@ -24,9 +24,8 @@ from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.fused import expr
 from dqn_fast.engines.fused.build import Build, Package, find, key_of, load
 from dqn_fast.engines.fused.chunk import digest_of_sources
-from dqn_fast.engines.fused.cpp import print_program, room_bytes
-from dqn_fast.engines.fused.lower import lower
-from dqn_fast.engines.fused.planner import plan
+from dqn_fast.engines.fused.lower import Lowered, lower
+from dqn_fast.engines.fused.native import Native
 from dqn_fast.engines.fused.table import Table
 from dqn_fast.engines.fused.trace import trace
 
@@ -117,17 +116,16 @@ _programs: dict[str, CallProgram] = {}
 
 def _source_of(calls: Mapping[str, Call]) -> tuple[str, dict[str, Any], list[Tensor]]:
     """Trace, plan and print functions: the source, its description and its constants."""
-    programs, ranges, constants = [], dict[str, list[int]](), list[Tensor]()
+    lowered, ranges, constants = dict[str, Lowered](), dict[str, list[int]](), list[Tensor]()
     try:
         for name, call in calls.items():
             graph = trace(call.function, call.state, call.inputs)
-            programs.append(plan(name, lower(graph.graph, graph.num_arguments)))
+            lowered[name] = lower(graph.graph, graph.num_arguments)
             ranges[name] = [len(constants), len(constants) + len(graph.constants)]
             constants += [constant.contiguous() for constant in graph.constants]
-        source = print_program(programs)
-        scratch = max(p.scratch_bytes + room_bytes(p) for p in programs)
+        generated = Native().generate(lowered, 0, counted=False)
     except Exception as error:
         raise EngineUnavailableError(f"cannot be traced: {first_line(error)}") from error
     finally:
         expr.forget()
-    return source, {"constants": ranges, "scratch": scratch}, constants
+    return generated.source, {"constants": ranges, **generated.described}, constants

@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 
-from dqn_fast.engines.fused.body import SIGNS, TYPES, UNSIGNED, Body, Lines, beats, load_key
-from dqn_fast.engines.fused.expr import Expr, load, make
+from dqn_fast.engines.fused.body import (
+    SIGNS,
+    TYPES,
+    UNSIGNED,
+    Body,
+    Lines,
+    beats,
+    known_values,
+    roots_of,
+)
+from dqn_fast.engines.fused.expr import Expr, load
 from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Program
 
 PACKAGE = Path(__file__).parent
@@ -105,16 +114,9 @@ class Printer(Lines):
         self.line(f"    {bias}, {room});")
 
     def _loop(self, kernel: Kernel) -> None:
-        # An argument's elements are read before they are overwritten.
-        known = {
-            load_key(store.buffer, store.offset): store.value
-            for store in kernel.stores
-            if store.buffer.role == "scratch"
-        }
-        body = Body(self, known)
+        body = Body(self, known_values(kernel.stores))
         kept = [store for store in kernel.stores if store.is_kept]
-        roots = [store.value for store in kept]
-        roots += [atom for store in kept for atom in store.offset.terms]
+        roots = roots_of(kept)
         self._nest(
             kernel.extents,
             body,
@@ -197,20 +199,9 @@ class Printer(Lines):
         for _ in inner:
             self.close()
         result = f"{total}_at" if r.what.startswith("arg") else total
-        self._finish(r, result, body)
+        body.finish(r, result)
         for _ in kept:
             self.close()
-
-    def _finish(self, r: Any, result: str, body: Body) -> None:
-        value = make("named", (result,), r.buffer.dtype)
-        end = Body(self, {})
-        end.names = dict(body.names)
-        end.names[value] = result
-        finished = r.finish(value)
-        for exprs in end.by_depth([finished]).values():
-            for expr in exprs:
-                end.emit(expr)
-        self.line(f"{r.buffer.name}[{body.index(r.offset)}] = {end.name(finished)};")
 
     def _sum_by_rows(self, kernel: Kernel) -> None:
         """A sum whose results are neighbours in memory: row after row is added to all of them."""
@@ -239,7 +230,7 @@ class Printer(Lines):
             [lambda: f"{place} = ({wraps}){place} + ({wraps}){body.name(r.term)};"],
         )
         if r.finish(probe := load(r.buffer, r.offset)) is not probe:
-            over_kept(lambda: self._finish(r, place, Body(self, {})))
+            over_kept(lambda: Body(self, {}).finish(r, place))
 
 
 def _pointer(operand: Operand) -> str:

@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 
-from dqn_fast.engines.fused.body import SIGNS, TYPES, UNSIGNED, Body, Lines, beats, load_key
+from dqn_fast.engines.fused.body import (
+    SIGNS,
+    TYPES,
+    UNSIGNED,
+    Body,
+    Lines,
+    beats,
+    known_values,
+    load_key,
+    roots_of,
+)
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index, make
 from dqn_fast.engines.fused.placement import Arranged, Arrangement
 from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Reduction, Store
@@ -287,15 +297,9 @@ class DevicePrinter(Lines):
 
     def _loop(self, kernel: Kernel) -> None:
         extents = kernel.extents
-        known = {
-            load_key(store.buffer, store.offset): store.value
-            for store in kernel.stores
-            if store.buffer.role == "scratch"
-        }
-        body = DeviceBody(self, known)
+        body = DeviceBody(self, known_values(kernel.stores))
         kept = [store for store in kernel.stores if store.is_kept]
-        roots = [store.value for store in kept]
-        roots += [atom for store in kept for atom in store.offset.terms]
+        roots = roots_of(kept)
         total = math.prod(extents)
         step = LANES if self.pays_together(kernel, kept) else 1
         if step > 1:
@@ -314,9 +318,7 @@ class DevicePrinter(Lines):
         else:
             self.open(f"for (int i = t; i < {text}; i += {self.threads}) {{")
         self._decode("i", extents, 0, step)
-        for depth in sorted(by_depth):
-            for expr in by_depth[depth]:
-                body.emit(expr)
+        body.emit_all(by_depth)
         for store in kept:
             self._store(body, store)
         self.close()
@@ -390,9 +392,7 @@ class DevicePrinter(Lines):
         self.line("UNROLL_BY(8)")
         self.open(f"for (int j = part; j < {terms}; j += {lanes}) {{")
         self._decode("j", r.extents, first_reduced)
-        for depth in sorted(by_depth):
-            for expr in by_depth[depth]:
-                body.emit(expr)
+        body.emit_all(by_depth)
         name = body.name(r.term)
         if r.what in SIGNS:
             unsigned = UNSIGNED.get(r.buffer.dtype)
@@ -410,7 +410,7 @@ class DevicePrinter(Lines):
             self.line(f"total = total {SIGNS[r.what][1]} shuffle_xor(total, {mask});")
             mask //= 2
         self.open(f"if (part == 0 && own < {text}) {{")
-        self._finish(r, "total_at" if r.what.startswith("arg") else "total", body)
+        body.finish(r, "total_at" if r.what.startswith("arg") else "total")
         self.close()
         self.close()
 
@@ -420,17 +420,6 @@ class DevicePrinter(Lines):
         while lanes > 1 and (lanes > terms or results * lanes > self.threads):
             lanes //= 2
         return lanes
-
-    def _finish(self, r: Reduction, result: str, body: DeviceBody) -> None:
-        value = make("named", (result,), r.buffer.dtype)
-        end = DeviceBody(self, {})
-        end.names = dict(body.names)
-        end.names[value] = result
-        finished = r.finish(value)
-        for exprs in end.by_depth([finished]).values():
-            for expr in exprs:
-                end.emit(expr)
-        self.line(f"{body.element(r.buffer, r.offset)} = {end.name(finished)};")
 
     def _product(self, kernel: Kernel) -> None:
         p = kernel.product
@@ -450,17 +439,12 @@ class DevicePrinter(Lines):
         place = Index({row: p.out.row}) + Index({column: p.out.column}) + p.out.start
         everywhere = Index({row: 1, column: 1})
         result = make("named", ("value", everywhere), torch.float32)
-        known = {
-            load_key(store.buffer, store.offset): store.value
-            for store in kernel.stores
-            if store.buffer.role == "scratch"
-        }
+        known = known_values(kernel.stores)
         known[load_key(p.out.buffer, place)] = result
         body = DeviceBody(self, known)
         body.names[result] = "value"
         kept = [store for store in kernel.stores if store.is_kept]
-        roots = [store.value for store in (*kept, *kernel.sums)]
-        roots += [atom for store in kept for atom in store.offset.terms]
+        roots = [*roots_of(kept), *(term.value for term in kernel.sums)]
         by_depth = body.by_depth(roots)
         for expr in by_depth.pop(0, []):
             body.emit(expr)
@@ -468,9 +452,7 @@ class DevicePrinter(Lines):
             self.line(f"float total{n} = 0;")
         self.open("const auto end = [&](int row, int i1, float value) {")
         self.line(f"const int i0 = {'first + ' if self._block is not None else ''}row;")
-        for depth in sorted(by_depth):
-            for expr in by_depth[depth]:
-                body.emit(expr)
+        body.emit_all(by_depth)
         for store in kept:
             self._store(body, store)
         for n, term in enumerate(kernel.sums):
