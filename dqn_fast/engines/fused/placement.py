@@ -10,8 +10,9 @@ scratch, and the members' own tensors that then stay there for a whole launch. T
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -233,6 +234,7 @@ def _gather_early(kernels: list[Kernel]) -> None:
     written = _roots(buffer for kernel in kernels for buffer in kernel.writes())
     by: dict[Expr, Expr | ex.Index] = {}
     makers: set[Kernel] = set()
+    names = _new_names(kernels)
     for kernel in kernels:
         if kernel.kind not in ("loop", "reduce", "product") or not kernel.extents:
             continue
@@ -249,13 +251,20 @@ def _gather_early(kernels: list[Kernel]) -> None:
             row = ex.var(0, maker.extents[0])
             if not _variables(load) <= set(row.terms):
                 continue
-            buffer = Buffer(f"s{9000 + len(by)}", load.dtype, maker.extents[0], "scratch")
+            buffer = Buffer(next(names), load.dtype, maker.extents[0], "scratch")
             makers.add(maker)
             maker.stores.append(Store(buffer, row, load))
             by[load] = ex.load(buffer, row)
     for kernel in kernels:
         if makers and kernel not in makers:
             _replace(kernel, by)
+
+
+def _new_names(kernels: Iterable[Kernel]) -> Iterator[str]:
+    """Names of scratch buffers that no kernel has."""
+    known = {buffer for kernel in kernels for buffer in kernel.reads() | kernel.writes()}
+    numbers = [int(buffer.name[1:]) for buffer in known if buffer.role == "scratch"]
+    return (f"s{number}" for number in itertools.count(max(numbers, default=-1) + 1))
 
 
 def _loaded_below(load: Expr) -> set[Buffer]:
@@ -297,6 +306,7 @@ def _split_sums(kernels: list[Kernel], num_warps: int) -> None:
 
     The terms of a product's results are added where these are computed.
     """
+    names = _new_names(kernels)
     for kernel in list(kernels):
         r = kernel.reduction
         if r is None or r.what != "sum" or r.outer or r.buffer.dtype != torch.float32:
@@ -304,7 +314,7 @@ def _split_sums(kernels: list[Kernel], num_warps: int) -> None:
         if len(kernel.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
             continue
         (terms,) = r.extents
-        parts = Buffer(f"s{9500 + kernels.index(kernel)}", r.buffer.dtype, num_warps, "scratch")
+        parts = Buffer(next(names), r.buffer.dtype, num_warps, "scratch")
         (position,) = ex.var(0, terms).terms
         made = next((k for k in kernels if k.product and _gives(k, r, position)), None)
         if made is not None:

@@ -28,6 +28,7 @@ CASES = {
     "default": LINE,
     "CartPole": replace(LINE, env_id="CartPole-v1", double_q=True),
     "many copies": replace(LINE, num_envs=4_096, total_timesteps=400_000),
+    "deep": replace(LINE, hidden_sizes=(64, 64, 64, 64)),
     "large layers": replace(LINE, hidden_sizes=(512, 512)),
     "odd layers": replace(MORE["odd layers"], engine="eager"),
 }
@@ -126,6 +127,15 @@ def test_kernels_between_two_barriers_do_not_meet(case, shared_bytes):
                         for other, others_begin, others_end in theirs:
                             assert space != other or end <= others_begin or others_end <= begin
             phase.append((reads, writes))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_buffer_has_its_own_name(case):
+    """A name that two had would be defined twice in the program."""
+    made, _ = arranged(case, SHARED_BYTES)
+    for function in made.functions.values():
+        names = [buffer.name for buffer in function.places]
+        assert len(set(names)) == len(names)
 
 
 def test_the_default_experiment_fits():
