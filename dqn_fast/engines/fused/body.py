@@ -120,7 +120,7 @@ class Body:
             for operand in expr.operands():
                 deepest = max(deepest, visit(operand))
             depth[expr] = deepest
-            if expr.op not in ("var", "const", "named"):
+            if expr.op not in ("var", "const", "named", "rank"):
                 order.append(expr)
             return deepest
 
@@ -185,6 +185,8 @@ class Body:
             return literal(expr.args[0], expr.dtype)
         if expr.op == "var":
             return f"i{expr.args[0]}"
+        if expr.op == "rank":
+            return "rank"
         return self.names[expr]
 
     def index(self, index: Index) -> str:

@@ -1,4 +1,4 @@
-"""Prints arranged functions as CUDA: a block of threads is a member.
+"""Prints arranged functions as CUDA: a block of threads is a member, or a cluster of blocks.
 
 The text needs no header but the ones that are put before it, and runs on a CPU too: see
 `device.h`. Every loop is shared out to the threads, element by element or four neighbours at once.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ from dqn_fast.engines.fused.body import (
     load_key,
     roots_of,
 )
+from dqn_fast.engines.fused.cluster import ALL, FIRST
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index, make
 from dqn_fast.engines.fused.placement import Arranged, Arrangement
 from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Reduction, Store
@@ -155,6 +156,20 @@ class DeviceBody(Body):
         return super()._text(expr)
 
 
+class Range(NamedTuple):
+    """Iterations of one loop that a block runs at once, `count` from `first` on.
+
+    Attributes:
+        position: of the loop in its nest.
+        extent: of the whole loop.
+        most: of them at once.
+    """
+
+    position: int
+    extent: int
+    most: int
+
+
 class DevicePrinter(Lines):
     """Prints one function for a block of threads.
 
@@ -180,6 +195,8 @@ class DevicePrinter(Lines):
         self._function, self.threads, self.precision = function, threads, precision
         self.is_fast, self._phase = is_fast, first_phase
         self._block: Block | None = None
+        self._range: Range | None = None
+        self._share = function.shares[0]
         self._first_warp = 0
 
     @property
@@ -199,11 +216,14 @@ class DevicePrinter(Lines):
         self.open("    char* scratch, int64_t* phases, int64_t k, int m) {")
         starts = {block.first: block for block in function.blocks}
         ends = {block.last for block in function.blocks}
+        if function.num_blocks > 1:
+            self.line("const int rank = cluster_rank();")
         for number, kernel in enumerate(function.kernels):
-            if number in function.barriers and number not in starts:
-                self._barrier()
+            self._share = function.shares[number]
+            if number in function.barriers:
+                self._barrier(number in function.cluster_barriers)
             if number in starts:
-                self._open(starts[number], number > 0)
+                self._open(starts[number])
             self.comment(kernel.origins)
             self.open("{")
             self._kernel(kernel)
@@ -211,57 +231,101 @@ class DevicePrinter(Lines):
             if number in ends:
                 self.line("BARRIER();")
                 self.close()
-                self._block = None
+                self._block = self._range = None
         self.line(f"MARK({self._phase});")
         self.close()
         return self.lines
 
-    def _barrier(self) -> None:
-        self.line("BARRIER();")
+    def _barrier(self, of_cluster: bool) -> None:
+        self.line("CLUSTER_BARRIER();" if of_cluster else "BARRIER();")
         self.line(f"MARK({self._phase});")
         self.line()
         self._phase += 1
         self._first_warp = 0
 
-    def _open(self, block: Block, waits: bool) -> None:
+    def _open(self, block: Block) -> None:
         """Begin a loop over blocks of rows; local buffers seem to have all rows."""
-        if waits:
-            self._barrier()
-        self._block = block
-        step, rows = block.rows_at_once, block.rows
-        self.open(f"for (int first = 0; first < {rows}; first += {step}) {{")
-        self.line(f"const int count = {rows} - first < {step} ? {rows} - first : {step};")
+        step, first, end = block.rows_at_once, "0", str(block.rows)
+        if self._share.each:
+            first, end = "begin", "end"
+            self.line(f"const int begin = rank * {self._share.each};")
+            self.line(f"const int end = begin + {self._rows_of_share()};")
+        self._block, self._range = block, Range(0, block.rows, step)
+        self.open(f"for (int first = {first}; first < {end}; first += {step}) {{")
+        self.line(f"const int count = {end} - first < {step} ? {end} - first : {step};")
+
+    def _rows_of_share(self) -> str:
+        """How many iterations from `begin` on are this block's."""
+        extent, each = self._share.extent, self._share.each
+        if extent == each * self._function.num_blocks:
+            return str(each)
+        return f"within({extent} - begin, {each})"
 
     # --------------------------------------------------------------------------------- kernels
 
     def _kernel(self, kernel: Kernel) -> None:
+        share = self._share
         dropped = {store.buffer for store in kernel.stores if not store.is_kept}
         buffers = {b.root for b in (kernel.reads() | kernel.writes()) - dropped}
         order = sorted(buffers, key=lambda b: (b.role, b.position, b.name))
-        if any(self._function.places[b].offset < 0 and b.role == "argument" for b in order):
+        if any(self._is_callers(b) and b.role == "argument" for b in order):
             self.line("const int member = fresh(m);")
         for buffer in order:
             self.line(self._pointer(buffer))
+        if kernel.kind == "fetch":
+            self._fetch(kernel)
+            return
+        is_part = share.each and self._block is None
+        if is_part:
+            self.line(f"const int begin = rank * {share.each}, first = begin;")
+            self.line(f"const int count = {self._rows_of_share()};")
+            r, position = kernel.reduction, 0
+            if share.what == "depth" and r is not None and not r.outer:
+                position = len(kernel.extents) - len(r.extents)
+            self._range = Range(position, share.extent, share.each)
+        condition = {"depth": "count > 0", FIRST: "rank == 0"}.get(share.what)
+        if condition:
+            self.open(f"if ({condition}) {{")
         if kernel.product is not None:
             self._product(kernel)
         elif kernel.reduction is not None:
             self._reduction(kernel, kernel.reduction)
         else:
             self._loop(kernel)
+        if condition:
+            self.close()
+        if is_part:
+            self._range = None
+
+    def _is_callers(self, buffer: Buffer) -> bool:
+        """Whether a kernel uses the memory of the caller."""
+        return self._function.places[buffer].offset < 0 or buffer in self._share.homes
 
     def _pointer(self, buffer: Buffer) -> str:
         """Definition of a pointer to a buffer."""
         kind, place = TYPES[buffer.dtype], self._function.places[buffer]
         note = f" // {buffer.note}" if buffer.note else ""
-        if place.offset >= 0:
-            source = f"({kind}*)({'shared' if place.is_shared else 'scratch'} + {place.offset})"
+        if not self._is_callers(buffer):
+            source = f"({kind}*)({'shared' if place.is_shared else 'scratch'} + {place.offset}"
+            source += f" + rank * {place.per_rank})" if place.per_rank else ")"
             if self._block is not None and buffer in self._block.local:
                 source += f" - first * {self._block.local[buffer]}"
+            elif buffer in self._function.parts:
+                source += f" - rank * {self._function.parts[buffer]}"
         elif buffer.role == "constant":
             source = f"({kind}*)constants[{buffer.position}]"
         else:
             source = f"at<{kind}>(arguments[{buffer.position}], k, member)"
         return f"{kind}* const {buffer.name} = {source};{note}"
+
+    def _fetch(self, kernel: Kernel) -> None:
+        """Copy tensors of the state that other blocks have changed."""
+        if kernel.stores:
+            self.line("const int member = fresh(m);")
+        for store in kernel.stores:
+            buffer, columns = store.buffer, self.columns_of(store.buffer)
+            home = f"at<{TYPES[buffer.dtype]}>(arguments[{buffer.position}], k, member)"
+            self.line(f"fetch<{columns}, {self.threads}>({buffer.name}, {home}, {buffer.size});")
 
     def _threads_for(self, items: int) -> str:
         """A thread's number among those that share out `items`; kernels that run at the same time
@@ -291,7 +355,7 @@ class DevicePrinter(Lines):
                 text = f"{text} % {extent // step if is_last else extent}"
             if is_last and step > 1:
                 text = f"({text}) * {step}"
-            if first + n == 0 and self._block is not None:
+            if self._range is not None and first + n == self._range.position:
                 text = f"first + {text}"
             self.line(f"const int i{first + n} = {text};")
 
@@ -305,14 +369,15 @@ class DevicePrinter(Lines):
         if step > 1:
             body.vectorise(make("var", (len(extents) - 1, extents[-1]), torch.int64))
         by_depth = body.by_depth(roots)
-        text, rows = str(total // step), self._block is not None and extents
-        if rows:
-            text = f"count * {total // extents[0] // step}"
-        self.line(f"const int t = {self._threads_for(total // step)};")
+        text, most = str(total // step), total // step
+        if self._range is not None and extents:
+            inner, most = total // extents[0], self._range.most * total // extents[0] // step
+            text = f"count / {step}" if inner < step else f"count * {inner // step}"
+        self.line(f"const int t = {self._threads_for(most)};")
         if extents:  # else they may be what the only thread at work overwrites
             for expr in by_depth.pop(0, []):
                 body.emit(expr)
-        if not rows and total // step <= self.threads:
+        if most <= self.threads:
             self.open(f"if (t < {text}) {{")
             self.line("const int i = t;")
         else:
@@ -335,6 +400,9 @@ class DevicePrinter(Lines):
         return any(probe.together(store.buffer, store.offset) for store in kept)
 
     def _store(self, body: DeviceBody, store: Store) -> None:
+        is_guarded = store.buffer.root in self._share.guarded
+        if is_guarded:
+            self.open("if (rank == 0) {")
         value, place = store.value, body.element(store.buffer, store.offset)
         if not body.varies(value) and not any(map(body.varies, store.offset.terms)):
             self.line(f"{place} = {body.name(value)};")
@@ -345,6 +413,8 @@ class DevicePrinter(Lines):
             for lane in range(LANES):
                 place = body.element_at(lane, store.buffer, store.offset)
                 self.line(f"{place} = {body.at_lane(lane, value)};")
+        if is_guarded:
+            self.close()
 
     def _reduction(self, kernel: Kernel, r: Reduction) -> None:
         """Share out the terms of each result to neighbouring threads of a warp.
@@ -356,13 +426,16 @@ class DevicePrinter(Lines):
         kept = kernel.extents[inner:] if r.outer else kernel.extents[: len(kernel.extents) - inner]
         first_kept, first_reduced = (inner, 0) if r.outer else (0, len(kept))
         results, terms = math.prod(kept), math.prod(r.extents)
+        text, some = str(results), self._range
+        if some is not None and kept and some.position == first_kept:
+            text = f"count * {results // kept[0]}"
+            results = results // kept[0] * some.most
+        elif some is not None:
+            terms = terms // r.extents[0] * some.most
         lanes = self.lanes_for(results, terms) if r.what in SIGNS else 1
         per_warp = 32 // lanes
         body = DeviceBody(self, {})
         by_depth = body.by_depth([r.term, *r.offset.terms])
-        text = str(results)
-        if self._block is not None and kept:
-            text = f"count * {results // kept[0]}"
         self.line(f"const int t = {self._threads_for(results * lanes)};")
         lane, part = f"t % 32 % {per_warp}", f"t % 32 / {per_warp}"
         if not r.outer:
@@ -409,7 +482,8 @@ class DevicePrinter(Lines):
         while lanes > 1 and mask >= (per_warp if r.outer else 1):
             self.line(f"total = total {SIGNS[r.what][1]} shuffle_xor(total, {mask});")
             mask //= 2
-        self.open(f"if (part == 0 && own < {text}) {{")
+        guard = " && rank == 0" if r.buffer.root in self._share.guarded else ""
+        self.open(f"if (part == 0 && own < {text}{guard}) {{")
         body.finish(r, "total_at" if r.what.startswith("arg") else "total")
         self.close()
         self.close()
@@ -425,15 +499,20 @@ class DevicePrinter(Lines):
         p = kernel.product
         assert p is not None
         self._first_warp = 0
-        rows, most = str(p.rows), p.rows
-        if self._block is not None:
-            rows, most = "count", self._block.rows_at_once
-        x, y = self._matrix(p.x, True), self._matrix(p.y, False)
+        rows, most, depth = str(p.rows), p.rows, p.depth
+        x, y = self._matrix(p.x), self._matrix(p.y)
+        if self._range is not None and self._share.what == "depth":
+            depth = self._range.most
+            x, y = self._matrix(p.x, p.x.column), self._matrix(p.y, p.y.row)
+        elif self._range is not None:
+            rows, most = "count", self._range.most
+            x = self._matrix(p.x, p.x.row)
         precision = f"Precision::{self.precision}"
-        sizes = f"{most}, {p.columns}, {p.depth}, {self.threads}"
+        sizes = f"{most}, {p.columns}, {depth}, {self.threads}"
         call = f"product<{precision}, End::NOTHING, {sizes}>"
         if not kernel.stores:
-            self.line(f"{call}({x}, {y}, {self._matrix(p.out, True)}, nullptr, {rows});")
+            out = self._matrix(p.out, p.out.row if self._range is not None else 0)
+            self.line(f"{call}({x}, {y}, {out}, nullptr, {rows});")
             return
         row, column = (make("var", (n, size), torch.int64) for n, size in enumerate(kernel.extents))
         place = Index({row: p.out.row}) + Index({column: p.out.column}) + p.out.start
@@ -451,7 +530,8 @@ class DevicePrinter(Lines):
         for n, _ in enumerate(kernel.sums):
             self.line(f"float total{n} = 0;")
         self.open("const auto end = [&](int row, int i1, float value) {")
-        self.line(f"const int i0 = {'first + ' if self._block is not None else ''}row;")
+        first = "first + " if rows == "count" else ""
+        self.line(f"const int i0 = {first}row;")
         body.emit_all(by_depth)
         for store in kept:
             self._store(body, store)
@@ -465,18 +545,17 @@ class DevicePrinter(Lines):
             self.line("if (thread_id() % 32 == 0)")
             self.line(f"  {term.buffer.name}[thread_id() / 32] = total{n};")
 
-    def _matrix(self, operand: Operand, by_rows: bool) -> str:
-        """A matrix; in a block of rows, one that is treated row by row begins with its first."""
+    def _matrix(self, operand: Operand, step: int = 0) -> str:
+        """A matrix, from iteration `first` on of a loop that goes so many elements further each
+        time."""
         columns, name = self.columns_of(operand.buffer), operand.buffer.name
-        first = by_rows and self._block is not None
-        if columns:
-            name += f" + first * {columns}" if first else ""
-            if operand.column == 1:
-                return f"Swizzled<{columns}>{{{name}}}"
-            return f"Transposed<Swizzled<{columns}>>{{{{{name}}}}}"
         start = operand.start.const
         name += f" + {start}" if start else ""
-        name += f" + first * {operand.row}" if first else ""
+        name += f" + first * {step}" if step else ""
+        if columns and operand.column == 1:
+            return f"Swizzled<{columns}>{{{name}}}"
+        if columns:
+            return f"Transposed<Swizzled<{columns}>>{{{{{name}}}}}"
         return f"Strided<{operand.row}, {operand.column}>{{{name}}}"
 
 
@@ -521,10 +600,19 @@ def print_program(
     fetch, put_back = _residents(arrangement)
     if "step" in arrangement.functions:
         step, update = (arrangement.functions[name] for name in ("step", "update"))
-        parts.append(_filled(CHUNK, fetch, put_back, STEPS=step, UPDATES=update))
+        made = [_filled(CHUNK, STEPS=step, UPDATES=update)]
     else:
-        for name, function in arrangement.functions.items():
-            parts.append(_filled(MANY.replace("NAME", name), fetch, put_back, COUNT=function))
+        made = [
+            _filled(MANY.replace("NAME", name), COUNT=function)
+            for name, function in arrangement.functions.items()
+        ]
+    blocks = arrangement.num_blocks
+    for text in made:
+        text = text.replace("  FETCH\n", fetch).replace("  PUT_BACK\n", put_back)
+        if blocks > 1:
+            text = text.replace("KERNEL(", "CLUSTER_KERNEL(").replace(") {", f", {blocks}) {{", 1)
+            text = text.replace("member = block_id()", f"member = block_id() / {blocks}")
+        parts.append(text)
     return "\n".join(parts)
 
 
@@ -533,11 +621,13 @@ def _header(name: str) -> str:
 
 
 def _many_draws(function: Arranged) -> str:
-    return _filled(MANY_DRAWS.replace("NAME", function.name), "", "", COUNT=function)
+    return _filled(MANY_DRAWS.replace("NAME", function.name), COUNT=function)
 
 
-def _filled(text: str, fetch: str, put_back: str, **functions: Arranged) -> str:
+def _filled(text: str, **functions: Arranged) -> str:
     for word, function in functions.items():
+        waits = len(function.kernels) in function.cluster_barriers
+        text = text.replace(f"END_OF_{word}", "CLUSTER_BARRIER()" if waits else "BARRIER()")
         text = text.replace(f"{word}_CONSTANTS", str(len(function.constants) or 1))
         text = text.replace(word, str(len(function.arguments) or 1))
     for word, value in (
@@ -546,30 +636,35 @@ def _filled(text: str, fetch: str, put_back: str, **functions: Arranged) -> str:
         ("MOST", MAX_STEPS),
     ):
         text = text.replace(word, str(value))
-    return text.replace("  FETCH\n", fetch).replace("  PUT_BACK\n", put_back)
+    return text
 
 
 def _residents(arrangement: Arrangement) -> tuple[str, str]:
-    """Statements that load what stays in shared memory, and store what was written of it."""
+    """Statements that load what stays in shared memory, and store what was written of it; of what
+    blocks of a cluster share out, each its part."""
     fetch, put_back = [], []
     functions = list(arrangement.functions.values())
-    written = {
-        buffer.root.position
-        for function in functions
-        for kernel in function.kernels
-        for buffer in kernel.writes()
-        if buffer.root.role == "argument"
-    }
+    kinds, parts, written = dict[int, str](), dict[int, int](), set[int]()
+    for function in functions:
+        for kernel in function.kernels:
+            written |= {b.position for b in kernel.writes() if b.role == "argument"}
+        kinds |= {b.position: kind for b, kind in function.kinds.items() if b.role == "argument"}
+        parts |= {b.position: n for b, n in function.parts.items() if b.role == "argument"}
+    state = "g.step" if "step" in arrangement.functions else "g.arguments"
     for position, place in arrangement.residents.items():
         buffer = functions[0].arguments[position]
-        kind = TYPES[buffer.dtype]
-        copy = f"<{kind}, {buffer.size}, {place.columns}, {THREADS}>"
-        ends = f"({kind}*)(shared + {place.offset}), at<{kind}>(STATE[{position}], 0, member)"
-        fetch.append(f"  fetch{copy}({ends});\n")
-        if position in written:
-            put_back.append(f"  put_back{copy}({ends});\n")
-    state = "g.step" if "step" in arrangement.functions else "g.arguments"
-    return "".join(fetch).replace("STATE", state), "".join(put_back).replace("STATE", state)
+        kind, size = TYPES[buffer.dtype], str(buffer.size)
+        home, note = f"at<{kind}>({state}[{position}], 0, member)", f" // {buffer.note}"
+        if position in parts:
+            begin = f"cluster_rank() * {parts[position]}"
+            home += f" + {begin}"
+            size = f"within({size} - {begin}, {parts[position]})"
+        ends = f"<{place.columns}, {THREADS}>(({kind}*)(shared + {place.offset}), {home}, {size});"
+        fetch.append(f"  fetch{ends}{note}\n")
+        if position in written and kinds.get(position) != "copies":
+            first = "if (cluster_rank() == 0) " if kinds.get(position) == ALL else ""
+            put_back.append(f"  {first}put_back{ends}\n")
+    return "".join(fetch), "".join(put_back)
 
 
 COUNTED = """
@@ -603,16 +698,31 @@ DEVICE int place_of(int i) {
   return i;
 }
 
-template <class T, int SIZE, int COLUMNS, int COUNT>
-DEVICE void fetch(T* shared, const T* global) {
-  for (int i = thread_id(); i < SIZE; i += COUNT)
-    shared[place_of<COLUMNS>(i)] = global[i];
+// Whether numbers of a type, and so many of them at such a place, can be copied four at once.
+template <class T> DEVICE bool by_four(const T*, int) { return false; }
+DEVICE bool by_four(const float* global, int size) {
+  return (uint64_t)global % 16 == 0 && size % 4 == 0;
 }
 
-template <class T, int SIZE, int COLUMNS, int COUNT>
-DEVICE void put_back(const T* shared, T* global) {
-  for (int i = thread_id(); i < SIZE; i += COUNT)
+template <int COLUMNS, int COUNT, class T>
+DEVICE void fetch(T* shared, const T* global, int size) {
+  if (by_four(global, size))
+    for (int i = 4 * thread_id(); i < size; i += 4 * COUNT)
+      *(float4*)&shared[place_of<COLUMNS>(i)] = *(const float4*)&global[i];
+  else
+    for (int i = thread_id(); i < size; i += COUNT)
+      shared[place_of<COLUMNS>(i)] = global[i];
+}
+
+template <int COLUMNS, int COUNT, class T>
+DEVICE void put_back(const T* shared, T* global, int size) {
+  for (int i = thread_id(); i < size; i += COUNT)
     global[i] = shared[place_of<COLUMNS>(i)];
+}
+
+// So many of what is left, which may be less than nothing.
+DEVICE int within(int left, int most) {
+  return left < 0 ? 0 : left < most ? left : most;
 }
 
 // A number of which the compiler may not know that it is the same as last time. Otherwise it
@@ -679,7 +789,7 @@ KERNEL(many_NAME, ArgumentsOf_many_NAME, THREADS) {
   BEGIN(g.phases);
   for (int64_t k = 0; k < g.num_steps; ++k) {
     NAME(g.arguments, g.constants, shared, scratch, g.phases, k, member);
-    BARRIER();
+    END_OF_COUNT;
   }
   PUT_BACK
 }
@@ -707,10 +817,10 @@ KERNEL(chunk, ArgumentsOf_chunk, THREADS) {
   int u = 0;
   for (int k = 0; k < (int)g.num_steps; ++k) {
     step(g.step, g.step_constants, shared, scratch, g.phases, k, member);
-    BARRIER();
+    END_OF_STEPS;
     for (const int end = u + g.counts[k]; u < end; ++u) {
       update(g.update, g.update_constants, shared, scratch, g.phases, u, member);
-      BARRIER();
+      END_OF_UPDATES;
     }
   }
   PUT_BACK

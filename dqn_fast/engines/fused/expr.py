@@ -51,9 +51,10 @@ class Expr:
     """One scalar.
 
     Attributes:
-        op: "const", "var", "load", or the name of an operation, see `cpp.py`.
+        op: "const", "var", "load", "rank", or the name of an operation, see `cpp.py`.
         args: its operands; for "const" the value, for "var" name and extent, for "load" the buffer
-            and the `Index` of the element.
+            and the `Index` of the element, for "rank", which is a block's number in its cluster,
+            the blocks of a cluster.
         dtype: of the result.
         cost: roughly the arithmetic operations of the whole expression.
     """
@@ -276,6 +277,8 @@ def _joined(terms: dict[Expr, int], const: int) -> Index:
 def _atom_range(atom: Expr) -> tuple[float, float]:
     if atom.op in ("var", "rest", "bounded"):
         return 0.0, atom.args[1] - 1.0
+    if atom.op == "rank":
+        return 0.0, atom.args[0] - 1.0
     if atom.op == "quotient":
         low, high = atom.args[0].range()
         return low // atom.args[1], high // atom.args[1]

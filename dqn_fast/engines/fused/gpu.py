@@ -148,8 +148,9 @@ def generate(
     shared_bytes: int,
     precision: str,
     emulated: bool = False,
+    num_blocks: int = 1,
 ) -> Generated:
-    """Arrange and print functions for blocks with so much shared memory."""
+    """Arrange and print functions for blocks with so much shared memory, so many for a member."""
     parts = {
         name: (kernels_of(lowered), lowered.arguments, lowered.constants)
         for name, lowered in functions.items()
@@ -161,7 +162,7 @@ def generate(
         name: arrange({name: part}, 0, shared_bytes // DRAWING_BLOCKS - 1024, DRAW_THREADS // 32)
         for name, part in draws.items()
     }
-    whole = arrange(main, num_state, shared_bytes, THREADS // 32)
+    whole = arrange(main, num_state, shared_bytes, THREADS // 32, num_blocks)
     drawn = [made.functions[name] for name, made in arranged.items()]
     planned = [*drawn, *whole.functions.values()]
     source = print_program(whole, drawn, precision, counted, emulated)

@@ -1,5 +1,5 @@
-"""Arranges planned functions for one block of CUDA threads: which loops and products run between
-two barriers, and what lies in the memory that the block's threads share.
+"""Arranges planned functions for a block of CUDA threads, or a cluster of blocks: which loops and
+products run between two barriers, and what lies in the memory that a block's threads share.
 
 A multiprocessor has 227 KB of shared memory, which is an order of magnitude faster than all other.
 So products end in the loop that uses their results, kernels come in an order that keeps little
@@ -12,12 +12,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from dqn_fast.engines.fused import expr as ex
+from dqn_fast.engines.fused.cluster import (
+    ALL,
+    Share,
+    Spread,
+    add_all,
+    split_depths,
+    touches,
+)
 from dqn_fast.engines.fused.expr import Buffer, Expr
 from dqn_fast.engines.fused.planner import (
     Block,
@@ -56,11 +65,14 @@ class Place:
             and constants, where the caller has it.
         offset: bytes from the start of the shared or scratch memory; -1: where the caller has it.
         columns: of a matrix whose rows are permuted, see `tiles.h`; 0: elements in a row.
+        per_rank: bytes from what one block of a cluster has to what the next one has; 0: all use
+            the same.
     """
 
     is_shared: bool
     offset: int
     columns: int = 0
+    per_rank: int = 0
 
 
 @dataclass
@@ -70,35 +82,51 @@ class Arranged:
     Attributes:
         name: of the function.
         kernels: in order.
-        barriers: positions of the kernels before which all threads wait.
+        barriers: positions of the kernels before which all threads of a block wait.
+        cluster_barriers: those of them where all blocks of a cluster wait, and the position after
+            the last kernel if they do so at the end.
         blocks: of rows, in order.
         arguments, constants: buffers, by position.
         places: of its buffers, by root.
+        shares: of each kernel, what blocks of a cluster do of it.
+        kinds, parts: of its buffers, see `cluster.Shared`; empty without a cluster.
+        num_blocks: of a cluster; 1: there is none.
     """
 
     name: str
     kernels: list[Kernel]
     barriers: set[int]
+    cluster_barriers: set[int]
     blocks: list[Block]
     arguments: list[Buffer]
     constants: list[Buffer]
     places: dict[Buffer, Place]
+    shares: list[Share]
+    kinds: dict[Buffer, str]
+    parts: dict[Buffer, int]
+    num_blocks: int
+
+    def elements(self, buffer: Buffer) -> int:
+        """Of a buffer, those that a block has where it has memory of its own."""
+        return self.parts.get(buffer.root, buffer.root.size)
 
 
 @dataclass
 class Arrangement:
-    """Functions that run on the same block.
+    """Functions that run on the same block, or cluster of blocks.
 
     Attributes:
         functions: by name.
         residents: places of the arguments that stay in shared memory, by position.
-        shared_bytes, global_bytes: of shared and of scratch memory.
+        shared_bytes, global_bytes: of a block's shared and of a member's scratch memory.
+        num_blocks: of a cluster; 1: there is none.
     """
 
     functions: dict[str, Arranged]
     residents: dict[int, Place]
     shared_bytes: int
     global_bytes: int
+    num_blocks: int = 1
 
 
 @dataclass
@@ -109,7 +137,7 @@ class _Function:
     arguments: list[Buffer]
     constants: list[Buffer]
     blocks: list[Block] = field(default_factory=list)
-    heirs: dict[Buffer, Buffer] = field(default_factory=dict)  # takes the place of
+    crossing: set[Buffer] = field(default_factory=set)  # that other blocks of a cluster read
 
 
 def arrange(
@@ -117,79 +145,123 @@ def arrange(
     num_state: int,
     shared_bytes: int,
     num_warps: int,
+    num_blocks: int = 1,
 ) -> Arrangement:
-    """Arrange functions that run one after the other on the same block.
+    """Arrange functions that run one after the other on the same block, or cluster of blocks.
 
     Args:
         functions: kernels, arguments and constants by name.
         num_state: of the arguments, the first ones, that are the same tensors in all functions.
         shared_bytes: of shared memory.
-        num_warps: of the block.
+        num_warps: of a block.
+        num_blocks: of a cluster; 1: there is none.
     """
     made = {name: _Function([*parts[0]], *parts[1:]) for name, parts in functions.items()}
     for function in made.values():
         _gather_early(function.kernels)
+        if num_blocks > 1:
+            names = _new_names(function.kernels)
+            function.crossing |= split_depths(function.kernels, num_blocks, names)
         _join_ends(function.kernels)
-        _split_sums(function.kernels, num_warps)
+        made_parts = _split_sums(function.kernels, num_warps, num_blocks)
+        if num_blocks > 1:
+            function.crossing |= made_parts
         drop_dead_stores(function.kernels)
     value = _values(made.values(), num_state)
     wanted = [b for b in value if value[b] >= 1 and b.num_bytes <= shared_bytes]
     wanted.sort(key=lambda b: (-value[b], b.num_bytes, b.name))
     shared = set(wanted)
-    best = _try(made, num_state, shared)
+    best = _try(made, num_state, shared, num_blocks)
     for buffer in reversed(wanted):
         if best.shared_bytes <= shared_bytes:
             break
         shared.remove(buffer)
-        best = _try(made, num_state, shared)
+        best = _try(made, num_state, shared, num_blocks)
     for buffer in wanted:  # some went that do not live when memory is short
         if buffer not in shared:
-            arranged = _try(made, num_state, {*shared, buffer})
+            arranged = _try(made, num_state, {*shared, buffer}, num_blocks)
             if arranged.shared_bytes <= shared_bytes:
                 best = arranged
                 shared.add(buffer)
     return best
 
 
-def _try(made: Mapping[str, _Function], num_state: int, shared: set[Buffer]) -> Arrangement:
+def _try(
+    made: Mapping[str, _Function], num_state: int, shared: set[Buffer], num_blocks: int
+) -> Arrangement:
     """Place everything, however much shared memory that takes."""
+    first = next(iter(made.values()))
+    stays = [buffer for buffer in first.arguments[:num_state] if buffer in shared]
+    ordered = {}
+    for name, function in made.items():
+        kernels = _joined(_in_frugal_order(function.kernels, shared, function.crossing))
+        ordered[name] = kernels, find_blocks(kernels, ROW_BLOCK_BYTES)
+    positions = {buffer.position for buffer in stays}
+    spread = Spread(num_blocks, num_state, positions)(ordered)
+    parts = {
+        buffer.position: part
+        for each in spread.values()
+        for buffer, part in each.parts.items()
+        if buffer.role == "argument"
+    }
     residents: dict[int, Place] = {}
     end = 0
-    first = next(iter(made.values()))
-    for buffer in first.arguments[:num_state]:
-        if buffer in shared:
-            columns = _columns_of(buffer, made.values())
-            residents[buffer.position] = Place(True, end, columns)
-            end += -(-buffer.num_bytes // ALIGNMENT) * ALIGNMENT
+    for buffer in stays:
+        residents[buffer.position] = Place(True, end, _columns_of(buffer, made.values()))
+        size = parts.get(buffer.position, buffer.size) * buffer.dtype.itemsize
+        end += -(-size // ALIGNMENT) * ALIGNMENT
     functions: dict[str, Arranged] = {}
-    shared_bytes, global_bytes = end, 0
+    used = dict.fromkeys(_SPACES, 0) | {"shared": end}
     for name, function in made.items():
-        kernels = _joined(_in_frugal_order(function.kernels, shared))
-        blocks = find_blocks(kernels, ROW_BLOCK_BYTES)
-        heirs = _heirs(kernels, shared, blocks, [function])
-        places: dict[Buffer, Place] = {}
+        all_shared = spread[name]
+        kernels, blocks, kinds = all_shared.kernels, all_shared.blocks, all_shared.kinds
         life = lives_of(kernels, blocks)
+        space = {buffer: _space_of(buffer, shared, kinds) for buffer in life}
+        heirs = _heirs(kernels, space, blocks, [function])
+        places: dict[Buffer, Place] = {}
         local = {b: n * block.rows_at_once for block in blocks for b, n in block.local.items()}
-        for is_shared, start in ((True, end), (False, 0)):
-            chosen = {b: span for b, span in life.items() if (b in shared) == is_shared}
-            bytes_of = {b: local.get(b, b.size) * b.dtype.itemsize for b in chosen}
-            offsets, used = _pack(chosen, bytes_of, heirs, start)
+        for each in _SPACES:
+            chosen = {b: span for b, span in life.items() if space[b] == each}
+            if each == "common" and kinds:  # else blocks would wait before they use it again
+                chosen = dict.fromkeys(chosen, (0, len(kernels)))
+            parts_of = all_shared.parts
+            bytes_of = {
+                b: local.get(b, parts_of.get(b, b.size)) * b.dtype.itemsize for b in chosen
+            }
+            offsets, size = _pack(chosen, bytes_of, heirs, end if each == "shared" else 0)
             for buffer, offset in offsets.items():
-                columns = _columns_of(buffer, [function]) if is_shared else 0
-                places[buffer] = Place(is_shared, offset, columns)
-            if is_shared:
-                shared_bytes = max(shared_bytes, used)
-            else:
-                global_bytes = max(global_bytes, used)
+                columns = _columns_of(buffer, [function]) if each == "shared" else 0
+                # Until the size is known, bytes per rank tell the spaces apart.
+                places[buffer] = Place(each == "shared", offset, columns, int(each == "private"))
+            used[each] = max(used[each], size)
         for buffer in [*function.arguments, *function.constants]:
             is_state = buffer.role == "argument" and buffer.position < num_state
             caller = Place(False, -1)
             places[buffer] = residents.get(buffer.position, caller) if is_state else caller
         functions[name] = Arranged(
-            name, kernels, _barriers(kernels, blocks, places, local), blocks,
-            function.arguments, function.constants, places,
+            name, kernels, set(), set(), blocks, function.arguments, function.constants, places,
+            all_shared.shares, kinds, all_shared.parts, num_blocks,
         )  # fmt: skip
-    return Arrangement(functions, residents, shared_bytes, global_bytes)
+    private = used["private"]
+    for arranged in functions.values():
+        for buffer, place in arranged.places.items():
+            if place.per_rank:
+                moved = place.offset + used["common"]
+                arranged.places[buffer] = dataclasses.replace(place, offset=moved, per_rank=private)
+    _put_barriers(functions, num_state, num_blocks)
+    global_bytes = used["common"] + num_blocks * private
+    return Arrangement(functions, residents, used["shared"], global_bytes, num_blocks)
+
+
+_SPACES = "shared", "common", "private"
+"""Memory of a block's threads; of all blocks of a member; of a block, but global."""
+
+
+def _space_of(buffer: Buffer, shared: set[Buffer], kinds: Mapping[Buffer, str]) -> str:
+    kind = kinds.get(buffer.root)
+    if buffer in shared and kind != "common":
+        return "shared"
+    return "private" if kind in (ALL, "rows") else "common"
 
 
 # -------------------------------------------------------------------------------- ends of products
@@ -301,11 +373,13 @@ def _replace(kernel: Kernel, by: Mapping[Expr, Expr | ex.Index]) -> None:
         kernel.reduction = dataclasses.replace(kernel.reduction, term=term)
 
 
-def _split_sums(kernels: list[Kernel], num_warps: int) -> None:
-    """Let each warp add its part of a long sum; who reads the sum adds the parts.
+def _split_sums(kernels: list[Kernel], num_warps: int, num_blocks: int) -> set[Buffer]:
+    """Let each warp add its part of a long sum; who reads the sum adds the parts, which are
+    returned.
 
-    The terms of a product's results are added where these are computed.
+    The terms of a product's results are added where these are computed, in a single block.
     """
+    num_parts, made_parts = num_warps * num_blocks, set()
     names = _new_names(kernels)
     for kernel in list(kernels):
         r = kernel.reduction
@@ -314,9 +388,10 @@ def _split_sums(kernels: list[Kernel], num_warps: int) -> None:
         if len(kernel.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
             continue
         (terms,) = r.extents
-        parts = Buffer(next(names), r.buffer.dtype, num_warps, "scratch")
+        parts = Buffer(next(names), r.buffer.dtype, num_parts, "scratch")
         (position,) = ex.var(0, terms).terms
-        made = next((k for k in kernels if k.product and _gives(k, r, position)), None)
+        giving = (k for k in kernels if k.product and _gives(k, r, position))
+        made = next(giving, None) if num_blocks == 1 else None
         if made is not None:
             assert made.product is not None
             row, column = ex.var(0, made.product.rows), ex.var(1, made.product.columns)
@@ -333,22 +408,22 @@ def _split_sums(kernels: list[Kernel], num_warps: int) -> None:
             made.sums.append(Store(parts, ex.Index(), term))
             made.origins += [o for o in kernel.origins if o not in made.origins]
             kernels.remove(kernel)
-        elif terms % num_warps == 0:
-            each = terms // num_warps
-            place = ex.var(0, num_warps) * each + ex.var(1, each)
+        elif terms % num_parts == 0:
+            each = terms // num_parts
+            place = ex.var(0, num_parts) * each + ex.var(1, each)
             kernel.reduction = dataclasses.replace(
                 r, term=ex.replaced(r.term, {position: place}), finish=lambda total: total,
-                buffer=parts, offset=ex.var(0, num_warps), extents=(each,),
+                buffer=parts, offset=ex.var(0, num_parts), extents=(each,),
             )  # fmt: skip
-            kernel.extents = (num_warps, each)
+            kernel.extents = (num_parts, each)
         else:
             continue
-        total = ex.load(parts, ex.Index())
-        for warp in range(1, num_warps):
-            total = ex.op("add", parts.dtype, total, ex.load(parts, ex.Index({}, warp)))
+        total = add_all(ex.load(parts, ex.Index({}, part)) for part in range(num_parts))
         whole: dict[Expr, Expr | ex.Index] = {ex.load(r.buffer, r.offset): r.finish(total)}
         for each_kernel in kernels:
             _replace(each_kernel, whole)
+        made_parts.add(parts)
+    return made_parts
 
 
 def _twin(buffer: Buffer) -> Buffer:
@@ -383,11 +458,14 @@ def _touched(kernel: Kernel) -> tuple[set[Buffer], set[Buffer]]:
     return _roots(kernel.reads() - dropped), _roots(kernel.writes() - dropped)
 
 
-def _in_frugal_order(kernels: Sequence[Kernel], shared: set[Buffer]) -> list[Kernel]:
+def _in_frugal_order(
+    kernels: Sequence[Kernel], shared: set[Buffer], crossing: set[Buffer]
+) -> list[Kernel]:
     """An order in which little shared memory is alive at once, and few barriers are needed.
 
     Of the kernels whose inputs are there, the next is the one that adds least; of those that add
-    little, one that needs no barrier.
+    little, one that needs no barrier. First come all that read nothing of what other blocks make,
+    `crossing`, since the last barrier of all blocks.
     """
     touched = {kernel: _touched(kernel) for kernel in kernels}
     before: dict[Kernel, set[Kernel]] = {kernel: set() for kernel in kernels}
@@ -404,6 +482,7 @@ def _in_frugal_order(kernels: Sequence[Kernel], shared: set[Buffer]) -> list[Ker
     order: list[Kernel] = []
     left = list(kernels)
     since_barrier: set[Kernel] = set()
+    fresh: set[Buffer] = set()  # of `crossing`, made since all blocks waited
 
     def added(kernel: Kernel) -> int:
         reads, writes = touched[kernel]
@@ -416,14 +495,17 @@ def _in_frugal_order(kernels: Sequence[Kernel], shared: set[Buffer]) -> list[Ker
     while left:
         ready = [kernel for kernel in left if before[kernel].isdisjoint(left)]
 
-        def price(kernel: Kernel) -> tuple[int, bool, int]:
-            more = added(kernel)
+        def price(kernel: Kernel) -> tuple[bool, int, bool, int]:
+            more, crosses = added(kernel), not fresh.isdisjoint(touched[kernel][0])
             waits = not before[kernel].isdisjoint(since_barrier)
-            return (more if more > SMALL else 0), waits, left.index(kernel)
+            return crosses, (more if more > SMALL else 0), waits, left.index(kernel)
 
         chosen = min(ready, key=price)
         if not before[chosen].isdisjoint(since_barrier):
             since_barrier.clear()
+        if not fresh.isdisjoint(touched[chosen][0]):
+            fresh.clear()
+        fresh.update(touched[chosen][1] & crossing)
         since_barrier.add(chosen)
         order.append(chosen)
         left.remove(chosen)
@@ -471,49 +553,104 @@ def _in_own_place(store: Store) -> bool:
     return all(atom.op == "var" for atom in store.offset.terms)
 
 
-def _barriers(
-    kernels: Sequence[Kernel],
-    blocks: Sequence[Block],
-    places: Mapping[Buffer, Place],
-    local: Mapping[Buffer, int],
-) -> set[int]:
-    """Kernels before which all threads wait: those that touch what one since the last barrier
-    writes, or write what it reads. A block of rows begins and ends with a barrier."""
-    found: set[int] = set()
-    reads: list[tuple[object, int, int]] = []
-    writes: list[tuple[object, int, int]] = []
-    edges = {block.first for block in blocks} | {block.last + 1 for block in blocks}
-    for position, kernel in enumerate(kernels):
-        own_reads, own_writes = (
-            [_span(buffer, places, local) for buffer in buffers] for buffers in _touched(kernel)
+class _Span(NamedTuple):
+    """Memory that a kernel reads or writes.
+
+    Attributes:
+        space: "shared", "private", "common", or what tells a tensor that the caller has.
+        first, last: bytes, the last one excluded.
+        buffer, own: of several blocks, whose part each touches, see `cluster.touches`.
+    """
+
+    space: object
+    first: int
+    last: int
+    buffer: object
+    own: object
+
+    def meets(self, other: _Span) -> bool:
+        """Whether a thread may touch what another thread of its block touches."""
+        return self.space == other.space and self.first < other.last and other.first < self.last
+
+    def meets_elsewhere(self, other: _Span) -> bool:
+        """Whether a block may touch what another block touches."""
+        if self.space in ("shared", "private") or not self.meets(other):
+            return False
+        is_own = self.own == other.own and self.own not in (None, ALL)
+        return not (is_own and self.buffer == other.buffer)
+
+
+@dataclass
+class _Phase:
+    """What is read and written since all waited."""
+
+    reads: list[_Span] = field(default_factory=list)
+    writes: list[_Span] = field(default_factory=list)
+
+    def add(self, other: _Phase) -> None:
+        self.reads += other.reads
+        self.writes += other.writes
+
+    def clashes(self, other: _Phase, meets: Callable[[_Span, _Span], bool]) -> bool:
+        """Whether one writes what the other one touches."""
+        return any(
+            meets(mine, theirs)
+            for some, others in (
+                (self.reads, other.writes),
+                (self.writes, [*other.writes, *other.reads]),
+            )
+            for mine in some
+            for theirs in others
         )
-        waits = _overlap(own_reads, writes) or _overlap(own_writes, [*writes, *reads])
-        if position and (waits or position in edges):
-            found.add(position)
-            reads, writes = [], []
-        reads += own_reads
-        writes += own_writes
+
+
+def _put_barriers(functions: Mapping[str, Arranged], num_state: int, num_blocks: int) -> None:
+    """Let all threads wait before kernels that touch what one since the last barrier writes, or
+    write what it reads; those of all blocks, where that was another block's. A block of rows begins
+    and ends with a barrier, and so does a function.
+    """
+    heads, tails = [], {}
+    for function in functions.values():
+        edges = {block.first for block in function.blocks}
+        edges |= {block.last + 1 for block in function.blocks}
+        own, everywhere, head = _Phase(), _Phase(), None
+        for position in range(len(function.kernels)):
+            phase = _phase_of(function, position, num_state)
+            if num_blocks > 1 and everywhere.clashes(phase, _Span.meets_elsewhere):
+                function.barriers.add(position)
+                function.cluster_barriers.add(position)
+                head = head or everywhere
+                own, everywhere = _Phase(), _Phase()
+            elif position and (position in edges or own.clashes(phase, _Span.meets)):
+                function.barriers.add(position)
+                own = _Phase()
+            own.add(phase)
+            everywhere.add(phase)
+        heads.append(head or everywhere)
+        tails[function.name] = everywhere
+    for name, tail in tails.items() if num_blocks > 1 else ():
+        if any(tail.clashes(head, _Span.meets_elsewhere) for head in heads):
+            functions[name].cluster_barriers.add(len(functions[name].kernels))
+
+
+def _phase_of(function: Arranged, position: int, num_state: int) -> _Phase:
+    """What one kernel reads and writes."""
+    kernel, share = function.kernels[position], function.shares[position]
+    local = {b: n * block.rows_at_once for block in function.blocks for b, n in block.local.items()}
+    found = _Phase()
+    for buffer, is_write, own in touches(kernel, share):
+        place = function.places[buffer]
+        is_home = buffer in share.homes or (kernel.kind == "fetch" and not is_write)
+        if place.offset < 0 or is_home:
+            is_state = buffer.role == "argument" and buffer.position < num_state
+            key = buffer.position if is_state else buffer
+            span = _Span(key, 0, 1, key, own)
+        else:
+            size = local.get(buffer, function.elements(buffer)) * buffer.dtype.itemsize
+            space = "shared" if place.is_shared else "private" if place.per_rank else "common"
+            span = _Span(space, place.offset, place.offset + size, buffer, own)
+        (found.writes if is_write else found.reads).append(span)
     return found
-
-
-def _span(
-    buffer: Buffer, places: Mapping[Buffer, Place], local: Mapping[Buffer, int]
-) -> tuple[object, int, int]:
-    place = places[buffer]
-    if place.offset < 0:
-        return buffer, 0, 1
-    size = local.get(buffer, buffer.size) * buffer.dtype.itemsize
-    return place.is_shared, place.offset, place.offset + size
-
-
-def _overlap(
-    some: Iterable[tuple[object, int, int]], others: Sequence[tuple[object, int, int]]
-) -> bool:
-    return any(
-        space == other and first < others_last and others_first < last
-        for space, first, last in some
-        for other, others_first, others_last in others
-    )
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -596,7 +733,7 @@ def _row_of(operand: Operand) -> int:
 
 def _heirs(
     kernels: Sequence[Kernel],
-    shared: set[Buffer],
+    space: Mapping[Buffer, str],
     blocks: Sequence[Block],
     functions: Sequence[_Function],
 ) -> dict[Buffer, Buffer]:
@@ -618,7 +755,7 @@ def _heirs(
                     continue
                 if life[old][1] != position or life[new][0] != position:
                     continue
-                if (old in shared) != (new in shared) or old.size != new.size:
+                if space[old] != space[new] or old.size != new.size:
                     continue
                 if old.dtype.itemsize != new.dtype.itemsize or {old, new} & in_blocks:
                     continue

@@ -121,6 +121,7 @@ class Kernel:
             then has no memory.
         reduction, product: of the other kinds.
         sums: of terms of a product's results, by the warp that adds them, see `placement.py`.
+        part: of its depth, what a block of a cluster adds; 0: all, see `cluster.py`.
         origins: where its operations are called.
     """
 
@@ -130,6 +131,7 @@ class Kernel:
     reduction: Reduction | None = None
     product: Product | None = None
     sums: list[Store] = field(default_factory=list)
+    part: int = 0
     origins: list[str] = field(default_factory=list)
 
     def expressions(self) -> Iterator[Expr]:
@@ -699,9 +701,9 @@ def find_blocks(kernels: Sequence[Kernel], most_bytes: int) -> list[Block]:
     blocks: list[Block] = []
     first = 0
     while first < len(kernels):
-        rows = _rows_of(kernels[first])
+        rows = rows_of(kernels[first])
         last = first
-        while rows and last < len(kernels) and _rows_of(kernels[last]) == rows:
+        while rows and last < len(kernels) and rows_of(kernels[last]) == rows:
             if not _by_rows(kernels[first : last + 1], rows):
                 break
             last += 1
@@ -711,7 +713,7 @@ def find_blocks(kernels: Sequence[Kernel], most_bytes: int) -> list[Block]:
     return blocks
 
 
-def _rows_of(kernel: Kernel) -> int:
+def rows_of(kernel: Kernel) -> int:
     """Extent of the axis that a kernel treats row by row; 0: there is none."""
     if kernel.product is not None:
         p = kernel.product
@@ -728,21 +730,21 @@ def _by_rows(kernels: Sequence[Kernel], rows: int) -> bool:
     strides: dict[Buffer, int] = {}
     scattered: set[Buffer] = set()
     for kernel in kernels:
-        for buffer, stride in _row_strides(kernel, rows, writes=True):
+        for buffer, stride in row_strides(kernel, rows, writes=True):
             if kernel.kind == "scatter":
                 scattered.add(buffer.root)
             elif strides.setdefault(buffer.root, stride) != stride or stride == 0:
                 return False
     for kernel in kernels:
-        for buffer, stride in _row_strides(kernel, rows, writes=False):
+        for buffer, stride in row_strides(kernel, rows, writes=False):
             if buffer.root in scattered or strides.get(buffer.root, stride) != stride:
                 return False
-        if any(buffer.root in strides or buffer.root in scattered for buffer in _whole(kernel)):
+        if any(buffer.root in strides or buffer.root in scattered for buffer in read_whole(kernel)):
             return False
     return True
 
 
-def _whole(kernel: Kernel) -> set[Buffer]:
+def read_whole(kernel: Kernel) -> set[Buffer]:
     """Buffers that every row of a kernel reads as a whole."""
     found = _searched(kernel.expressions())
     if kernel.product is not None:
@@ -751,7 +753,7 @@ def _whole(kernel: Kernel) -> set[Buffer]:
     return found
 
 
-def _row_strides(kernel: Kernel, rows: int, writes: bool) -> Iterator[tuple[Buffer, int]]:
+def row_strides(kernel: Kernel, rows: int, writes: bool) -> Iterator[tuple[Buffer, int]]:
     """Each access with the distance of rows in memory; 0: it is not in its own row only."""
     if kernel.product is not None:
         p = kernel.product
@@ -784,7 +786,7 @@ def _block(
     local = {
         buffer: stride
         for kernel in inside
-        for buffer, stride in _row_strides(kernel, rows, writes=True)
+        for buffer, stride in row_strides(kernel, rows, writes=True)
         if buffer.role == "scratch" and buffer not in touched and buffer.size == rows * stride
     }
     per_row = sum(buffer.dtype.itemsize * stride for buffer, stride in local.items())
