@@ -4,9 +4,14 @@
 // nvcc includes its own. Compile without contraction: __builtin_fmaf stands where it is meant.
 //
 //     KERNEL(name, Arguments, THREADS) { body that reads `g`, an Arguments }
+//     CLUSTER_KERNEL(name, Arguments, THREADS, BLOCKS) { ... }
 //
 // THREADS is the size of a block, a multiple of 32; Arguments has at most 32 kB. Functions and
 // methods that a kernel calls are DEVICE.
+//
+// Each BLOCKS consecutive blocks of the grid are a cluster, BLOCKS 8 at most: they run at the same
+// time, and exchange numbers through global memory. The grid is a multiple of BLOCKS. Clusters,
+// cluster_rank() and CLUSTER_BARRIER() need compute capability 9.0.
 #ifndef __CUDACC__
 #include "emulate.h"
 #else
@@ -37,9 +42,13 @@ typedef unsigned long uint64_t;
 #define UNROLL DEVICE_PRAGMA(unroll)
 #define UNROLL_BY(n) DEVICE_PRAGMA(unroll n)
 #define BARRIER() __syncthreads()
+#define CLUSTER_BARRIER() cluster_barrier()
 #define KERNEL(name, Arguments, THREADS)                                                           \
   extern "C" __global__ void __launch_bounds__(THREADS, 1) name(                                   \
       const __grid_constant__ Arguments g)
+#define CLUSTER_KERNEL(name, Arguments, THREADS, BLOCKS)                                           \
+  extern "C" __global__ void __attribute__((cluster_dims(BLOCKS, 1, 1)))                           \
+  __launch_bounds__(THREADS, 1) name(const __grid_constant__ Arguments g)
 
 // GCC's names of functions, which generated text and runtime.h use. Nvcc knows them all, NVRTC only
 // copysign.
@@ -69,6 +78,11 @@ DEVICE float __builtin_nanf(const char*) { return __int_as_float(0x7fc00000); }
 DEVICE int thread_id() { return threadIdx.x; }
 DEVICE int block_id() { return blockIdx.x; }
 DEVICE int num_blocks() { return gridDim.x; }
+DEVICE int cluster_rank() {
+  int x;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+  return x;
+}
 
 // thread_id(), of which the compiler may not know that it is the same as last time. Otherwise it
 // computes all addresses once, before the loop over steps, and spills them.
@@ -78,6 +92,10 @@ DEVICE int fresh_thread_id() {
   return x;
 }
 
+DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\t"
+               "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE int32_t shuffle_xor(int32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

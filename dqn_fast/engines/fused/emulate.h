@@ -56,6 +56,7 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags); // flag 1: without an 
 #endif
 #ifdef EMULATE_ASAN
 extern "C" {
+void __asan_poison_memory_region(const volatile void* start, size_t size);
 void __asan_unpoison_memory_region(const volatile void* start, size_t size);
 void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
 void __sanitizer_finish_switch_fiber(void* fake_stack, const void** old_bottom, size_t* old_size);
@@ -151,7 +152,7 @@ inline float float_of(uint32_t bits) {
 
 namespace emulation {
 
-constexpr int MAX_THREADS = 1024;
+constexpr int MAX_THREADS = 1024, MAX_BLOCKS = 8; // of a block, of a cluster
 #if defined(EMULATE_TSAN) || defined(EMULATE_ASAN) || !defined(__OPTIMIZE__)
 constexpr size_t STACK = 256 << 10; // bytes, of which a thread touches a few pages
 #else
@@ -159,16 +160,56 @@ constexpr size_t STACK = 64 << 10;
 #endif
 
 // What a thread waits at: kinds of waiting, times a source line.
-enum Kind { AT_BARRIER, AT_WARP_BARRIER, AT_SHUFFLE, AT_BALLOT, AT_PRODUCT, KINDS };
+enum Kind {
+  AT_BARRIER,
+  AT_CLUSTER_BARRIER,
+  AT_WARP_BARRIER,
+  AT_SHUFFLE,
+  AT_BALLOT,
+  AT_PRODUCT,
+  KINDS
+};
 constexpr int RUNS = 0, ENDED = -1; // instead of such a place
 
-// Blocks whose memory and stacks are apart: the thread sanitizer takes what one block does after
-// another for what they do at once.
+// Whether blocks of different clusters have memory and stacks apart, as those of a cluster do: the
+// thread sanitizer takes what one cluster does after another for what they do at once.
 #ifdef EMULATE_TSAN
 constexpr bool APART = true;
 #else
 constexpr bool APART = false;
 #endif
+
+// Threads that wait for each other: a warp, a block or a cluster.
+struct Group {
+  int first, threads; // numbers of its fibers
+  int arrived, place; // the place of those that have come
+  bool mixed; // they have not come to the same place
+#ifdef EMULATE_TSAN
+  // Two in turn: with one, a thread that runs late would also be ordered after what others did
+  // after this barrier, until the next one.
+  char* tokens;
+  int turn;
+#endif
+  void begin(int first_fiber, int count, [[maybe_unused]] char* own_tokens) {
+    first = first_fiber;
+    threads = count;
+    arrived = 0;
+    mixed = false;
+    IF_TSAN(tokens = own_tokens);
+  }
+};
+
+struct Warp : Group {
+  uint64_t value[32];
+  int mask[32];
+  float* d[32];
+  const uint32_t *a[32], *b[32];
+};
+
+struct Block : Group {
+  int number, rank; // in the grid, in its cluster
+  char* memory;
+};
 
 struct Fiber {
 #ifdef EMULATE_FRAME
@@ -176,6 +217,8 @@ struct Fiber {
 #else
   ucontext_t context;
 #endif
+  Block* block;
+  int thread; // number in its block
   int place;
 #ifdef EMULATE_TSAN
   void* tsan;
@@ -188,45 +231,23 @@ struct Fiber {
 #endif
 };
 
-// Threads that wait for each other: a warp or the block.
-struct Group {
-  int first, threads; // numbers of its threads
-  int arrived, place; // the place of those that have come
-  bool mixed; // they have not come to the same place
-#ifdef EMULATE_TSAN
-  // Two in turn: with one, a thread that runs late would also be ordered after what others did
-  // after this barrier, until the next one.
-  char tokens[2];
-  int turn;
-#endif
-  void begin(int first_thread, int count) {
-    first = first_thread;
-    threads = count;
-    arrived = 0;
-    mixed = false;
-  }
-};
-
-struct Warp : Group {
-  uint64_t value[32];
-  int mask[32];
-  float* d[32];
-  const uint32_t *a[32], *b[32];
-};
-
 struct Machine {
-  int thread, block, blocks, threads; // the number `threads` is the caller of them all
+  int fiber; // the running one, and its place:
+  int thread;
+  Block* block;
+  int threads, blocks; // of a block, of the grid
   int num_ready;
   int64_t seed;
   uint64_t random;
   int skipped_line;
-  char* memory;
   void (*kernel)(const void*);
   const void* arguments;
-  Group all;
-  Warp warps[MAX_THREADS / 32];
-  Fiber fibers[MAX_THREADS + 1];
-  short ready[MAX_THREADS]; // the last one goes on first
+  // Of the cluster that runs. Its fibers are numbered block by block; then comes their caller.
+  Group cluster;
+  Block members[MAX_BLOCKS];
+  Warp warps[MAX_BLOCKS * MAX_THREADS / 32];
+  Fiber fibers[MAX_BLOCKS * MAX_THREADS + 1];
+  short ready[MAX_BLOCKS * MAX_THREADS]; // the last one goes on first
   char* stacks; // of `num_stacks` threads
   int64_t num_stacks;
   char error[1024];
@@ -264,7 +285,7 @@ inline bool map_stacks(int64_t count) {
 
 UNSEEN_INLINE int choose() {
   if (here.num_ready == 0)
-    return here.threads;
+    return here.cluster.threads;
   const int last = --here.num_ready;
   const int chosen = here.ready[last];
   if (here.seed <= 0)
@@ -279,11 +300,13 @@ UNSEEN_INLINE int choose() {
 // Runs another thread, until one chooses this one.
 UNSEEN_INLINE void leave() {
   const int next = choose();
-  if (next == here.thread)
+  if (next == here.fiber)
     return;
-  Fiber& mine = here.fibers[here.thread];
+  Fiber& mine = here.fibers[here.fiber];
   Fiber& other = here.fibers[next];
-  here.thread = next;
+  here.fiber = next;
+  here.thread = other.thread;
+  here.block = other.block;
   IF_TSAN(__tsan_switch_to_fiber(other.tsan, 1));
   IF_ASAN(__sanitizer_start_switch_fiber(
       mine.place == ENDED ? nullptr : &mine.fake_stack, other.bottom, other.size));
@@ -298,15 +321,15 @@ UNSEEN_INLINE void leave() {
 
 UNSEEN_INLINE void make_ready(const Group& group) {
   for (int i = 0; i < group.threads; ++i) {
-    const int thread = group.first + (here.seed < 0 ? i : group.threads - 1 - i);
-    here.fibers[thread].place = RUNS;
-    here.ready[here.num_ready++] = (short)thread;
+    const int fiber = group.first + (here.seed < 0 ? i : group.threads - 1 - i);
+    here.fibers[fiber].place = RUNS;
+    here.ready[here.num_ready++] = (short)fiber;
   }
 }
 
 // Returns whether the whole group is here; then `release` it. In any case `leave`.
 UNSEEN_INLINE bool arrive(Group& group, int place) {
-  Fiber& fiber = here.fibers[here.thread];
+  Fiber& fiber = here.fibers[here.fiber];
   fiber.place = place;
   IF_TSAN(fiber.token = &group.tokens[group.turn & 1]);
   IF_TSAN(__tsan_release(fiber.token));
@@ -324,18 +347,22 @@ UNSEEN_INLINE void release(Group& group) {
 
 UNSEEN_INLINE void wait() {
   leave();
-  IF_TSAN(__tsan_acquire(here.fibers[here.thread].token));
+  IF_TSAN(__tsan_acquire(here.fibers[here.fiber].token));
 }
 
-UNSEEN void barrier(int line) {
+UNSEEN void meet(Group& group, Kind kind, int line) {
   if (line == here.skipped_line)
     return;
-  if (arrive(here.all, line * KINDS + AT_BARRIER))
-    release(here.all);
+  if (arrive(group, line * KINDS + kind))
+    release(group);
   wait();
 }
 
-UNSEEN_INLINE Warp& warp() { return here.warps[here.thread / 32]; }
+UNSEEN_INLINE Warp& warp() { return here.warps[here.fiber / 32]; }
+
+UNSEEN_INLINE void barrier(int line) { meet(*here.block, AT_BARRIER, line); }
+UNSEEN_INLINE void cluster_barrier(int line) { meet(here.cluster, AT_CLUSTER_BARRIER, line); }
+UNSEEN_INLINE void warp_barrier(int line) { meet(warp(), AT_WARP_BARRIER, line); }
 
 UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   Warp& w = warp();
@@ -379,9 +406,9 @@ UNSEEN void multiply(Warp& w) {
 }
 
 UNSEEN void begin() {
-  Fiber& fiber = here.fibers[here.thread];
+  Fiber& fiber = here.fibers[here.fiber];
 #ifdef EMULATE_ASAN
-  Fiber& caller = here.fibers[here.threads];
+  Fiber& caller = here.fibers[here.cluster.threads];
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
@@ -396,18 +423,20 @@ UNSEEN void begin() {
   abort();
 }
 
-inline void prepare(int thread) {
-  Fiber& fiber = here.fibers[thread];
-  const int64_t stack = thread + int64_t(APART ? here.block : 0) * here.threads;
+inline void prepare(int number, Block& block) {
+  Fiber& fiber = here.fibers[number];
+  fiber.block = &block;
+  fiber.thread = number - block.first;
+  fiber.place = RUNS;
+  const int64_t stack = APART ? int64_t(block.number) * here.threads + fiber.thread : number;
   char* const bottom = here.stacks + (stack + 1) * stack_stride() - STACK;
   IF_ASAN(__asan_unpoison_memory_region(bottom, STACK));
   IF_ASAN(fiber.bottom = bottom);
   IF_ASAN(fiber.size = STACK);
   IF_TSAN(fiber.tsan = __tsan_create_fiber(0));
-  fiber.place = RUNS;
 #ifdef EMULATE_FRAME
   // Neighbours use different lines of the first two caches.
-  const size_t used = STACK - (thread + thread / 32) % 8 * 512;
+  const size_t used = STACK - (number + number / 32) % 8 * 512;
   void** const frame = (void**)(bottom + used) - EMULATE_FRAME;
   memset(frame, 0, EMULATE_FRAME * sizeof(void*));
   frame[EMULATE_FRAME_ENTRY] = (void*)&begin;
@@ -422,52 +451,53 @@ inline void prepare(int thread) {
 }
 
 // Writes where the threads are that cannot go on.
-inline void report() {
-  const char* const kinds[] = {"BARRIER()", "warp_barrier()", "shuffle_xor", "ballot", "mma_tf32"};
+inline void report(int num_members) {
+  const char* const kinds[] = {"BARRIER()",   "CLUSTER_BARRIER()", "warp_barrier()",
+                               "shuffle_xor", "ballot",            "mma_tf32"};
   size_t size = 0;
   auto add = [&size](const char* format, auto... values) {
     if (size < sizeof here.error)
       size += snprintf(here.error + size, sizeof here.error - size, format, values...);
   };
-  add("block %d:", here.block);
-  for (int first = 0, next; first < here.threads; first = next) {
-    const int place = here.fibers[first].place;
-    for (next = first; next < here.threads && here.fibers[next].place == place;)
-      ++next;
-    add("%s %d", first ? "," : " threads", first);
-    if (next - first > 1)
-      add(" to %d", next - 1);
-    if (place == ENDED)
-      add("%s", " ended");
-    else
-      add(" wait at %s of line %d", kinds[place % KINDS], place / KINDS);
+  for (int rank = 0; rank < num_members; ++rank) {
+    add("%sblock %d:", rank ? "; " : "", here.members[rank].number);
+    const Fiber* const fibers = here.fibers + here.members[rank].first;
+    for (int first = 0, next; first < here.threads; first = next) {
+      const int place = fibers[first].place;
+      for (next = first; next < here.threads && fibers[next].place == place;)
+        ++next;
+      add("%s %d", first ? "," : " threads", first);
+      if (next - first > 1)
+        add(" to %d", next - 1);
+      if (place == ENDED)
+        add("%s", " ended");
+      else
+        add(" wait at %s of line %d", kinds[place % KINDS], place / KINDS);
+    }
   }
 }
 
-// Returns whether all threads of the block came to their end.
-inline bool run_block(char* memory, size_t shared_bytes) {
-  const int threads = here.threads;
-  here.memory = memory;
-  memset(memory, 0xff, shared_bytes);
-  here.thread = threads;
+// Returns whether all threads of `here.members` came to their end.
+inline bool run_cluster(int num_members) {
+  const int count = num_members * here.threads;
+  Fiber& caller = here.fibers[count];
+  here.fiber = count;
   here.num_ready = 0;
-  here.all.begin(0, threads);
-  for (int i = 0; i < threads; i += 32)
-    here.warps[i / 32].begin(i, 32);
-  for (int i = 0; i < threads; ++i)
-    prepare(i);
-  here.fibers[threads].place = RUNS;
-  IF_ASAN(here.fibers[threads].bottom = nullptr);
-  IF_TSAN(here.fibers[threads].tsan = __tsan_get_current_fiber());
+  for (int i = 0; i < count; ++i)
+    prepare(i, here.members[i / here.threads]);
+  IF_ASAN(caller.bottom = nullptr);
+  IF_TSAN(caller.tsan = __tsan_get_current_fiber());
   IF_TSAN(__tsan_release(&here.start));
-  make_ready(here.all);
+  caller.block = here.members;
+  caller.place = RUNS;
+  make_ready(here.cluster);
   leave();
   int ended = 0;
-  for (int i = 0; i < threads; ++i) {
+  for (int i = 0; i < count; ++i) {
     ended += here.fibers[i].place == ENDED;
     IF_TSAN(__tsan_destroy_fiber(here.fibers[i].tsan));
   }
-  return ended == threads;
+  return ended == count;
 }
 
 inline int64_t number_of(const char* variable) {
@@ -476,8 +506,8 @@ inline int64_t number_of(const char* variable) {
 }
 
 inline int64_t run(
-    void (*kernel)(const void*), const void* arguments, int threads, int64_t blocks,
-    int64_t shared_bytes) {
+    void (*kernel)(const void*), const void* arguments, int threads, int num_members,
+    int64_t blocks, int64_t shared_bytes) {
   here.kernel = kernel;
   here.arguments = arguments;
   here.threads = threads;
@@ -485,20 +515,41 @@ inline int64_t run(
   here.seed = number_of("EMULATE_ORDER");
   here.random = here.seed;
   here.skipped_line = (int)number_of("EMULATE_SKIP");
-  const int64_t apart = APART ? blocks : 1, stride = (shared_bytes + 128) / 128 * 128;
+  if (blocks % num_members) {
+    snprintf(
+        here.error, sizeof here.error, "%d blocks are not whole clusters of %d blocks", here.blocks,
+        num_members);
+    return 1;
+  }
+  // Behind a block's shared memory lie tokens, or what the address sanitizer lets nobody touch.
+  constexpr int64_t BEHIND = 128;
+  const int64_t stride = (shared_bytes + 127) / 128 * 128 + BEHIND;
+  const int64_t apart = APART ? blocks : num_members;
   void* memory = nullptr;
-  // For the address sanitizer it ends where a block's shared memory does.
-  const size_t bytes = APART ? apart * stride : shared_bytes ? shared_bytes : 1;
-  if (posix_memalign(&memory, 128, bytes) || !map_stacks(apart * threads)) {
+  if (posix_memalign(&memory, 128, apart * stride) || !map_stacks(apart * threads)) {
     snprintf(here.error, sizeof here.error, "no memory for the stacks of %d threads", threads);
     free(memory);
     return 1;
   }
   bool ended = true;
-  for (here.block = 0; ended && here.block < blocks; ++here.block) {
-    ended = run_block((char*)memory + (APART ? here.block * stride : 0), shared_bytes);
+  for (int first = 0; ended && first < blocks; first += num_members) {
+    for (int rank = 0; rank < num_members; ++rank) {
+      Block& block = here.members[rank];
+      block.number = first + rank;
+      block.rank = rank;
+      block.memory = (char*)memory + (APART ? block.number : rank) * stride;
+      memset(block.memory, 0xff, shared_bytes);
+      IF_ASAN(__asan_poison_memory_region(block.memory + shared_bytes, stride - shared_bytes));
+      char* tokens = block.memory + stride - BEHIND;
+      if (rank == 0)
+        here.cluster.begin(0, num_members * threads, tokens);
+      block.begin(rank * threads, threads, tokens += 2);
+      for (int i = block.first; i < block.first + threads; i += 32)
+        here.warps[i / 32].begin(i, 32, tokens += 2);
+    }
+    ended = run_cluster(num_members);
     if (!ended)
-      report();
+      report(num_members);
   }
   IF_TSAN(__tsan_acquire(&here.end));
   free(memory);
@@ -511,30 +562,27 @@ inline int64_t run(
 #define UNROLL
 #define UNROLL_BY(n)
 #define BARRIER() emulation::barrier(__LINE__)
-#define KERNEL(name, Arguments, THREADS)                                                           \
+#define CLUSTER_BARRIER() emulation::cluster_barrier(__LINE__)
+#define KERNEL(name, Arguments, THREADS) CLUSTER_KERNEL(name, Arguments, THREADS, 1)
+#define CLUSTER_KERNEL(name, Arguments, THREADS, BLOCKS)                                           \
   static_assert((THREADS) % 32 == 0 && (THREADS) <= emulation::MAX_THREADS, "whole warps");        \
+  static_assert((BLOCKS) <= emulation::MAX_BLOCKS, "a cluster's blocks");                          \
   static void name(const Arguments& g);                                                            \
   extern "C" int64_t emulate_##name(const Arguments* g, int64_t blocks, int64_t shared_bytes) {    \
     return emulation::run(                                                                         \
-        [](const void* arguments) { name(*(const Arguments*)arguments); }, g, THREADS, blocks,     \
-        shared_bytes);                                                                             \
+        [](const void* arguments) { name(*(const Arguments*)arguments); }, g, THREADS, BLOCKS,     \
+        blocks, shared_bytes);                                                                     \
   }                                                                                                \
   static void name([[maybe_unused]] const Arguments& g)
 
 UNSEEN_INLINE int thread_id() { return emulation::here.thread; }
 UNSEEN_INLINE int fresh_thread_id() { return emulation::here.thread; }
-UNSEEN_INLINE int block_id() { return emulation::here.block; }
+UNSEEN_INLINE int block_id() { return emulation::here.block->number; }
 UNSEEN_INLINE int num_blocks() { return emulation::here.blocks; }
-UNSEEN_INLINE char* shared_memory() { return emulation::here.memory; }
+UNSEEN_INLINE int cluster_rank() { return emulation::here.block->rank; }
+UNSEEN_INLINE char* shared_memory() { return emulation::here.block->memory; }
 
-UNSEEN void warp_barrier(int line = __builtin_LINE()) {
-  if (line == emulation::here.skipped_line)
-    return;
-  emulation::Warp& warp = emulation::warp();
-  if (arrive(warp, line * emulation::KINDS + emulation::AT_WARP_BARRIER))
-    release(warp);
-  emulation::wait();
-}
+inline void warp_barrier(int line = __builtin_LINE()) { emulation::warp_barrier(line); }
 
 inline float shuffle_xor(float x, int mask, int line = __builtin_LINE()) {
   return float_of((uint32_t)emulation::shuffle(bits_of(x), mask, line));

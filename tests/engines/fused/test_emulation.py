@@ -113,6 +113,36 @@ KERNEL(outside, Arguments, 32) {
   ((float*)shared_memory())[thread_id() + g.count] = 1;
 }
 
+// Each thread adds what a thread of every block of its cluster has.
+CLUSTER_KERNEL(share, Arguments, 64, 4) {
+  const int i = thread_id(), first = block_id() - cluster_rank();
+  float x = g.in[64 * block_id() + i];
+  for (int n = 0; n < 3; ++n) {
+    g.out[64 * block_id() + i] = x;
+    if (g.count)
+      BARRIER();
+    else
+      CLUSTER_BARRIER(); // shared out
+    for (int rank = 0; rank < 4; ++rank)
+      x += g.out[64 * (first + rank) + (i + 45) % 64];
+    CLUSTER_BARRIER(); // taken in
+  }
+  g.out[64 * block_id() + i] = x + num_blocks();
+}
+
+CLUSTER_KERNEL(own, Arguments, 32, 8) {
+  float* const s = (float*)shared_memory();
+  const int i = thread_id();
+  const float before = s[i];
+  s[i] = i + 100 * block_id();
+  if (g.count && cluster_rank() == 2)
+    s[i + g.count] = 1;
+  CLUSTER_BARRIER();
+  g.out[32 * block_id() + i] = s[i] + (before == before);
+  if (i == 0)
+    g.whole[block_id()] = cluster_rank();
+}
+
 KERNEL(everywhere, Arguments, 32) {
   g.out[thread_id() + 32 * g.count * block_id()] = 1;
 }
@@ -354,7 +384,7 @@ def test_the_address_sanitizer_knows_shared_memory(tmp_path):
         assert (done.returncode, done.stderr) == (0, "")
     assert run("divergent", 1).returncode == 1
     done = run("outside", 1)
-    assert "heap-buffer-overflow" in done.stderr
+    assert "use-after-poison" in done.stderr
     assert "in outside" in done.stderr
 
 
