@@ -205,6 +205,8 @@ class DevicePrinter(Lines):
 
     def columns_of(self, buffer: Buffer) -> int:
         """Columns of a matrix whose rows are permuted; else 0."""
+        if buffer.root in self._share.homes:
+            return 0
         place = self._function.places.get(buffer.root)
         return place.columns if place is not None else 0
 

@@ -102,6 +102,7 @@ class Emulated:
         precision: str = "FFMA",
         shared_bytes: int = SHARED_BYTES,
         extra: tuple[str, ...] = ("-O1",),
+        num_blocks: int = 1,
     ) -> None:
         """Prepare.
 
@@ -109,20 +110,25 @@ class Emulated:
             precision: see `cuda.DevicePrinter`.
             shared_bytes: that a block may have.
             extra: options of the compiler.
+            num_blocks: of a cluster.
         """
         self.precision, self._shared_bytes = precision, shared_bytes
+        self._num_blocks = num_blocks
         self.toolchain = Cpp(extra)
 
     @property
     def identity(self) -> Any:
         """Precision of products and shared memory."""
-        return ["emulated", self.precision, self._shared_bytes]
+        return ["emulated", self.precision, self._shared_bytes, self._num_blocks]
 
     def generate(
         self, functions: Mapping[str, Lowered], num_state: int, counted: bool
     ) -> Generated:
         """Arrange and print functions, see `Target`."""
-        return generate(functions, num_state, counted, self._shared_bytes, self.precision, True)
+        return generate(
+            functions, num_state, counted, self._shared_bytes, self.precision, True,
+            self._num_blocks,
+        )  # fmt: skip
 
     def check(self, described: dict[str, Any], num_members: int, updates: float) -> None:
         """Refuse nothing."""
@@ -174,6 +180,7 @@ def generate(
         "shared": {name: made.shared_bytes for name, made in kernels.items()},
         "scratch": {name: made.global_bytes for name, made in kernels.items()},
         "constants": {name: max(len(part[2]), 1) for name, part in parts.items()},
+        "blocks": {name: made.num_blocks for name, made in kernels.items()},
     }
     return Generated(source, described, planned)
 
@@ -217,19 +224,21 @@ class DeviceProgram:
             each[: len(some)] = some
             tables = self._table("step", step, first), self._table("update", update, done)
             words = self._words("chunk", self._members, len(some))
-            self._run("chunk", self._members, b"".join(tables) + words + each.tobytes())
+            blocks = self._members * self._described["blocks"]["chunk"]
+            self._run("chunk", blocks, b"".join(tables) + words + each.tobytes())
             done += int(some.sum())
 
     def many(self, name: str, table: Table, count: int) -> None:
         """Run one function for `count` steps of all members."""
-        kernel, blocks = f"many_{name}", self._members
         if not count:
             return
+        kernel, parts = f"many_{name}", self._members
         if name.startswith("draw_"):
-            blocks = self.drawing_blocks(count)
-        words = self._words(kernel, blocks, count)
+            parts = self.drawing_blocks(count)
+        words = self._words(kernel, parts, count)
         if name.startswith("draw_"):
             words += np.int64(self._members).tobytes()
+        blocks = parts * self._described["blocks"][kernel]
         self._run(kernel, blocks, self._table(name, table, 0) + words)
 
     def drawing_blocks(self, count: int) -> int:
@@ -246,12 +255,13 @@ class DeviceProgram:
         constants = table.constants[: self._described["constants"][name]]
         return rows.tobytes() + constants.tobytes()
 
-    def _words(self, kernel: str, blocks: int, count: int) -> bytes:
-        """Scratch memory, counters of cycles and number of steps."""
-        per_block = self._described["scratch"][kernel]
+    def _words(self, kernel: str, parts: int, count: int) -> bytes:
+        """Scratch memory of so many members or drawing blocks, counters of cycles and number of
+        steps."""
+        each = self._described["scratch"][kernel]
         scratch = self._scratch.get(kernel)
-        if scratch is None or scratch.numel() < blocks * per_block:
-            scratch = torch.empty(blocks * per_block + 1, dtype=torch.uint8, device=self._device)
+        if scratch is None or scratch.numel() < parts * each:
+            scratch = torch.empty(parts * each + 1, dtype=torch.uint8, device=self._device)
             self._scratch[kernel] = scratch
-        words = scratch.data_ptr(), self.phases.data_ptr(), per_block, count
+        words = scratch.data_ptr(), self.phases.data_ptr(), each, count
         return np.array(words, np.int64).tobytes()

@@ -418,11 +418,17 @@ def _split_sums(kernels: list[Kernel], num_warps: int, num_blocks: int) -> set[B
             kernel.extents = (num_parts, each)
         else:
             continue
-        total = add_all(ex.load(parts, ex.Index({}, part)) for part in range(num_parts))
-        whole: dict[Expr, Expr | ex.Index] = {ex.load(r.buffer, r.offset): r.finish(total)}
-        for each_kernel in kernels:
-            _replace(each_kernel, whole)
         made_parts.add(parts)
+        if num_blocks > 1:
+            term = ex.load(parts, ex.var(0, num_parts))
+            rest = dataclasses.replace(r, term=term, extents=(num_parts,))
+            whole = Kernel("reduce", (num_parts,), reduction=rest, origins=kernel.origins)
+            kernels.insert(kernels.index(kernel) + 1, whole)
+            continue
+        total = add_all(ex.load(parts, ex.Index({}, part)) for part in range(num_parts))
+        by: dict[Expr, Expr | ex.Index] = {ex.load(r.buffer, r.offset): r.finish(total)}
+        for each_kernel in kernels:
+            _replace(each_kernel, by)
     return made_parts
 
 
