@@ -1,4 +1,5 @@
-"""Predicts how many cycles an arranged function takes on one multiprocessor of an H100.
+"""Predicts how many cycles an arranged function takes on one multiprocessor of an H100, or on the
+multiprocessors of a cluster.
 
 A phase is the code between two barriers. Instructions, accesses to shared memory, bytes from the
 second-level cache and products are counted as `cuda.py` prints them, and each resource has a rate.
@@ -56,6 +57,10 @@ of it."""
 STEP_LATENCY, SHUFFLE_LATENCY, MMA_LATENCY, BARRIER_CYCLES = 4, 25, 33, 40
 """Cycles until the next instruction may use a result of arithmetic, a shuffle, an mma; cycles that
 a barrier takes once all are there."""
+
+CLUSTER_BARRIER_CYCLES = 400
+"""The same of a barrier of several multiprocessors, after which they see what the others wrote. A
+guess: twice what a number takes from one to another."""
 
 HIDDEN = 0.7
 """Part of what other resources take that is hidden behind the busiest one. The phases of the
@@ -191,6 +196,7 @@ class Phase:
         times: that it runs in a call of the function: blocks of rows.
         issue, shared, l2, tensor: cycles of each resource, each time.
         latency: cycles that its slowest warp takes alone.
+        barrier: cycles of the barrier that ends it.
     """
 
     function: str
@@ -202,6 +208,7 @@ class Phase:
     l2: float = 0.0
     tensor: float = 0.0
     latency: float = 0.0
+    barrier: int = BARRIER_CYCLES
 
     @property
     def each(self) -> dict[str, float]:
@@ -217,14 +224,14 @@ class Phase:
     @property
     def least(self) -> float:
         """Cycles if all resources work at once."""
-        return self.times * (max(self.each.values()) + BARRIER_CYCLES)
+        return self.times * (max(self.each.values()) + self.barrier)
 
     @property
     def cycles(self) -> float:
         """Predicted cycles."""
         busy = [self.issue, self.shared, self.l2, self.tensor]
         rest = (1.0 - HIDDEN) * (sum(busy) - max(busy))
-        return self.times * (max(max(busy) + rest, self.latency) + BARRIER_CYCLES)
+        return self.times * (max(max(busy) + rest, self.latency) + self.barrier)
 
     def row(self) -> dict[str, Any]:
         """A JSON object, with cycles by resource."""
@@ -239,7 +246,11 @@ def phases_of(function: Arranged, precision: str) -> list[Phase]:
     numbers them; `precision` is that of products."""
     counter = _Counter(function, printer_of(function, precision))
     edges = [0, *sorted(function.barriers), len(function.kernels)]
-    return [counter.phase(first, last) for first, last in itertools.pairwise(edges)]
+    phases = [counter.phase(first, last) for first, last in itertools.pairwise(edges)]
+    for phase, end in zip(phases, edges[1:], strict=True):
+        if end in function.cluster_barriers:
+            phase.barrier = CLUSTER_BARRIER_CYCLES
+    return phases
 
 
 class _Body(DeviceBody):
@@ -306,7 +317,8 @@ class _Counter:
     def __init__(self, function: Arranged, printer: DevicePrinter) -> None:
         self._function, self.printer, self._threads = function, printer, printer.threads
         self.issue = self._shared = self._bytes = 0.0
-        self._rows: tuple[int, int] | None = None  # of a block, and at once
+        self._share = function.shares[0]
+        self._rows: tuple[int, int] | None = None  # of the outermost loop, and at once
 
     def phase(self, first: int, last: int) -> Phase:
         """Of kernels first .. last - 1."""
@@ -315,10 +327,16 @@ class _Counter:
         origins = dict.fromkeys(o for kernel in kernels for o in kernel.origins if o)
         phase = Phase(self._function.name, " + ".join(names), ", ".join(origins))
         block = next((b for b in self._function.blocks if b.first <= first <= b.last), None)
-        self._rows = (block.rows, block.rows_at_once) if block is not None else None
         if block is not None:
-            phase.times = _up(block.rows, block.rows_at_once)
-        for kernel in kernels:
+            rows = self._function.shares[first].each or block.rows
+            phase.times = _up(min(rows, block.rows), block.rows_at_once)
+        for kernel, share in zip(kernels, self._function.shares[first:last], strict=True):
+            self._share, self._rows = share, None
+            self.printer.look_at(share)
+            if block is not None:
+                self._rows = block.rows, block.rows_at_once
+            elif share.what == "rows":
+                self._rows = share.extent, min(share.each, share.extent)
             self._kernel(kernel, phase)
         return phase
 
@@ -328,7 +346,9 @@ class _Counter:
 
     def _kernel(self, kernel: Kernel, phase: Phase) -> None:
         self.issue = self._shared = self._bytes = 0.0
-        if kernel.product is not None:
+        if kernel.kind == "fetch":
+            latency = self._fetch(kernel)
+        elif kernel.product is not None:
             latency = self._product(kernel, phase)
         elif kernel.reduction is not None:
             latency = self._reduction(kernel, kernel.reduction)
@@ -345,6 +365,14 @@ class _Counter:
 
     # ------------------------------------------------------------------------------ kernels
 
+    def _fetch(self, kernel: Kernel) -> float:
+        num_bytes = sum(store.buffer.num_bytes for store in kernel.stores)
+        warps = _up(num_bytes, 32 * 16)
+        self._bytes += num_bytes
+        self._shared += 4 * warps
+        self.issue += 8 * warps
+        return L2_LATENCY + STEP_LATENCY * 8 * _up(warps, self._threads // 32)
+
     def _loop(self, kernel: Kernel) -> float:
         extents, body = kernel.extents, _Body(self, kernel)
         kept = [store for store in kernel.stores if store.is_kept]
@@ -359,13 +387,16 @@ class _Counter:
         chain = body.count(roots, min(warps, self._threads // 32), warps)
         for store in kept:
             body.store(store, warps)
-        return rounds * (chain + STEP_LATENCY * (8 + 6 * len(extents)))
+        latency = rounds * (chain + STEP_LATENCY * (8 + 6 * len(extents)))
+        return max(latency, self.issue / min(warps, self._threads // 32))
 
     def _reduction(self, kernel: Kernel, r: Reduction) -> float:
         inner, body = len(r.extents), _Body(self, kernel)
         kept = kernel.extents[inner:] if r.outer else kernel.extents[: len(kernel.extents) - inner]
         results, terms = math.prod(kept), math.prod(r.extents)
-        if kept:
+        if self._share.what == "depth":
+            terms = terms // r.extents[0] * self._share.each
+        elif kept:
             results = results // kept[0] * self._at_once(kept[0])
         lanes = self.printer.lanes_for(results, terms) if r.what in SIGNS else 1
         each = _up(terms, lanes)
@@ -384,15 +415,16 @@ class _Counter:
     def _product(self, kernel: Kernel, phase: Phase) -> float:
         p = kernel.product
         assert p is not None
-        rows = self._at_once(p.rows)
+        is_part = self._share.what == "depth"
+        rows, depth = (p.rows, self._share.each) if is_part else (self._at_once(p.rows), p.depth)
         cost = product_cost(
-            self.printer.precision, rows, p.columns, p.depth, self._threads, self._is_across(p.x)
+            self.printer.precision, rows, p.columns, depth, self._threads, self._is_across(p.x)
         )
         phase.tensor += cost.tensor * MMA_CYCLES
         phase.issue += cost.issue
         warps = _up(rows * p.columns, 32)
-        self._operand(p.x, cost, rows * p.depth)
-        self._operand(p.y, cost, p.columns * p.depth)
+        self._operand(p.x, cost, rows * depth)
+        self._operand(p.y, cost, p.columns * depth)
         self._shared += cost.memory
         self.issue += self._threads // 32 * 40  # where tiles and rows are
         if not kernel.stores:
@@ -428,7 +460,8 @@ class _Counter:
         """Whether a buffer is in shared memory or, being a small table, in the first-level
         cache."""
         place = self._function.places.get(buffer.root)
-        return buffer.role == "constant" or (place is not None and place.is_shared)
+        is_copy = place is not None and place.is_shared and buffer.root not in self._share.homes
+        return buffer.role == "constant" or is_copy
 
     def access(self, buffer: Buffer, index: Index, warps: int, copies: int, whole: bool) -> float:
         """Add loads or stores of so many warps; returns the cycles until a load has its number.
@@ -473,12 +506,15 @@ class Prediction(NamedTuple):
     """What functions take; JSON values.
 
     Attributes:
-        cycles: of a call of each function for one member, on one multiprocessor.
+        cycles: of a call of each function for one member, on one multiprocessor, or on those of a
+            cluster.
         flops: of its products.
+        num_blocks: of a cluster.
     """
 
     cycles: dict[str, float]
     flops: dict[str, int]
+    num_blocks: int = 1
 
     def fused_us(
         self,
@@ -490,13 +526,14 @@ class Prediction(NamedTuple):
         """Microseconds of a vector step of all members with its gradient steps.
 
         Args:
-            members: M; those beyond the number of multiprocessors wait for a further wave.
+            members: M; those for which there are no multiprocessors wait for a further wave.
             multiprocessors: of the device.
             updates: gradient steps for each vector step.
             chunk_steps: vector steps that are drawn and run at once.
         """
         often = {"step": 1.0, "update": updates}
-        waves, blocks = _up(members, multiprocessors), DRAWING_BLOCKS * multiprocessors
+        waves = _up(members, max(1, multiprocessors // self.num_blocks))
+        blocks = DRAWING_BLOCKS * multiprocessors
         cycles = 0.0
         for name, times in often.items():
             items = math.ceil(members * times * chunk_steps)
@@ -521,19 +558,22 @@ class Prediction(NamedTuple):
         fused = self.fused_us(members, multiprocessors, updates)
         graph = self.graph_us(members, updates)
         if fused > graph:
-            work = f"{min(members, multiprocessors)} of {multiprocessors} multiprocessors"
+            busy = min(members * self.num_blocks, multiprocessors)
+            work = f"{busy} of {multiprocessors} multiprocessors"
             raise EngineUnavailableError(
                 f"fused would be slower than graph: {fused:.0f} us a vector step are predicted, on "
                 f"{work}, against {graph:.0f} us"
             )
 
 
-def predict(phases: Iterable[Phase], functions: Iterable[Arranged]) -> Prediction:
-    """Totals of functions."""
+def predict(
+    phases: Iterable[Phase], functions: Iterable[Arranged], num_blocks: int = 1
+) -> Prediction:
+    """Totals of functions, of clusters of so many blocks."""
     cycles, flops = dict[str, float](), dict[str, int]()
     for phase in phases:
         cycles[phase.function] = cycles.get(phase.function, 0.0) + phase.cycles
     for function in functions:
         products = (kernel.product for kernel in function.kernels if kernel.product is not None)
         flops[function.name] = sum(2 * p.rows * p.depth * p.columns for p in products)
-    return Prediction(cycles, flops)
+    return Prediction(cycles, flops, num_blocks)

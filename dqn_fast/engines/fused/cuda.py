@@ -24,7 +24,7 @@ from dqn_fast.engines.fused.body import (
     load_key,
     roots_of,
 )
-from dqn_fast.engines.fused.cluster import ALL, FIRST
+from dqn_fast.engines.fused.cluster import ALL, FIRST, Share
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index, make
 from dqn_fast.engines.fused.placement import Arranged, Arrangement
 from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Reduction, Store
@@ -203,6 +203,10 @@ class DevicePrinter(Lines):
     def num_phases(self) -> int:
         return len(self._function.barriers) + 1
 
+    def look_at(self, share: Share) -> None:
+        """Choose what blocks do of the kernel that is looked at next."""
+        self._share = share
+
     def columns_of(self, buffer: Buffer) -> int:
         """Columns of a matrix whose rows are permuted; else 0."""
         if buffer.root in self._share.homes:
@@ -221,7 +225,7 @@ class DevicePrinter(Lines):
         if function.num_blocks > 1:
             self.line("const int rank = cluster_rank();")
         for number, kernel in enumerate(function.kernels):
-            self._share = function.shares[number]
+            self.look_at(function.shares[number])
             if number in function.barriers:
                 self._barrier(number in function.cluster_barriers)
             if number in starts:

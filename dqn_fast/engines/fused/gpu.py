@@ -176,7 +176,7 @@ def generate(
     kernels |= {"chunk": whole} if "step" in main else {f"many_{name}": whole for name in main}
     phases = [phase for function in planned for phase in phases_of(function, precision)]
     described = {
-        "predicted": predict(phases, planned)._asdict(),
+        "predicted": predict(phases, planned, num_blocks)._asdict(),
         "shared": {name: made.shared_bytes for name, made in kernels.items()},
         "scratch": {name: made.global_bytes for name, made in kernels.items()},
         "constants": {name: max(len(part[2]), 1) for name, part in parts.items()},
