@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,7 +52,10 @@ class Share:
         extent: of the loop that is shared out, if it is one.
         each: iterations of it in each block; the last blocks may have fewer, or none.
         guarded: buffers of which the first block alone stores what all compute.
-        homes: tensors of the state whose own memory it uses, not a block's copy.
+        homes: tensors of the state that it stores to their own memory, and, unless all blocks
+            compute all of it, to a block's copy as well.
+        own: of a kernel that fetches, elements of each tensor that a block does not, as it has
+            stored them itself, in the order of the blocks.
     """
 
     what: str
@@ -60,6 +63,7 @@ class Share:
     each: int = 0
     guarded: frozenset[Buffer] = frozenset()
     homes: frozenset[Buffer] = frozenset()
+    own: Mapping[Buffer, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -335,21 +339,21 @@ class Spread:
         """Let blocks fetch tensors of which they have copies after others wrote to them: before
         they are read again, or at the end."""
         made = Shared([], [], [], {}, {})
-        stale: dict[Buffer, None] = {}
+        stale: dict[Buffer, int] = {}  # and how much of it each block has stored itself
         starts = {block.first: block for block in blocks}
 
         def fetch(buffers: Iterable[Buffer]) -> None:
-            stores = []
+            stores, own = [], {}
             for buffer in buffers:
                 place = ex.var(0, buffer.size)
                 stores.append(Store(buffer, place, ex.load(buffer, place)))
-                del stale[buffer]
+                own[buffer] = stale.pop(buffer)
             if stores:
                 made.kernels.append(Kernel("fetch", (), stores))
-                made.shares.append(Share(ALL))
+                made.shares.append(Share(ALL, own=own))
 
         for position, (kernel, share) in enumerate(zip(kernels, shares, strict=True)):
-            read = {b.root for b in kernel.reads()} - share.homes
+            read = {buffer.root for buffer in kernel.reads()}
             if position in starts:
                 inside = kernels[position : starts[position].last + 1]
                 read |= {buffer.root for each in inside for buffer in each.reads()}
@@ -367,7 +371,11 @@ class Spread:
                 )
             made.kernels.append(kernel)
             made.shares.append(share)
-            stale |= dict.fromkeys(sorted(share.homes, key=lambda b: b.position))
+            for root, is_write, part in touches(kernel, share):
+                if is_write and root in share.homes:
+                    is_all = share.what == ALL or part is None
+                    own = 0 if is_all else root.size if part == FIRST else part
+                    stale[root] = own if stale.get(root, own) == own else 0
         fetch(list(stale))
         return made
 

@@ -303,7 +303,8 @@ class _Body(DeviceBody):
         """Add one store of each iteration."""
         copies = LANES if self._along is not None else 1
         together = self.together(store.buffer, store.offset)
-        self._counter.access(store.buffer, store.offset, warps, copies, together)
+        for at_home in self._counter.printer.homes_of(store):
+            self._counter.access(store.buffer, store.offset, warps, copies, together, at_home)
 
 
 class _Counter:
@@ -366,7 +367,10 @@ class _Counter:
     # ------------------------------------------------------------------------------ kernels
 
     def _fetch(self, kernel: Kernel) -> float:
-        num_bytes = sum(store.buffer.num_bytes for store in kernel.stores)
+        num_bytes = 0
+        for store in kernel.stores:
+            others = store.buffer.size - self._share.own[store.buffer]
+            num_bytes += others * store.buffer.dtype.itemsize
         warps = _up(num_bytes, 32 * 16)
         self._bytes += num_bytes
         self._shared += 4 * warps
@@ -460,10 +464,17 @@ class _Counter:
         """Whether a buffer is in shared memory or, being a small table, in the first-level
         cache."""
         place = self._function.places.get(buffer.root)
-        is_copy = place is not None and place.is_shared and buffer.root not in self._share.homes
-        return buffer.role == "constant" or is_copy
+        return buffer.role == "constant" or (place is not None and place.is_shared)
 
-    def access(self, buffer: Buffer, index: Index, warps: int, copies: int, whole: bool) -> float:
+    def access(
+        self,
+        buffer: Buffer,
+        index: Index,
+        warps: int,
+        copies: int,
+        whole: bool,
+        at_home: bool = False,
+    ) -> float:
         """Add loads or stores of so many warps; returns the cycles until a load has its number.
 
         Args:
@@ -471,10 +482,11 @@ class _Counter:
             warps: warps that do it, each time counted.
             copies: neighbours of a lane.
             whole: whether these are one access.
+            at_home: whether it is where the caller has a tensor of which blocks have copies.
         """
         self.issue += warps * (1 if whole else copies) * 2
         words = warps * copies * _up(buffer.dtype.itemsize, 4)
-        if self._is_shared(buffer):
+        if self._is_shared(buffer) and not at_home:
             self._shared += words
             return SHARED_LATENCY
         size = buffer.dtype.itemsize

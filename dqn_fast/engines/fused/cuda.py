@@ -118,15 +118,19 @@ class DeviceBody(Body):
             kind = "const int"
         return super()._define(expr, kind, text)
 
-    def element_at(self, lane: int, buffer: Buffer, index: Index) -> str:
+    def element_at(self, lane: int, buffer: Buffer, index: Index, at_home: bool = False) -> str:
         """An element of one neighbour."""
         self._lane = lane
-        text = self.element(buffer, index)
+        text = self.element(buffer, index, at_home)
         self._lane = 0
         return text
 
-    def element(self, buffer: Buffer, index: Index) -> str:
-        columns = self._printer.columns_of(buffer)
+    def element(self, buffer: Buffer, index: Index, at_home: bool = False) -> str:
+        """An element of a buffer; `at_home`: of a tensor of which blocks have copies, where the
+        caller has it."""
+        name, columns = buffer.name, self._printer.columns_of(buffer)
+        if at_home:
+            name, columns = f"{name}_home", 0
         if not columns:
             wide = "(int64_t)" if buffer.root.size >= 2**31 else ""
             parts = [
@@ -134,7 +138,7 @@ class DeviceBody(Body):
                 for atom, factor in index.terms.items()
             ]
             parts += [str(index.const)] if index.const or not parts else []
-            return f"{buffer.name}[{' + '.join(parts)}]"
+            return f"{name}[{' + '.join(parts)}]"
         whole = {a: c // columns for a, c in index.terms.items() if c % columns == 0}
         rest = {a: c for a, c in index.terms.items() if c % columns}
         row, const = divmod(index.const, columns)
@@ -209,8 +213,6 @@ class DevicePrinter(Lines):
 
     def columns_of(self, buffer: Buffer) -> int:
         """Columns of a matrix whose rows are permuted; else 0."""
-        if buffer.root in self._share.homes:
-            return 0
         place = self._function.places.get(buffer.root)
         return place.columns if place is not None else 0
 
@@ -274,12 +276,19 @@ class DevicePrinter(Lines):
         dropped = {store.buffer for store in kernel.stores if not store.is_kept}
         buffers = {b.root for b in (kernel.reads() | kernel.writes()) - dropped}
         order = sorted(buffers, key=lambda b: (b.role, b.position, b.name))
-        if any(self._is_callers(b) and b.role == "argument" for b in order):
+        homes = order if kernel.kind == "fetch" else [b for b in order if b in share.homes]
+        if homes or any(self._is_callers(b) and b.role == "argument" for b in order):
             self.line("const int member = fresh(m);")
         for buffer in order:
             self.line(self._pointer(buffer))
+        for buffer in homes:
+            kind, source = TYPES[buffer.dtype], self._home(buffer)
+            self.line(f"{kind}* const {buffer.name}_home = {source};")
         if kernel.kind == "fetch":
-            self._fetch(kernel)
+            for buffer in order:
+                own, columns = share.own[buffer], self.columns_of(buffer)
+                ends = f"{buffer.name}, {buffer.name}_home, {buffer.size}, rank * {own}, {own}"
+                self.line(f"fetch<{columns}, {self.threads}>({ends});")
             return
         is_part = share.each and self._block is None
         if is_part:
@@ -304,8 +313,11 @@ class DevicePrinter(Lines):
             self._range = None
 
     def _is_callers(self, buffer: Buffer) -> bool:
-        """Whether a kernel uses the memory of the caller."""
-        return self._function.places[buffer].offset < 0 or buffer in self._share.homes
+        return self._function.places[buffer].offset < 0
+
+    def _home(self, buffer: Buffer) -> str:
+        """Where the caller has an argument."""
+        return f"at<{TYPES[buffer.dtype]}>(arguments[{buffer.position}], k, member)"
 
     def _pointer(self, buffer: Buffer) -> str:
         """Definition of a pointer to a buffer."""
@@ -321,17 +333,8 @@ class DevicePrinter(Lines):
         elif buffer.role == "constant":
             source = f"({kind}*)constants[{buffer.position}]"
         else:
-            source = f"at<{kind}>(arguments[{buffer.position}], k, member)"
+            source = self._home(buffer)
         return f"{kind}* const {buffer.name} = {source};{note}"
-
-    def _fetch(self, kernel: Kernel) -> None:
-        """Copy tensors of the state that other blocks have changed."""
-        if kernel.stores:
-            self.line("const int member = fresh(m);")
-        for store in kernel.stores:
-            buffer, columns = store.buffer, self.columns_of(store.buffer)
-            home = f"at<{TYPES[buffer.dtype]}>(arguments[{buffer.position}], k, member)"
-            self.line(f"fetch<{columns}, {self.threads}>({buffer.name}, {home}, {buffer.size});")
 
     def _threads_for(self, items: int) -> str:
         """A thread's number among those that share out `items`; kernels that run at the same time
@@ -409,7 +412,20 @@ class DevicePrinter(Lines):
         is_guarded = store.buffer.root in self._share.guarded
         if is_guarded:
             self.open("if (rank == 0) {")
-        value, place = store.value, body.element(store.buffer, store.offset)
+        for at_home in self.homes_of(store):
+            self._store_at(body, store, at_home)
+        if is_guarded:
+            self.close()
+
+    def homes_of(self, store: Store) -> list[bool]:
+        """For each place that a store goes to, whether it is where the caller has a tensor of which
+        blocks have copies."""
+        if store.buffer.root not in self._share.homes:
+            return [False]
+        return [True] if self._share.what == ALL else [True, False]
+
+    def _store_at(self, body: DeviceBody, store: Store, at_home: bool) -> None:
+        value, place = store.value, body.element(store.buffer, store.offset, at_home)
         if not body.varies(value) and not any(map(body.varies, store.offset.terms)):
             self.line(f"{place} = {body.name(value)};")
         elif body.together(store.buffer, store.offset):
@@ -417,10 +433,8 @@ class DevicePrinter(Lines):
             self.line(f"*(float4*)&{place} = make_float4({parts});")
         else:
             for lane in range(LANES):
-                place = body.element_at(lane, store.buffer, store.offset)
+                place = body.element_at(lane, store.buffer, store.offset, at_home)
                 self.line(f"{place} = {body.at_lane(lane, value)};")
-        if is_guarded:
-            self.close()
 
     def _reduction(self, kernel: Kernel, r: Reduction) -> None:
         """Share out the terms of each result to neighbouring threads of a warp.
@@ -704,31 +718,37 @@ DEVICE int place_of(int i) {
   return i;
 }
 
+// So many of what is left, which may be less than nothing.
+DEVICE int within(int left, int most) {
+  return left < 0 ? 0 : left < most ? left : most;
+}
+
 // Whether numbers of a type, and so many of them at such a place, can be copied four at once.
 template <class T> DEVICE bool by_four(const T*, int) { return false; }
 DEVICE bool by_four(const float* global, int size) {
   return (uint64_t)global % 16 == 0 && size % 4 == 0;
 }
 
+// Copies all but `own` elements from `begin` on.
 template <int COLUMNS, int COUNT, class T>
-DEVICE void fetch(T* shared, const T* global, int size) {
-  if (by_four(global, size))
-    for (int i = 4 * thread_id(); i < size; i += 4 * COUNT)
+DEVICE void fetch(T* shared, const T* global, int size, int begin = 0, int own = 0) {
+  const int left = size - within(size - begin, own);
+  if (by_four(global, size) && own % 4 == 0)
+    for (int j = 4 * thread_id(); j < left; j += 4 * COUNT) {
+      const int i = j < begin ? j : j + own;
       *(float4*)&shared[place_of<COLUMNS>(i)] = *(const float4*)&global[i];
+    }
   else
-    for (int i = thread_id(); i < size; i += COUNT)
+    for (int j = thread_id(); j < left; j += COUNT) {
+      const int i = j < begin ? j : j + own;
       shared[place_of<COLUMNS>(i)] = global[i];
+    }
 }
 
 template <int COLUMNS, int COUNT, class T>
 DEVICE void put_back(const T* shared, T* global, int size) {
   for (int i = thread_id(); i < size; i += COUNT)
     global[i] = shared[place_of<COLUMNS>(i)];
-}
-
-// So many of what is left, which may be less than nothing.
-DEVICE int within(int left, int most) {
-  return left < 0 ? 0 : left < most ? left : most;
 }
 
 // A number of which the compiler may not know that it is the same as last time. Otherwise it

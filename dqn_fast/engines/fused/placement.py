@@ -225,9 +225,7 @@ def _try(
             if each == "common" and kinds:  # else blocks would wait before they use it again
                 chosen = dict.fromkeys(chosen, (0, len(kernels)))
             parts_of = all_shared.parts
-            bytes_of = {
-                b: local.get(b, parts_of.get(b, b.size)) * b.dtype.itemsize for b in chosen
-            }
+            bytes_of = {b: local.get(b, parts_of.get(b, b.size)) * b.dtype.itemsize for b in chosen}
             offsets, size = _pack(chosen, bytes_of, heirs, end if each == "shared" else 0)
             for buffer, offset in offsets.items():
                 columns = _columns_of(buffer, [function]) if each == "shared" else 0
@@ -645,17 +643,16 @@ def _phase_of(function: Arranged, position: int, num_state: int) -> _Phase:
     local = {b: n * block.rows_at_once for block in function.blocks for b, n in block.local.items()}
     found = _Phase()
     for buffer, is_write, own in touches(kernel, share):
-        place = function.places[buffer]
-        is_home = buffer in share.homes or (kernel.kind == "fetch" and not is_write)
+        place, spans = function.places[buffer], found.writes if is_write else found.reads
+        is_home = buffer in share.homes if is_write else kernel.kind == "fetch"
         if place.offset < 0 or is_home:
             is_state = buffer.role == "argument" and buffer.position < num_state
             key = buffer.position if is_state else buffer
-            span = _Span(key, 0, 1, key, own)
-        else:
+            spans.append(_Span(key, 0, 1, key, own))
+        if place.offset >= 0 and not (is_home and (not is_write or share.what == ALL)):
             size = local.get(buffer, function.elements(buffer)) * buffer.dtype.itemsize
             space = "shared" if place.is_shared else "private" if place.per_rank else "common"
-            span = _Span(space, place.offset, place.offset + size, buffer, own)
-        (found.writes if is_write else found.reads).append(span)
+            spans.append(_Span(space, place.offset, place.offset + size, buffer, own))
     return found
 
 
