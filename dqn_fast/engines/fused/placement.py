@@ -9,6 +9,7 @@ scratch, and the members' own tensors that then stay there for a whole launch. T
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -170,26 +171,29 @@ def arrange(
     value = _values(made.values(), num_state)
     wanted = [b for b in value if value[b] >= 1 and b.num_bytes <= shared_bytes]
     wanted.sort(key=lambda b: (-value[b], b.num_bytes, b.name))
-    shared = set(wanted)
-    best = _try(made, num_state, shared, num_blocks)
-    for buffer in reversed(wanted):
-        if best.shared_bytes <= shared_bytes:
-            break
-        shared.remove(buffer)
-        best = _try(made, num_state, shared, num_blocks)
-    for buffer in wanted:  # some went that do not live when memory is short
-        if buffer not in shared:
-            arranged = _try(made, num_state, {*shared, buffer}, num_blocks)
-            if arranged.shared_bytes <= shared_bytes:
-                best = arranged
-                shared.add(buffer)
+
+    def attempt(shared: set[Buffer]) -> Arrangement:
+        return _try(made, num_state, shared, num_blocks)
+
+    def exceeds(count: int) -> bool:
+        return attempt(set(wanted[:count])).shared_bytes > shared_bytes
+
+    fitting = bisect.bisect_left(range(1, len(wanted) + 1), True, key=exceeds)
+    shared = set(wanted[:fitting])
+    best = attempt(shared)
+    for buffer in wanted[fitting:]:  # some do not live when memory is short
+        arranged = attempt({*shared, buffer})
+        if arranged.shared_bytes <= shared_bytes:
+            best = arranged
+            shared.add(buffer)
+    _put_barriers(best.functions, num_state, num_blocks)
     return best
 
 
 def _try(
     made: Mapping[str, _Function], num_state: int, shared: set[Buffer], num_blocks: int
 ) -> Arrangement:
-    """Place everything, however much shared memory that takes."""
+    """Place everything, however much shared memory that takes; without barriers."""
     first = next(iter(made.values()))
     stays = [buffer for buffer in first.arguments[:num_state] if buffer in shared]
     ordered = {}
@@ -246,7 +250,6 @@ def _try(
             if place.per_rank:
                 moved = place.offset + used["common"]
                 arranged.places[buffer] = dataclasses.replace(place, offset=moved, per_rank=private)
-    _put_barriers(functions, num_state, num_blocks)
     global_bytes = used["common"] + num_blocks * private
     return Arrangement(functions, residents, used["shared"], global_bytes, num_blocks)
 
