@@ -301,7 +301,8 @@ def measure_cycles(
     """
     parts = training.dqn, training.state, training.plan, training.noise
     device = training.noise.device
-    target = target or target_of(device)
+    members = training.dqn.num_members
+    target = target or target_of(device, members, training.plan.updates_per_step)
     with closing(FusedChunk(*parts, counted=True, target=target)) as fused:
         fused.finish(lambda: False)
         program = fused.program
@@ -321,7 +322,6 @@ def measure_cycles(
             program.phases.zero_()
             us = 1e6 * stretch(job, calls, device) / (calls * chunk.num_steps)
             rounds.append((us, program.phases[1 : 1 + len(phases)].tolist()))
-        members = training.dqn.num_members
         runs = {"step": chunk.num_steps, "update": chunk.num_updates}
         for name, count in list(runs.items()):  # of the first block
             runs[f"draw_{name}"] = -(-count * members // program.drawing_blocks(count))

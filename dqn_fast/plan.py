@@ -157,6 +157,11 @@ class Plan:
         return -(-self.total_timesteps // self.num_envs)
 
     @property
+    def updates_per_step(self) -> float:
+        """Gradient steps for each vector step that learns, on average."""
+        return self.gradient_steps * self.num_envs / self.train_freq
+
+    @property
     def end(self) -> int:
         """global_step at the end of the run, a multiple of num_envs."""
         return self.num_vector_steps * self.num_envs

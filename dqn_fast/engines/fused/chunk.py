@@ -105,13 +105,13 @@ class FusedChunk:
         self._key: str | None = None
         self._package: Package | None = None
         self._tables: dict[str, Table] = {}
-        self._target = target or target_of(noise.device)
+        work = self._members, plan.updates_per_step
+        self._target = target or target_of(noise.device, *work)
         try:
             alone, own = algorithm.one_member(), tree.member(state, 0, self._members)
             if counted or not self._find(alone, own):
                 self._generate(alone, own, noise, counted)
-            updates = plan.gradient_steps * plan.num_envs / plan.train_freq
-            self._target.check(self._described, self._members, updates)
+            self._target.check(self._described, *work)
             self._start()
         except EngineUnavailableError:
             raise
@@ -308,13 +308,18 @@ class FusedChunk:
         del kept
 
 
-def target_of(device: torch.device) -> Target:
+def target_of(device: torch.device, num_members: int, updates: float) -> Target:
     """What runs programs on tensors of a device.
+
+    Args:
+        device: of the tensors.
+        num_members: M.
+        updates: gradient steps for each vector step, on average.
 
     Raises:
         EngineUnavailableError: nothing does.
     """
-    return Cuda(device) if device.type == "cuda" else Native()
+    return Cuda(device, num_members, updates) if device.type == "cuda" else Native()
 
 
 class Traced(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,15 +116,16 @@ def split_depths(kernels: list[Kernel], num_blocks: int, names: Iterator[str]) -
         made.add(parts)
         own = Index({ex.make("rank", (num_blocks,), torch.int64): result.size})
         kernel.part = each
+        finish: Callable[[Expr], Expr] = _same
         if kernel.product is not None:
-            extents, finish = _add_parts(kernel, kernel.product, parts, own), _same
+            extents = _add_parts(kernel, kernel.product, parts, own)
         else:
             assert kernel.reduction is not None
             r = kernel.reduction
+            finish, extents = r.finish, (result.size,) if result.size > 1 else ()
             kernel.reduction = dataclasses.replace(
                 r, finish=_same, buffer=parts, offset=own + r.offset
             )
-            extents, finish = ((result.size,) if result.size > 1 else ()), r.finish
         strides = [math.prod(extents[n + 1 :]) for n in range(len(extents))]
         place = Index()
         for n, (extent, stride) in enumerate(zip(extents, strides, strict=True)):
@@ -373,8 +374,8 @@ class Spread:
             made.shares.append(share)
             for root, is_write, part in touches(kernel, share):
                 if is_write and root in share.homes:
-                    is_all = share.what == ALL or part is None
-                    own = 0 if is_all else root.size if part == FIRST else part
+                    own = part if isinstance(part, int) else root.size if part == FIRST else 0
+                    own = 0 if share.what == ALL else own
                     stale[root] = own if stale.get(root, own) == own else 0
         fetch(list(stale))
         return made

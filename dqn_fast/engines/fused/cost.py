@@ -72,6 +72,9 @@ LAUNCH_US = 65.0
 DRAWING_BLOCKS = 4
 """Blocks that draw, on each multiprocessor."""
 
+GROUP = 18
+"""Multiprocessors that lie together, at most. A cluster lies within such a group."""
+
 GRAPH_US, GRAPH_FLOPS = 100.0, 10e12
 """What the engine `graph` with compiled kernels takes for a vector step, and again for each
 gradient step; FLOP/s of its products. H100: 197 to 390 us for both."""
@@ -514,6 +517,13 @@ class _Counter:
 # ---------------------------------------------------------------------------------------- totals
 
 
+def room_for(num_blocks: int, multiprocessors: int) -> int:
+    """Clusters of so many blocks that run at once."""
+    if num_blocks == 1:
+        return multiprocessors
+    return multiprocessors // GROUP * (GROUP // num_blocks)
+
+
 class Prediction(NamedTuple):
     """What functions take; JSON values.
 
@@ -543,14 +553,15 @@ class Prediction(NamedTuple):
             updates: gradient steps for each vector step.
             chunk_steps: vector steps that are drawn and run at once.
         """
-        often = {"step": 1.0, "update": updates}
-        waves = _up(members, max(1, multiprocessors // self.num_blocks))
+        often = {"act" if "act" in self.cycles else "step": 1.0, "update": updates}
+        waves = _up(members, max(1, room_for(self.num_blocks, multiprocessors)))
         blocks = DRAWING_BLOCKS * multiprocessors
         cycles = 0.0
         for name, times in often.items():
             items = math.ceil(members * times * chunk_steps)
             cycles += waves * times * self.cycles[name]
-            cycles += _up(items, blocks) * self.cycles[f"draw_{name}"] / chunk_steps
+            drawn = self.cycles["draw_update" if name == "update" else "draw_step"]
+            cycles += _up(items, blocks) * drawn / chunk_steps
         return cycles / (1e3 * CLOCK_GHZ) + LAUNCH_US / chunk_steps
 
     def graph_us(self, members: int, updates: float = 1.0) -> float:

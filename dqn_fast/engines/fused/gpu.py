@@ -1,4 +1,5 @@
-"""Fused functions on a GPU: CUDA, a block of threads for each member; and on its emulation."""
+"""Fused functions on a GPU: CUDA, a block of threads for each member, or a cluster of blocks where
+members are few; and on its emulation."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.fused.build import Package, load
-from dqn_fast.engines.fused.cost import DRAWING_BLOCKS, Prediction, phases_of, predict
+from dqn_fast.engines.fused.cost import DRAWING_BLOCKS, Prediction, phases_of, predict, room_for
 from dqn_fast.engines.fused.cuda import DRAW_THREADS, MAX_STEPS, THREADS, print_program
 from dqn_fast.engines.fused.driver import Kernels, driver
 from dqn_fast.engines.fused.lower import Lowered
@@ -30,6 +31,10 @@ PRECISIONS = {"highest": "TF32X3", "high": "TF32", "medium": "TF32"}
 """Products by `torch.get_float32_matmul_precision()`. TF32X3 is as exact as float32."""
 
 
+CLUSTERS = 1, 2, 4, 8, 16
+"""Blocks of a member."""
+
+
 class Cuda:
     """A GPU.
 
@@ -37,8 +42,20 @@ class Cuda:
         precision: of products, see `cuda.DevicePrinter`.
     """
 
-    def __init__(self, device: torch.device, precision: str | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        num_members: int,
+        updates: float,
+        precision: str | None = None,
+    ) -> None:
         """Ask the device what it has.
+
+        Args:
+            device: with an index, or the current one.
+            num_members: M.
+            updates: gradient steps for each vector step, on average.
+            precision: for the attribute; None: as torch's.
 
         Raises:
             EngineUnavailableError: products need compute capability 8.0, or there is no compiler.
@@ -51,11 +68,18 @@ class Cuda:
             raise EngineUnavailableError(f"compute capability {capability}, not 8.0 or more")
         self._toolchain = cuda_toolchain(capability)
         self.precision = precision or PRECISIONS[torch.get_float32_matmul_precision()]
+        most = self._limits.multiprocessors
+        self._clusters = [
+            number for number in CLUSTERS
+            if number == 1 or (capability >= (9, 0) and num_members <= room_for(number, most))
+        ]  # fmt: skip
+        self._work = num_members, most, updates
 
     @property
     def identity(self) -> Any:
-        """Precision of products and shared memory."""
-        return ["cuda", self.precision, self._limits.shared_bytes]
+        """Precision of products, shared memory, and what the number of blocks follows from."""
+        known = ["cuda", self.precision, self._limits.shared_bytes]
+        return known if len(self._clusters) == 1 else [*known, self._clusters, self._work]
 
     @property
     def toolchain(self) -> Toolchain:
@@ -66,7 +90,16 @@ class Cuda:
         self, functions: Mapping[str, Lowered], num_state: int, counted: bool
     ) -> Generated:
         """Arrange and print functions, see `Target`."""
-        return generate(functions, num_state, counted, self._limits.shared_bytes, self.precision)
+        limits = self._limits.shared_bytes, self.precision
+        fastest: tuple[float, Generated] | None = None
+        for num_blocks in reversed(self._clusters):
+            made = generate(functions, num_state, counted, *limits, num_blocks=num_blocks)
+            us = Prediction(**made.described["predicted"]).fused_us(*self._work)
+            if fastest is not None and us >= fastest[0]:
+                break
+            fastest = us, made
+        assert fastest is not None
+        return fastest[1]
 
     def check(self, described: dict[str, Any], num_members: int, updates: float) -> None:
         """Refuse what a graph does faster, see `Target`."""
