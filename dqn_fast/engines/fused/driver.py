@@ -22,6 +22,8 @@ from dqn_fast.engines.choice import EngineUnavailableError
 
 # Numbers of cuda.h.
 MAX_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+LARGE_CLUSTERS = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+PORTABLE_CLUSTER = 8  # blocks, which every device with clusters can have
 FUNCTION_ATTRIBUTES = {"registers": 4, "local_bytes": 3, "shared_bytes": 1, "max_threads": 0}
 DEVICE_ATTRIBUTES = {
     "major": 75, "minor": 76, "multiprocessors": 16, "shared_bytes": 97, "l2_bytes": 38,
@@ -46,7 +48,17 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 OPTIONAL = {
     "cuFuncLoad": (_Handle,),  # from CUDA 12.4 on, as the next
     "cuFuncGetParamInfo": (_Handle, ctypes.c_size_t, _Out, _Out),
+    "cuOccupancyMaxActiveClusters": (_Out, _Handle, _Out),  # from CUDA 11.8 on
 }
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", _UInt * 3), ("block", _UInt * 3), ("shared_bytes", _UInt), ("stream", _Handle),
+        ("attributes", _Handle), ("num_attributes", _UInt),
+    )  # fmt: skip
 
 
 class Limits(NamedTuple):
@@ -186,6 +198,33 @@ class Kernels:
                 function = function._replace(shared_bytes=shared_bytes)
         self._functions[name] = function
         return function.figures
+
+    def prepare_cluster(self, name: str, blocks: int, threads: int, shared_bytes: int) -> None:
+        """Prepare a kernel that was compiled for clusters.
+
+        Args:
+            name: of the kernel.
+            blocks: of a cluster.
+            threads, shared_bytes: of a block, as a launch gives them.
+
+        Raises:
+            EngineUnavailableError: the device cannot run so many blocks of it at once, or the
+                driver knows no clusters.
+        """
+        self.prepare(name, shared_bytes)
+        handle, found = self._functions[name].handle, ctypes.c_int()
+        if not self._driver.has("cuOccupancyMaxActiveClusters"):
+            raise EngineUnavailableError("CUDA: this driver knows no clusters of blocks")
+        shape = (_UInt * 3)(blocks, 1, 1), (_UInt * 3)(threads, 1, 1)
+        config = LaunchConfig(*shape, shared_bytes, None, None, 0)
+        with self._current():
+            if blocks > PORTABLE_CLUSTER:
+                self._driver.call("cuFuncSetAttribute", handle, LARGE_CLUSTERS, 1)
+            self._driver.call(
+                "cuOccupancyMaxActiveClusters", ctypes.byref(found), handle, ctypes.byref(config)
+            )
+        if not found.value:
+            raise EngineUnavailableError(f"CUDA: {name}: no room for {blocks} blocks at once")
 
     def launch(
         self,

@@ -116,7 +116,11 @@ class Cuda:
             kernels.launch(name, blocks, threads, shared_bytes, parameters, stream)
 
         for name, shared_bytes in package.described["shared"].items():
-            kernels.prepare(name, shared_bytes)
+            num_blocks = package.described["blocks"][name]
+            if num_blocks > 1:
+                kernels.prepare_cluster(name, num_blocks, THREADS, shared_bytes)
+            else:
+                kernels.prepare(name, shared_bytes)
         most = DRAWING_BLOCKS * self._limits.multiprocessors
         return DeviceProgram(launch, package.described, device, num_members, most)
 

@@ -30,6 +30,13 @@ enum {
   CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 3,
   CU_FUNC_ATTRIBUTE_NUM_REGS = 4,
   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+  CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14,
+};
+struct CUlaunchConfig {
+  unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+  CUstream hStream;
+  void* attrs;
+  unsigned numAttrs;
 };
 #endif
 
@@ -129,9 +136,11 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
 }
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  const bool fine = current() && function == FUNCTION && value <= 232448 &&
-                    attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-  return did("cuFuncSetAttribute", text(value), fine, 1);
+  const bool fine = attribute == CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED ? value == 1
+                    : attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                        ? value <= 232448
+                        : false;
+  return did("cuFuncSetAttribute", text(value), fine && current() && function == FUNCTION, 1);
 }
 
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x,
@@ -158,6 +167,17 @@ CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t* offset, s
   *offset = 0;
   *size = PARAMETER_BYTES;
   return did("cuFuncGetParamInfo", text(index), function == FUNCTION && index == 0, 1);
+}
+
+// As on a device that has room for clusters of 8 blocks, but for none of more shared memory.
+CUresult cuOccupancyMaxActiveClusters(int* found, CUfunction function, const CUlaunchConfig* c) {
+  *found = c->sharedMemBytes > 200000 ? 0 : 14;
+  std::string words;
+  for (unsigned number : {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY,
+                          c->blockDimZ, c->sharedMemBytes, c->numAttrs})
+    words += (words.empty() ? "" : " ") + text(number);
+  const bool fine = current() && function == FUNCTION && !c->hStream && !c->attrs;
+  return did("cuOccupancyMaxActiveClusters", words, fine, 1);
 }
 #endif
 }

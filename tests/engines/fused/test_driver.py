@@ -121,6 +121,25 @@ def test_a_kernel_is_prepared_once(kernels, stub):
     ]
 
 
+@pytest.mark.parametrize("blocks", [4, 16])
+def test_a_cluster_has_room(blocks, kernels, stub):
+    """The driver is asked for blocks of the size that launches have; more than 8 are allowed
+    first."""
+    kernels.prepare_cluster("chunk", blocks, 512, 1_000)
+    calls = [call for call in stub.calls() if call not in (PUSH, POP)]
+    asked = f"cuOccupancyMaxActiveClusters({blocks} 1 1 512 1 1 1000 0)"
+    allowed = ["cuFuncSetAttribute(1)"] if blocks > 8 else []
+    assert calls[calls.index("cuFuncSetAttribute(1000)") + 1 :] == [*allowed, asked]
+    assert stub.depth() == 0
+
+
+def test_a_cluster_without_room_is_refused(kernels):
+    """In one line, before anything is launched."""
+    with pytest.raises(EngineUnavailableError) as raised:
+        kernels.prepare_cluster("chunk", 8, 512, 232_448)
+    assert str(raised.value) == "CUDA: chunk: no room for 8 blocks at once"
+
+
 def test_a_launch_is_one_call(kernels, stub):
     """With the struct's bytes, zeros included, and the stream's whole address; besides it only the
     context is entered and left, so that a stream may capture it."""
@@ -167,6 +186,8 @@ def test_an_old_driver_loads_kernels_at_their_first_launch(tmp_path):
     made = Kernels(CUBIN, 0, Driver(stub.path))
     made.launch("chunk", 1, 32, 0, STRUCT, STREAM)
     assert stub.calls()[-2] == f"cuLaunchKernel(1 1 1 32 1 1 0 {STREAM} {STRUCT.hex()})"
+    with pytest.raises(EngineUnavailableError, match=r"^CUDA: this driver knows no clusters"):
+        made.prepare_cluster("chunk", 2, 32, 0)
 
 
 # -------------------------------------------------------------------------------- what goes wrong
@@ -177,6 +198,7 @@ def use(stub: Stub) -> None:
     library = Driver(stub.path)
     library.limits(0)
     kernels = Kernels(CUBIN, 0, library)
+    kernels.prepare_cluster("chunk", 16, 32, 1_000)
     kernels.launch("chunk", 1, 32, 1_000, STRUCT, STREAM)
 
 
@@ -185,7 +207,7 @@ def test_every_failure_is_one_line(status, stub):
     """With the call and the driver's words, or its number; the thread's context comes back."""
     use(stub)
     names = {call.partition("(")[0] for call in stub.calls()}
-    assert len(names) == 13
+    assert len(names) == 14
     what = "invalid argument" if status == 1 else "error 999"
     for name in names:
         stub.reset(name, status)
