@@ -93,12 +93,12 @@ DEVICE int fresh_thread_id() {
   return x;
 }
 
-// Release and acquire in the cluster, the defaults that cooperative groups' cluster.sync() takes too.
-// For sm_90a, ptxas 12.6, 13.0 and 13.5 put MEMBAR.ALL.GPU before a warp arrives, so that its stores
-// are in L2, and CCTL.IVALL after it has waited, so that it loads no old line of its
-// multiprocessor's L1. This is read in the machine code: NVIDIA's headers say nothing of memory, and
-// no GPU has run it. Loads by ld.global.nc may find old lines; compilers make none as long as no
-// pointer is __restrict__.
+// Release and acquire in the cluster, the defaults, which cooperative groups' cluster.sync() takes
+// too. NVIDIA's headers do not say for which memory. The machine code does: for sm_90a, ptxas 12.6,
+// 13.0 and 13.5 put MEMBAR.ALL.GPU before a warp arrives, so that its stores are in L2, and
+// CCTL.IVALL after it has waited, so that it finds no old line in its multiprocessor's L1. No GPU
+// has run it. Loads by ld.global.nc may find old lines: compilers make none as long as no pointer
+// is __restrict__.
 DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\t"
                "barrier.cluster.wait.acquire.aligned;" ::: "memory");
