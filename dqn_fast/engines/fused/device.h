@@ -9,9 +9,10 @@
 // THREADS is the size of a block, a multiple of 32; Arguments has at most 32 kB. Functions and
 // methods that a kernel calls are DEVICE.
 //
-// Each BLOCKS consecutive blocks of the grid are a cluster, BLOCKS 8 at most: they run at the same
-// time, and exchange numbers through global memory. The grid is a multiple of BLOCKS. Clusters,
-// cluster_rank() and CLUSTER_BARRIER() need compute capability 9.0.
+// BARRIER() orders the threads of a block. In a CLUSTER_KERNEL each BLOCKS consecutive blocks are a
+// cluster, 8 at most: they run at once, cluster_rank() tells them apart, and CLUSTER_BARRIER()
+// orders what all their threads do in global memory. The grid must be a multiple of BLOCKS. The
+// three need compute capability 9.0.
 #ifndef __CUDACC__
 #include "emulate.h"
 #else
@@ -78,7 +79,7 @@ DEVICE float __builtin_nanf(const char*) { return __int_as_float(0x7fc00000); }
 DEVICE int thread_id() { return threadIdx.x; }
 DEVICE int block_id() { return blockIdx.x; }
 DEVICE int num_blocks() { return gridDim.x; }
-DEVICE int cluster_rank() {
+DEVICE int cluster_rank() { // 0 in a KERNEL
   int x;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
   return x;
@@ -92,6 +93,12 @@ DEVICE int fresh_thread_id() {
   return x;
 }
 
+// Release and acquire in the cluster, the defaults, which cooperative groups' cluster.sync() takes
+// too. NVIDIA's headers do not say for which memory. The machine code does: for sm_90a, ptxas 12.6,
+// 13.0 and 13.5 put MEMBAR.ALL.GPU before a warp arrives, so that its stores are in L2, and
+// CCTL.IVALL after it has waited, so that it finds no old line in its multiprocessor's L1. No GPU
+// has run it. Loads by ld.global.nc may find old lines: compilers make none as long as no pointer
+// is __restrict__.
 DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\t"
                "barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -1,20 +1,25 @@
 // device.h on a CPU: the text of a kernel runs as it is, to find what is wrong with it.
 //
-// Every thread of a block is a fiber, which runs until it must wait for others. Shuffles, ballots
-// and products of a warp are computed by the last lane that comes. A kernel `name` becomes
+// Every thread of a block, or of all blocks of a cluster, is a fiber, which runs until it must wait
+// for others. Shuffles, ballots and products of a warp are computed by the last lane that comes. A
+// kernel `name` becomes
 //
 //     int64_t emulate_name(const Arguments* g, int64_t blocks, int64_t shared_bytes)
 //
-// which runs one block after the other; one call at a time in a process. It returns 0, or 1 if the
-// threads of a block or warp wait at different places for each other; emulation_error() says where.
+// which runs one block or cluster after the other; one call at a time in a process. It returns 0,
+// or 1 if threads wait at different places for each other, or `blocks` are not whole clusters;
+// emulation_error() says where, or why.
 //
-// Shared memory begins as NaN. The address sanitizer knows where it ends. To the thread sanitizer
-// all threads of all blocks run at once, ordered by barriers alone. Environment variables:
+// Shared memory begins as NaN. The address sanitizer knows where each block's ends. To the thread
+// sanitizer all threads of all blocks run at once, ordered by barriers alone: those of a warp, of a
+// block, of a cluster. Environment variables:
 //     EMULATE_ORDER  which of the threads that can run goes on: 0, the first; less, the last; more,
 //                    a random one, by this seed
-//     EMULATE_SKIP   line whose BARRIER() or warp_barrier() does nothing, to test the tests
+//     EMULATE_SKIP   line whose BARRIER(), CLUSTER_BARRIER() or warp_barrier() does nothing, to
+//                    test the tests
 //
-// It does not show speed, nor how a GPU rounds the sums of mma_tf32, fast_sqrt and fast_divide.
+// It does not show speed, nor how a GPU rounds the sums of mma_tf32, fast_sqrt and fast_divide, nor
+// stale lines of a GPU's caches: whatever a thread has written, the next one reads.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -160,15 +165,7 @@ constexpr size_t STACK = 64 << 10;
 #endif
 
 // What a thread waits at: kinds of waiting, times a source line.
-enum Kind {
-  AT_BARRIER,
-  AT_CLUSTER_BARRIER,
-  AT_WARP_BARRIER,
-  AT_SHUFFLE,
-  AT_BALLOT,
-  AT_PRODUCT,
-  KINDS
-};
+enum Kind { AT_BARRIER, AT_CLUSTER, AT_WARP_BARRIER, AT_SHUFFLE, AT_BALLOT, AT_PRODUCT, KINDS };
 constexpr int RUNS = 0, ENDED = -1; // instead of such a place
 
 // Whether blocks of different clusters have memory and stacks apart, as those of a cluster do: the
@@ -217,8 +214,6 @@ struct Fiber {
 #else
   ucontext_t context;
 #endif
-  Block* block;
-  int thread; // number in its block
   int place;
 #ifdef EMULATE_TSAN
   void* tsan;
@@ -242,9 +237,10 @@ struct Machine {
   int skipped_line;
   void (*kernel)(const void*);
   const void* arguments;
-  // Of the cluster that runs. Its fibers are numbered block by block; then comes their caller.
+  // Of the cluster that runs. Its fibers are numbered block by block; then comes their caller, as a
+  // block of its own.
   Group cluster;
-  Block members[MAX_BLOCKS];
+  Block members[MAX_BLOCKS + 1];
   Warp warps[MAX_BLOCKS * MAX_THREADS / 32];
   Fiber fibers[MAX_BLOCKS * MAX_THREADS + 1];
   short ready[MAX_BLOCKS * MAX_THREADS]; // the last one goes on first
@@ -305,8 +301,11 @@ UNSEEN_INLINE void leave() {
   Fiber& mine = here.fibers[here.fiber];
   Fiber& other = here.fibers[next];
   here.fiber = next;
-  here.thread = other.thread;
-  here.block = other.block;
+  here.thread = next - here.block->first;
+  if (here.thread < 0 || here.thread >= here.threads) { // another block's
+    here.block = &here.members[next / here.threads];
+    here.thread = next % here.threads;
+  }
   IF_TSAN(__tsan_switch_to_fiber(other.tsan, 1));
   IF_ASAN(__sanitizer_start_switch_fiber(
       mine.place == ENDED ? nullptr : &mine.fake_stack, other.bottom, other.size));
@@ -361,7 +360,7 @@ UNSEEN void meet(Group& group, Kind kind, int line) {
 UNSEEN_INLINE Warp& warp() { return here.warps[here.fiber / 32]; }
 
 UNSEEN_INLINE void barrier(int line) { meet(*here.block, AT_BARRIER, line); }
-UNSEEN_INLINE void cluster_barrier(int line) { meet(here.cluster, AT_CLUSTER_BARRIER, line); }
+UNSEEN_INLINE void cluster_barrier(int line) { meet(here.cluster, AT_CLUSTER, line); }
 UNSEEN_INLINE void warp_barrier(int line) { meet(warp(), AT_WARP_BARRIER, line); }
 
 UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
@@ -423,12 +422,10 @@ UNSEEN void begin() {
   abort();
 }
 
-inline void prepare(int number, Block& block) {
+inline void prepare(int number) {
   Fiber& fiber = here.fibers[number];
-  fiber.block = &block;
-  fiber.thread = number - block.first;
   fiber.place = RUNS;
-  const int64_t stack = APART ? int64_t(block.number) * here.threads + fiber.thread : number;
+  const int64_t stack = number + int64_t(APART ? here.members[0].number : 0) * here.threads;
   char* const bottom = here.stacks + (stack + 1) * stack_stride() - STACK;
   IF_ASAN(__asan_unpoison_memory_region(bottom, STACK));
   IF_ASAN(fiber.bottom = bottom);
@@ -452,8 +449,8 @@ inline void prepare(int number, Block& block) {
 
 // Writes where the threads are that cannot go on.
 inline void report(int num_members) {
-  const char* const kinds[] = {"BARRIER()",   "CLUSTER_BARRIER()", "warp_barrier()",
-                               "shuffle_xor", "ballot",            "mma_tf32"};
+  const char* const kinds[] = {
+      "BARRIER()", "CLUSTER_BARRIER()", "warp_barrier()", "shuffle_xor", "ballot", "mma_tf32"};
   size_t size = 0;
   auto add = [&size](const char* format, auto... values) {
     if (size < sizeof here.error)
@@ -479,16 +476,17 @@ inline void report(int num_members) {
 
 // Returns whether all threads of `here.members` came to their end.
 inline bool run_cluster(int num_members) {
-  const int count = num_members * here.threads;
+  const int count = here.cluster.threads;
   Fiber& caller = here.fibers[count];
   here.fiber = count;
+  here.block = &here.members[num_members];
+  here.block->first = count;
   here.num_ready = 0;
   for (int i = 0; i < count; ++i)
-    prepare(i, here.members[i / here.threads]);
+    prepare(i);
   IF_ASAN(caller.bottom = nullptr);
   IF_TSAN(caller.tsan = __tsan_get_current_fiber());
   IF_TSAN(__tsan_release(&here.start));
-  caller.block = here.members;
   caller.place = RUNS;
   make_ready(here.cluster);
   leave();
@@ -523,6 +521,7 @@ inline int64_t run(
   }
   // Behind a block's shared memory lie tokens, or what the address sanitizer lets nobody touch.
   constexpr int64_t BEHIND = 128;
+  static_assert(2 * (2 + MAX_THREADS / 32) <= BEHIND, "tokens of a cluster, a block and its warps");
   const int64_t stride = (shared_bytes + 127) / 128 * 128 + BEHIND;
   const int64_t apart = APART ? blocks : num_members;
   void* memory = nullptr;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +16,10 @@ import pytest
 
 from dqn_fast.engines.fused.body import MATH
 from dqn_fast.engines.fused.cpp import PACKAGE
-from dqn_fast.engines.fused.toolchains import Cpp
+from dqn_fast.engines.fused.toolchains import LIBRARY, Cpp, resources
+from tests.engines.fused.test_build import toolchain_of
 
 HEADERS = PACKAGE
-NVCC = shutil.which("nvcc")
 
 KERNELS = """
 #include "device.h"
@@ -41,7 +41,7 @@ KERNEL(turn, Arguments, 128) {
   s[i] = x;
   warp_barrier(); // of a warp
   x += s[i ^ 1];
-  g.out[128 * block_id() + fresh_thread_id()] = x + num_blocks();
+  g.out[128 * block_id() + fresh_thread_id()] = x + num_blocks() + cluster_rank();
 }
 
 KERNEL(exchange, Arguments, 64) {
@@ -130,21 +130,29 @@ CLUSTER_KERNEL(share, Arguments, 64, 4) {
   g.out[64 * block_id() + i] = x + num_blocks();
 }
 
-CLUSTER_KERNEL(own, Arguments, 32, 8) {
+// Shared memory begins as NaN; floats `count` behind a thread's are written too, by one block.
+CLUSTER_KERNEL(own, Arguments, 512, 8) {
   float* const s = (float*)shared_memory();
   const int i = thread_id();
-  const float before = s[i];
-  s[i] = i + 100 * block_id();
-  if (g.count && cluster_rank() == 2)
-    s[i + g.count] = 1;
+  const bool written = s[i] == s[i];
+  s[i] = (float)(512 * block_id() + (shuffle_xor(i, 1) ^ 1));
+  if (cluster_rank() == 2)
+    s[i + g.count] = s[i];
+  BARRIER();
+  const float x = s[511 - i];
   CLUSTER_BARRIER();
-  g.out[32 * block_id() + i] = s[i] + (before == before);
+  g.out[512 * block_id() + 511 - i] = written ? 0 : x;
   if (i == 0)
     g.whole[block_id()] = cluster_rank();
 }
 
 KERNEL(everywhere, Arguments, 32) {
-  g.out[thread_id() + 32 * g.count * block_id()] = 1;
+  if (block_id() == 0)
+    g.out[thread_id()] = 1;
+  for (int n = 0; n < 4; ++n)
+    BARRIER(); // of each block, which tells the other nothing
+  if (block_id() == 1)
+    g.out[thread_id() + 32 * g.count] = 1;
 }
 
 KERNEL(divergent, Arguments, 96) {
@@ -164,6 +172,22 @@ KERNEL(divergent, Arguments, 96) {
     warp_barrier(); // of even lanes
   g.out[thread_id()] = x;
 }
+
+CLUSTER_KERNEL(divergent_blocks, Arguments, 32, 2) {
+  if (g.count == 0 && cluster_rank() == 1)
+    CLUSTER_BARRIER(); // of one block
+  if (g.count == 1 && cluster_rank() == 0) {
+    CLUSTER_BARRIER(); // of the first block
+  } else if (g.count == 1) {
+    CLUSTER_BARRIER(); // of the second block
+  }
+  if (g.count == 2 && (cluster_rank() == 0 || thread_id() != 4))
+    CLUSTER_BARRIER(); // of all but one thread
+  if (g.count == 3 && cluster_rank() == 1 && thread_id() < 8)
+    BARRIER(); // of a block
+  if (g.count == 3)
+    CLUSTER_BARRIER(); // of the rest
+}
 """
 
 MAIN = """
@@ -180,6 +204,8 @@ int main(int, char** arguments) {
   RUN(products, 1, 0)
   RUN(outside, 1, 128)
   RUN(everywhere, 2, 0)
+  RUN(share, 8, 0)
+  RUN(own, 8, 2048)
   RUN(divergent, 1, 0)
   return 3;
 }
@@ -273,6 +299,53 @@ def test_a_missing_barrier_is_noticed_in_some_order(run, monkeypatch, barrier):
     assert wrong >= 3
 
 
+def shared_out(data: Array) -> Array:
+    """What `share` computes of a cluster's numbers."""
+    x = data.reshape(4, 64).astype(np.float32)
+    for _ in range(3):
+        x = x + np.roll(x.sum(0), -45)
+    return x.ravel()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_cluster_barriers_order_blocks(run, monkeypatch, order):
+    """In every order of threads each one sees what all blocks wrote before it, in its cluster."""
+    monkeypatch.setenv("EMULATE_ORDER", str(order))
+    data = np.random.default_rng(0).integers(-9, 9, (2, 256))
+    out, _ = run("share", data, blocks=8)
+    for cluster in range(2):
+        assert (out[256 * cluster :][:256] == shared_out(data[cluster]) + 8).all()
+
+
+@pytest.mark.parametrize("barrier", ["shared out", "taken in", "of blocks alone"])
+def test_a_missing_cluster_barrier_is_noticed_in_some_order(run, monkeypatch, barrier):
+    """As a block's is; and a barrier of each block is none of the cluster."""
+    data = np.random.default_rng(0).integers(-9, 9, 256)
+    in_blocks = barrier == "of blocks alone"
+    monkeypatch.setenv("EMULATE_SKIP", "0" if in_blocks else str(line_of(barrier)))
+    wrong = 0
+    for order in ORDERS:
+        monkeypatch.setenv("EMULATE_ORDER", str(order))
+        out, _ = run("share", data, blocks=4, count=int(in_blocks))
+        wrong += not np.array_equal(out[:256], shared_out(data) + 4)
+    assert wrong >= 3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_of_a_cluster_have_shared_memory_of_their_own(run, monkeypatch, order):
+    """Unwritten at first, also in the largest cluster; and numbers from 0 on."""
+    monkeypatch.setenv("EMULATE_ORDER", str(order))
+    out, whole = run("own", blocks=8, shared=2048)
+    assert (out == np.arange(4096)).all()
+    assert (whole[:8] == np.arange(8)).all()
+
+
+def test_parts_of_clusters_are_refused(run):
+    """The message has both numbers."""
+    with pytest.raises(ValueError, match="6 blocks are not whole clusters of 4 blocks"):
+        run("share", np.zeros(384), blocks=6)
+
+
 def test_shuffles_and_ballots_stay_in_a_warp(run):
     """Whole numbers keep all bits; each lane may name a mask of its own."""
     data = np.random.default_rng(1).integers(-9, 9, 64)
@@ -357,7 +430,48 @@ def test_threads_that_wait_for_different_things_are_named(run, count, message):
     assert (out[:128] == 55).all()
 
 
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (
+            0,
+            "block 0: threads 0 to 31 ended; block 1: threads 0 to 31 wait at CLUSTER_BARRIER() of "
+            "line {of one block}",
+        ),
+        (
+            1,
+            "block 0: threads 0 to 31 wait at CLUSTER_BARRIER() of line {of the first block}; "
+            "block 1: threads 0 to 31 wait at CLUSTER_BARRIER() of line {of the second block}",
+        ),
+        (
+            2,
+            "block 0: threads 0 to 31 wait at CLUSTER_BARRIER() of line {of all but one thread}; "
+            "block 1: threads 0 to 3 wait at CLUSTER_BARRIER() of line {of all but one thread}, "
+            "4 ended, 5 to 31 wait at CLUSTER_BARRIER() of line {of all but one thread}",
+        ),
+        (
+            3,
+            "block 0: threads 0 to 31 wait at CLUSTER_BARRIER() of line {of the rest}; block 1: "
+            "threads 0 to 7 wait at BARRIER() of line {of a block}, 8 to 31 wait at "
+            "CLUSTER_BARRIER() of line {of the rest}",
+        ),
+    ],
+)
+def test_blocks_that_wait_for_different_things_are_named(run, monkeypatch, count, message):
+    """In every order, with the threads and lines of each block of the cluster."""
+    expected = re.sub(r"\{(.*?)\}", lambda match: str(line_of(match[1])), message)
+    for order in ORDERS:
+        monkeypatch.setenv("EMULATE_ORDER", str(order))
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+            run("divergent_blocks", blocks=2, count=count)
+    out, _ = run("share", np.zeros(256), blocks=4)
+    assert (out[:256] == 4).all()
+
+
 # ---------------------------------------------------------------------------------- sanitizers
+
+RIGHT = {"turn": 0, "exchange": 0, "products": 2, "share": 0, "own": 0}
+"""Kernels without a fault, and their `count`."""
 
 
 def sanitized(folder: Path, *flags: str) -> Callable[..., subprocess.CompletedProcess[str]]:
@@ -377,38 +491,45 @@ def sanitized(folder: Path, *flags: str) -> Callable[..., subprocess.CompletedPr
 
 
 def test_the_address_sanitizer_knows_shared_memory(tmp_path):
-    """Its last byte and the next one; right kernels, and those that stop on the way, pass."""
+    """Its last byte and the next one, in each block; right kernels, and those that stop on the
+    way, pass."""
     run = sanitized(tmp_path, "-fsanitize=address,undefined")
-    for name, count in (("turn", 0), ("exchange", 0), ("products", 2), ("outside", 0)):
+    for name, count in {**RIGHT, "outside": 0}.items():
         done = run(name, count)
         assert (done.returncode, done.stderr) == (0, "")
     assert run("divergent", 1).returncode == 1
-    done = run("outside", 1)
-    assert "use-after-poison" in done.stderr
-    assert "in outside" in done.stderr
+    for name in ("outside", "own"):
+        done = run(name, 1)
+        assert "use-after-poison" in done.stderr
+        assert f"in {name}" in done.stderr
 
 
 @pytest.mark.slow
 def test_the_thread_sanitizer_notices_each_missing_barrier(tmp_path):
-    """It is silent about a right kernel; about one without a barrier, and about blocks that write
-    to the same place, it is not."""
+    """It is silent about a right kernel; about one without a barrier, with one of blocks in place
+    of the cluster's, and about blocks that write to the same place, it is not."""
     run = sanitized(tmp_path, "-fsanitize=thread")
-    for name, count in (("turn", 0), ("exchange", 0), ("products", 2), ("everywhere", 1)):
+    for name, count in {**RIGHT, "everywhere": 1}.items():
         done = run(name, count)
         if "unexpected memory mapping" in done.stderr:
             pytest.skip("the thread sanitizer does not run on this kernel")
         assert (done.returncode, done.stderr) == (0, "")
     for barrier in ("written", "read", "of a warp"):
         assert "data race" in run("turn", skip=line_of(barrier)).stderr, barrier
+    for barrier in ("shared out", "taken in"):
+        assert "data race" in run("share", skip=line_of(barrier)).stderr, barrier
+    assert "data race" in run("share", 1).stderr
     assert "data race" in run("everywhere", 0).stderr
 
 
 # ------------------------------------------------------------------------------------ on a GPU
 
 
-@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-def test_the_same_text_compiles_for_a_gpu(tmp_path):
-    """With every function that the printer can name, in both precisions."""
+@pytest.mark.parametrize("kind", ["nvcc", "nvrtc"])
+def test_the_same_text_compiles_for_a_gpu(kind, tmp_path):
+    """With every function that the printer can name, in both precisions. Kernels of clusters, and
+    no others, say how many blocks a cluster has."""
+    toolchain = toolchain_of(kind)
     calls = []
     for op in sorted({*MATH, "fabs", "rint"}):
         count = {"fma": 3}.get(op, 2 if op in ("atan2", "fmod", "pow", "hypot", "copysign") else 1)
@@ -418,14 +539,24 @@ def test_the_same_text_compiles_for_a_gpu(tmp_path):
     calls.append("x += bits_as<float>((int32_t)x) + (float)bits_as<double>((int64_t)x);")
     lines = "\n  ".join(calls)
     text = f"{KERNELS}\nKERNEL(math, Arguments, 32) {{\n  float x = g.in[0];\n  {lines}\n"
-    (tmp_path / "kernels.cu").write_text(f"{text}  g.out[thread_id()] = x;\n}}\n")
-    assert NVCC is not None
-    command = [NVCC, "-arch=sm_90a", "-fmad=false", "-cubin", f"-I{HEADERS}", "kernels.cu"]
+    text += "  g.out[thread_id()] = x;\n}\n"
+    for name in ("device.h", "runtime.h"):
+        header = (HEADERS / name).read_text().replace("#pragma once\n", "")
+        text = text.replace(f'#include "{name}"\n', header)
+    (tmp_path / "kernels.cu").write_text(text)
+    command = ["sh", "-c", "\n".join(toolchain.commands(["kernels"]))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    names = re.findall(r"KERNEL\((\w+)", text)
-    binary = (tmp_path / "kernels.cubin").read_bytes()
-    assert all(name.encode() + b"\0" in binary for name in names)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert not re.search("warning|error", said), said
+    binary = (tmp_path / LIBRARY).read_bytes()
+    assert set(re.findall(r"KERNEL\((\w+), Arguments", KERNELS)) | {"math"} == set(resources(said))
+    # Attribute 0x3d of a kernel, as `cuobjdump -elf` names it EIATTR_CTA_PER_CLUSTER: 12 bytes.
+    sizes = [
+        struct.unpack("<3I", found)
+        for found in re.findall(rb"\x04\x3d\x0c\0(.{12})", binary, re.DOTALL)
+    ]
+    assert sorted(sizes) == [(2, 1, 1), (4, 1, 1), (8, 1, 1)]
 
 
 def test_nvrtc_learns_each_function_that_text_names():
