@@ -2,17 +2,18 @@
 
     python -m benchmarks.predicted --out predicted_h100
 
-The program of each environment and size is generated as for a card, and `engines.fused.cost`
-predicts its phases. Nothing is measured here, and the file says so: it is there to be compared with
-the first run on a card, which `python -m benchmarks.components --engines fused --device cuda`
-prints phase by phase beside the same prediction.
+The programs of each environment and size are generated as for a card, for one block a member and
+for clusters of blocks, and `engines.fused.cost` predicts their phases; a row is of the fastest.
+Nothing is measured here, and the file says so: it is there to be compared with the first run on a
+card, which `python -m benchmarks.components --engines fused --device cuda` prints phase by phase
+beside the same prediction.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -26,8 +27,8 @@ from dqn_fast import tree
 from dqn_fast.device import MatmulPrecision
 from dqn_fast.engines.fused import expr
 from dqn_fast.engines.fused.chunk import trace_functions
-from dqn_fast.engines.fused.cost import CLOCK_GHZ, Phase, Prediction, phases_of
-from dqn_fast.engines.fused.gpu import PRECISIONS, SHARED_BYTES, generate
+from dqn_fast.engines.fused.cost import CLOCK_GHZ, Phase, Prediction, phases_of, room_for
+from dqn_fast.engines.fused.gpu import CLUSTERS, PRECISIONS, SHARED_BYTES, generate
 from dqn_fast.settings import UsageError
 from dqn_fast.setup import setup
 
@@ -65,10 +66,10 @@ class PredictedArgs:
 
 
 def predicted(
-    env_id: str, num_envs: int, precisions: Sequence[MatmulPrecision]
+    env_id: str, num_envs: int, precision: MatmulPrecision
 ) -> list[tuple[list[Phase], Prediction]]:
     """Phases and totals of the program of one member, with one gradient step a vector step, for
-    each precision of products.
+    each number of blocks that may run it.
 
     Raises:
         UsageError: there is no such environment, or it is not one of tensors.
@@ -79,10 +80,11 @@ def predicted(
             raise UsageError(f"--env-id {env_id}: must be an environment of tensors")
         training.dqn.draw(training.noise, 1, 1, 0, 0)  # makes counters
         state, made = tree.leaves(training.state), list[tuple[list[Phase], Prediction]]()
-        for name in precisions:
+        kind = PRECISIONS[precision]
+        for num_blocks in CLUSTERS:
             traced = trace_functions(training.dqn.one_member(), training.state, training.noise)
-            kind = PRECISIONS[name]
-            generated = generate(traced.lowered, len(state), True, SHARED_BYTES, kind)
+            parts = traced.lowered, len(state), True, SHARED_BYTES, kind
+            generated = generate(*parts, num_blocks=num_blocks)
             phases = [phase for plan in generated.plans for phase in phases_of(plan, kind)]
             made.append((phases, Prediction(**generated.described["predicted"])))
             expr.forget()
@@ -98,28 +100,34 @@ def table(args: PredictedArgs) -> dict[str, Any]:
     """
     args.validate()
     programs, rows = [], []
-    for env_id in args.env_id:
-        for num_envs in args.num_envs:
-            made = predicted(env_id, num_envs, args.matmul_precision)
-            for precision, (phases, prediction) in zip(args.matmul_precision, made, strict=True):
-                same = {"env_id": env_id, "num_envs": num_envs, "matmul_precision": precision}
-                programs.append({**same, **prediction._asdict()})
-                if num_envs == args.num_envs[0]:
-                    programs[-1]["phases"] = [phase.row() for phase in phases]
-                for members in args.num_seeds:
-                    us = prediction.fused_us(members, args.multiprocessors)
-                    graph_us = prediction.graph_us(members)
-                    rows.append(
-                        {
-                            **same,
-                            "num_seeds": members,
-                            "us": us,
-                            "updates_per_s": 1e6 * members / us,
-                            "env_steps_per_s": 1e6 * members * num_envs / us,
-                            "graph_us": graph_us,
-                            "refused": us > graph_us,
-                        }
-                    )
+    kinds = itertools.product(args.env_id, args.num_envs, args.matmul_precision)
+    for env_id, num_envs, precision in kinds:
+        same = {"env_id": env_id, "num_envs": num_envs, "matmul_precision": precision}
+        made = predicted(env_id, num_envs, precision)
+        for phases, prediction in made:
+            programs.append({**same, **prediction._asdict()})
+            if num_envs == args.num_envs[0]:
+                programs[-1]["phases"] = [phase.row() for phase in phases]
+        for members in args.num_seeds:
+            us, prediction = min(
+                (prediction.fused_us(members, args.multiprocessors), prediction)
+                for _, prediction in made
+                if members <= room_for(prediction.num_blocks, args.multiprocessors)
+                or prediction.num_blocks == 1
+            )
+            graph_us = prediction.graph_us(members)
+            rows.append(
+                {
+                    **same,
+                    "num_seeds": members,
+                    "num_blocks": prediction.num_blocks,
+                    "us": us,
+                    "updates_per_s": 1e6 * members / us,
+                    "env_steps_per_s": 1e6 * members * num_envs / us,
+                    "graph_us": graph_us,
+                    "refused": us > graph_us,
+                }
+            )
     return {
         "note": NOTE,
         "args": vars(args),
@@ -132,20 +140,23 @@ def table(args: PredictedArgs) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """The tables: rates of all rows, and the phases of the first program."""
     print(f"{NOTE}: an H100 at {result['clock_ghz']:g} GHz, 128x128, batch 64, one update a step")
-    head = (
-        f"{'envs':>6}{'members':>9}  {'products':<10}{'us':>9}{'updates/s':>13}{'env steps/s':>14}"
-    )
+    head = f"{'envs':>6}{'members':>9}{'blocks':>8}  {'products':<10}{'us':>9}"
+    head += f"{'updates/s':>13}{'env steps/s':>14}"
     print(f"{'environment':<14}{head}{'graph us':>10}")
     for row in result["rows"]:
         print(
-            f"{row['env_id']:<14}{row['num_envs']:>6,}{row['num_seeds']:>9,}  "
+            f"{row['env_id']:<14}{row['num_envs']:>6,}{row['num_seeds']:>9,}"
+            f"{row['num_blocks']:>8}  "
             f"{row['matmul_precision']:<10}{row['us']:>9.1f}{row['updates_per_s']:>13,.0f}"
             f"{row['env_steps_per_s']:>14,.0f}{row['graph_us']:>10.0f}"
             f"{'  refused' * row['refused']}"
         )
-    program = result["programs"][0]
-    print("\nphases of {env_id}, {num_envs} envs, {matmul_precision}".format(**program))
-    show_cycles(program["phases"])
+    few = result["rows"][0]["num_blocks"]
+    shown = {p["num_blocks"]: p for p in result["programs"][: len(CLUSTERS)]}
+    for num_blocks in sorted({1, few}):
+        what = "phases of {env_id}, {num_envs} envs, {matmul_precision}, blocks of a member: "
+        print("\n" + what.format(**shown[num_blocks]) + str(num_blocks))
+        show_cycles(shown[num_blocks]["phases"])
 
 
 def main() -> int:

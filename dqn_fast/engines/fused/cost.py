@@ -58,9 +58,10 @@ STEP_LATENCY, SHUFFLE_LATENCY, MMA_LATENCY, BARRIER_CYCLES = 4, 25, 33, 40
 """Cycles until the next instruction may use a result of arithmetic, a shuffle, an mma; cycles that
 a barrier takes once all are there."""
 
-CLUSTER_BARRIER_CYCLES = 400
-"""The same of a barrier of several multiprocessors, after which they see what the others wrote. A
-guess: twice what a number takes from one to another."""
+CLUSTER_BARRIER_CYCLES = 800
+"""The same of a barrier of several multiprocessors, after which they see what the others wrote to
+global memory. A guess: compilers put a MEMBAR.ALL.GPU before it, which waits for all stores, and
+empty the first-level cache after it."""
 
 HIDDEN = 0.7
 """Part of what other resources take that is hidden behind the busiest one. The phases of the
