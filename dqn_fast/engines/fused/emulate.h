@@ -349,7 +349,7 @@ UNSEEN_INLINE void wait() {
   IF_TSAN(__tsan_acquire(here.fibers[here.fiber].token));
 }
 
-UNSEEN void meet(Group& group, Kind kind, int line) {
+UNSEEN_INLINE void meet(Group& group, Kind kind, int line) {
   if (line == here.skipped_line)
     return;
   if (arrive(group, line * KINDS + kind))
@@ -359,9 +359,9 @@ UNSEEN void meet(Group& group, Kind kind, int line) {
 
 UNSEEN_INLINE Warp& warp() { return here.warps[here.fiber / 32]; }
 
-UNSEEN_INLINE void barrier(int line) { meet(*here.block, AT_BARRIER, line); }
-UNSEEN_INLINE void cluster_barrier(int line) { meet(here.cluster, AT_CLUSTER, line); }
-UNSEEN_INLINE void warp_barrier(int line) { meet(warp(), AT_WARP_BARRIER, line); }
+UNSEEN void barrier(int line) { meet(*here.block, AT_BARRIER, line); }
+UNSEEN void cluster_barrier(int line) { meet(here.cluster, AT_CLUSTER, line); }
+UNSEEN void warp_barrier(int line) { meet(warp(), AT_WARP_BARRIER, line); }
 
 UNSEEN uint64_t shuffle(uint64_t x, int mask, int line) {
   Warp& w = warp();
