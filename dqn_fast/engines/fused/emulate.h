@@ -157,7 +157,7 @@ inline float float_of(uint32_t bits) {
 
 namespace emulation {
 
-constexpr int MAX_THREADS = 1024, MAX_BLOCKS = 8; // of a block, of a cluster
+constexpr int MAX_THREADS = 1024, MAX_BLOCKS = 16; // of a block, of a cluster
 #if defined(EMULATE_TSAN) || defined(EMULATE_ASAN) || !defined(__OPTIMIZE__)
 constexpr size_t STACK = 256 << 10; // bytes, of which a thread touches a few pages
 #else
@@ -255,15 +255,19 @@ Machine here;
 
 inline size_t stack_stride() { return STACK + sysconf(_SC_PAGESIZE); }
 
-// One stack per thread, each above a page that nobody may touch; they stay for the next call.
-// Returns whether the system gives them.
+inline void unmap_stacks() {
+  if (here.num_stacks)
+    munmap(here.stacks, here.num_stacks * stack_stride());
+  here.num_stacks = 0;
+}
+
+// One stack per thread, each above a page that nobody may touch. Returns whether the system gives
+// them.
 inline bool map_stacks(int64_t count) {
   if (count <= here.num_stacks)
     return true;
+  unmap_stacks();
   const size_t stride = stack_stride(), page = stride - STACK;
-  if (here.num_stacks)
-    munmap(here.stacks, here.num_stacks * stride);
-  here.num_stacks = 0;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
   void* const mapped = mmap(nullptr, count * stride, PROT_NONE, flags, -1, 0);
   if (mapped == MAP_FAILED)
@@ -272,8 +276,7 @@ inline bool map_stacks(int64_t count) {
   here.num_stacks = count;
   for (int64_t i = 0; i < count; ++i)
     if (mprotect(here.stacks + i * stride + page, STACK, PROT_READ | PROT_WRITE)) {
-      munmap(here.stacks, count * stride);
-      here.num_stacks = 0;
+      unmap_stacks();
       return false;
     }
   return true;
@@ -552,6 +555,8 @@ inline int64_t run(
   }
   IF_TSAN(__tsan_acquire(&here.end));
   free(memory);
+  if (here.num_stacks > MAX_THREADS) // few stay: a process may have 65530 mappings
+    unmap_stacks();
   return !ended;
 }
 
