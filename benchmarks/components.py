@@ -54,6 +54,7 @@ from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast import tree
 from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.device import MatmulPrecision, choose_device, run_conditions
+from dqn_fast.engines.fused.gpu import CLUSTERS
 from dqn_fast.envs import TensorEnv
 from dqn_fast.plan import Chunk
 from dqn_fast.replay import Batch, Replay
@@ -82,6 +83,9 @@ class ComponentsArgs:
     """Vector steps that an engine runs at a time; >= 1."""
     engines: tuple[NamedEngine, ...] = ("eager", "fused", "compile", "graph")
     """Engines whose whole vector step is timed; one that cannot be had here is left out."""
+    blocks: tuple[int, ...] = ()
+    """On a GPU: phases of the engine fused also with so many blocks of threads a member, each on a
+    multiprocessor of its own; 1, 2, 4, 8 or 16 each."""
     repeats: int = 5
     """Rounds; >= 1."""
     seconds: float = 0.1
@@ -221,6 +225,8 @@ def measure(args: ComponentsArgs) -> dict[str, Any]:
     at_least_one(args, "repeats", "num_threads")
     among_cores(args.cores)
     above_zero("--seconds", args.seconds)
+    if not set(args.blocks) <= set(CLUSTERS):
+        raise UsageError(f"--blocks {args.blocks}: must be of {CLUSTERS}")
     with ExitStack() as stack:
         return _measure(args, stack)
 
@@ -269,10 +275,11 @@ def _measure(args: ComponentsArgs, stack: ExitStack) -> dict[str, Any]:
     def rate(key: Any, shape: Shape, num_members: int) -> float:
         return median(gflops(seconds[key], shape, num_members) for seconds in rounds)
 
-    phases = None
+    phases: list[dict[str, Any] | None] = []
     if any(engine.name == "fused" for engine in engines):
         counted = stack.enter_context(closing(eager_training(args)))
-        phases = try_phases(counted, learning_chunk(counted), args.repeats, args.seconds)
+        some = counted, learning_chunk(counted), args.repeats, args.seconds
+        phases = [try_phases(*some, num_blocks) for num_blocks in (None, *args.blocks)]
     large = LARGE[device.type]
     return {
         "args": vars(args),
@@ -298,7 +305,8 @@ def _measure(args: ComponentsArgs, stack: ExitStack) -> dict[str, Any]:
             }
             for engine in engines
         ],
-        "phases": phases,
+        "phases": phases[0] if phases else None,
+        "phases_by_blocks": [each for each in phases[1:] if each is not None],
     }
 
 
@@ -353,8 +361,9 @@ def show(result: dict[str, Any]) -> None:
             f"{row['engine']:<14}{_cells(row)}{row['over_work']:>9.2f}{over:>9}"
             f"{row['startup_s']:>14.1f}"
         )
-    if phases := result.get("phases"):  # older results have none
-        show_phases(phases)
+    for phases in (result.get("phases"), *result.get("phases_by_blocks", [])):
+        if phases:  # older results have none
+            show_phases(phases)
 
 
 def _cells(row: dict[str, Any]) -> str:

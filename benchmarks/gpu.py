@@ -51,6 +51,7 @@ PartName = Literal[
     "run-twice",
     "throughput",
     "profile-graph-tf32",
+    "fused-blocks",
     "fused-members",
     "fused-envs",
     "fused-cartpole",
@@ -230,6 +231,7 @@ def parts_of(args: GpuArgs) -> list[Part]:
     short = rounds if rehearsal else ()
     components = ("-m", "benchmarks.components", "--engines", *engines, "--cores", *device, *short)
     phases = ("-m", "benchmarks.components", "--engines", "fused", "--cores", *device, *short)
+    blocks: Words = ("--blocks", "1", "2", "4", "8", "16")
     tests = ("-m", "pytest", "-m", "gpu", "-v", "--tb=line", "-p", "no:cacheprovider")
     twice = ("-c", TWICE, "FOLDER", "--num-envs", "64", *device, *tiny)
     cartpole = ("--env-id", "CartPole-v1", "--stop-at-return", "475")
@@ -259,6 +261,7 @@ def parts_of(args: GpuArgs) -> list[Part]:
         Part("run-twice", "twice", twice, limit(90, 40)),
         Part("throughput", "rows", rows(wide, *both), limit(200, 90)),
         Part("profile-graph-tf32", "profile", profile(graph, *tf32), limit(90, 60)),
+        Part("fused-blocks", "components", (*phases, *tf32, *blocks), limit(120, 60)),
         Part("fused-members", "rows", fused_rows("--num-seeds", *many), limit(180, 90)),
         Part("fused-envs", "rows", fused_rows("--num-seeds", *few, num_envs=more), limit(240, 120)),
         Part(

@@ -32,14 +32,12 @@ from dqn_fast.algorithm import StepInputs, UpdateInputs
 from dqn_fast.engines import EngineUnavailableError
 from dqn_fast.engines.fused import FusedChunk
 from dqn_fast.engines.fused.build import Build, find, key_of, load
-from dqn_fast.engines.fused.chunk import target_of
 from dqn_fast.engines.fused.cost import phases_of as phases_of_cuda
 from dqn_fast.engines.fused.cpp import PACKAGE
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index
 from dqn_fast.engines.fused.gpu import Cuda, DeviceProgram, Emulated
 from dqn_fast.engines.fused.native import NativeProgram
 from dqn_fast.engines.fused.planner import Kernel, Program
-from dqn_fast.engines.fused.target import Target
 from dqn_fast.plan import Chunk
 from dqn_fast.setup import Training
 
@@ -285,16 +283,17 @@ def measure_cycles(
     inputs: tuple[Chunk, StepInputs, UpdateInputs],
     repeats: int,
     seconds: float,
-    target: Target | None = None,
+    target: Cuda | Emulated,
 ) -> dict[str, Any]:
-    """Cycles of each phase of a CUDA program, of the first member, beside the predicted ones.
+    """Cycles of each phase of a CUDA program, of the first member's first block, beside the
+    predicted ones.
 
     Args:
         training: that learns, on a GPU; its state is written.
         inputs: a chunk with one gradient step per vector step, and its inputs.
         repeats: rounds, of which the one with the fewest cycles counts.
         seconds: length of a stretch.
-        target: that runs it; None: the GPU.
+        target: that runs it.
 
     Raises:
         EngineUnavailableError: the step cannot be fused here.
@@ -302,12 +301,10 @@ def measure_cycles(
     parts = training.dqn, training.state, training.plan, training.noise
     device = training.noise.device
     members = training.dqn.num_members
-    target = target or target_of(device, members, training.plan.updates_per_step)
     with closing(FusedChunk(*parts, counted=True, target=target)) as fused:
         fused.finish(lambda: False)
         program = fused.program
         assert isinstance(program, DeviceProgram)
-        assert isinstance(target, Cuda | Emulated)
         phases = [phase for plan in fused.plans for phase in phases_of_cuda(plan, target.precision)]
         chunk, steps, updates = inputs
 
@@ -328,6 +325,7 @@ def measure_cycles(
     us, counts = min(rounds, key=lambda each: sum(each[1]))
     return {
         "precision": target.precision,
+        "num_blocks": fused.num_blocks,
         "whole_us": us,
         "chunk_steps": chunk.num_steps,
         "cycles": [
@@ -337,13 +335,29 @@ def measure_cycles(
     }
 
 
-def try_phases(training: Training, *args: Any) -> dict[str, Any] | None:
-    """What is measured of the program's phases, or None and one line that says why."""
-    measure = measure_cycles if training.noise.device.type == "cuda" else measure_phases
+def try_phases(
+    training: Training,
+    inputs: tuple[Chunk, StepInputs, UpdateInputs],
+    repeats: int,
+    seconds: float,
+    num_blocks: int | None = None,
+) -> dict[str, Any] | None:
+    """What is measured of the program's phases, or None and one line that says why; see
+    `measure_cycles` and `measure_phases`.
+
+    Args:
+        num_blocks: of a member, on a GPU; None: as the engine chooses.
+    """
+    device = training.noise.device
     try:
-        return measure(training, *args)
+        if device.type != "cuda":
+            return measure_phases(training, inputs, repeats, seconds)
+        work = training.dqn.num_members, training.plan.updates_per_step
+        target = Cuda(device, *work, num_blocks=num_blocks)
+        return measure_cycles(training, inputs, repeats, seconds, target)
     except EngineUnavailableError as error:
-        print(f"fused, by phase: left out, {error}", file=sys.stderr)
+        blocks = "" if num_blocks is None else f", {num_blocks} blocks a member"
+        print(f"fused, by phase{blocks}: left out, {error}", file=sys.stderr)
         return None
 
 
@@ -375,8 +389,9 @@ def show_phases(result: dict[str, Any]) -> None:
     """The table."""
     if "cycles" in result:
         print(
-            f"\nfused, by phase: cycles of one member, {result['precision']} products; the counted "
-            f"program takes {result['whole_us']:.1f} us a vector step"
+            f"\nfused, by phase: cycles of one member on {result['num_blocks']} multiprocessor(s), "
+            f"{result['precision']} products; the counted program takes "
+            f"{result['whole_us']:.1f} us a vector step"
         )
         show_cycles(result["cycles"])
         return

@@ -145,6 +145,7 @@ def test_nothing_is_faster_than_its_floor():
         (["--seconds", "0"], "--seconds 0.0: must be above 0 and finite"),
         (["--hidden-sizes", "8", "0"], "--hidden-sizes (8, 0): must be at least 1 each"),
         (["--env-id", "gym:CartPole-v1"], "--env-id gym:CartPole-v1: must be an environment of "),
+        (["--blocks", "3"], "--blocks (3,): must be of (1, 2, 4, 8, 16)"),
         (["--device", "abacus"], "--device abacus: not available here"),
     ],
 )

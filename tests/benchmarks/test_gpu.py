@@ -74,6 +74,7 @@ def test_the_parts_are_what_the_card_is_asked():
     assert "--matmul-precision high" in found["profile-graph-tf32"]
     assert found["components"].startswith("-m benchmarks.components --engines eager fused graph ")
     assert "--matmul-precision high" in found["fused-phases"]
+    assert found["fused-blocks"] == f"{found['fused-phases']} --blocks 1 2 4 8 16"
     asked = set()
     for name in ("fused", "fused-members", "fused-envs", "fused-cartpole", "fused-acrobot"):
         args = tyro.cli(ThroughputArgs, args=found[name].replace("TIME_LIMIT", "9").split()[2:])
@@ -125,14 +126,14 @@ def test_every_command_is_understood(device, quick):
                 assert args.total_timesteps <= 2_048
                 assert args.engine in ("auto", "eager")
         understood += 1
-    assert understood == 21
+    assert understood == 22
 
 
 def test_a_rehearsal_has_the_same_parts():
     """Only smaller, and eager; parts that are asked for come in their own order."""
     names = list(commands())
     assert list(commands(device="cpu")) == list(commands(quick=True)) == names
-    assert len(names) == 22
+    assert len(names) == 23
     assert list(commands(parts=("run", "tests"))) == ["tests", "run"]
 
 

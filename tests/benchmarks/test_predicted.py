@@ -17,7 +17,8 @@ def run(monkeypatch, *flags: str) -> int:
 
 
 def test_rows_by_hand(monkeypatch, capsys):
-    """Two waves take twice as long; rates count all members; nothing claims to be measured."""
+    """Two waves take twice as long; rates count all members; a row is of one of the programs, which
+    have 1 to 16 blocks a member; nothing claims to be measured."""
     flags = "--env-id CartPole-v1 --num-envs 32 --num-seeds 2 4 --multiprocessors 2"
     assert run(monkeypatch, *flags.split(), "--matmul-precision", "high") == 0
     *table, line = capsys.readouterr().out.splitlines()
@@ -29,10 +30,12 @@ def test_rows_by_hand(monkeypatch, capsys):
     assert one["updates_per_s"] == pytest.approx(2e6 / one["us"])
     assert one["env_steps_per_s"] == pytest.approx(64e6 / one["us"])
     assert not one["refused"]
-    (program,) = record["programs"]
-    for name, cycles in program["cycles"].items():
-        phases = [row for row in program["phases"] if row["function"] == name]
-        assert sum(row["cycles"] for row in phases) == pytest.approx(cycles, abs=len(phases))
+    assert one["num_blocks"] == two["num_blocks"] == 1
+    assert [program["num_blocks"] for program in record["programs"]] == [1, 2, 4, 8, 16]
+    for program in record["programs"]:
+        for name, cycles in program["cycles"].items():
+            phases = [row for row in program["phases"] if row["function"] == name]
+            assert sum(row["cycles"] for row in phases) == pytest.approx(cycles, abs=len(phases))
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,11 @@ class FusedChunk:
         source: str = self._described["source"]
         return source
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of threads that a member has, on a GPU; else 1."""
+        return max(self._described.get("blocks", {"": 1}).values())
+
     def finish(self, should_stop: Callable[[], bool]) -> None:
         """Wait for the compiler.
 

@@ -48,6 +48,7 @@ class Cuda:
         num_members: int,
         updates: float,
         precision: str | None = None,
+        num_blocks: int | None = None,
     ) -> None:
         """Ask the device what it has.
 
@@ -56,9 +57,11 @@ class Cuda:
             num_members: M.
             updates: gradient steps for each vector step, on average.
             precision: for the attribute; None: as torch's.
+            num_blocks: of a member; None: as many as are predicted to be fastest.
 
         Raises:
-            EngineUnavailableError: products need compute capability 8.0, or there is no compiler.
+            EngineUnavailableError: products need compute capability 8.0, and clusters of blocks
+                9.0, or there is no compiler.
         """
         index = torch.cuda.current_device() if device.index is None else device.index
         self._index = index
@@ -69,17 +72,19 @@ class Cuda:
         self._toolchain = cuda_toolchain(capability)
         self.precision = precision or PRECISIONS[torch.get_float32_matmul_precision()]
         most = self._limits.multiprocessors
-        self._clusters = [
-            number for number in CLUSTERS
-            if number == 1 or (capability >= (9, 0) and num_members <= room_for(number, most))
-        ]  # fmt: skip
+        has_clusters = capability >= (9, 0)
+        if (num_blocks or 1) > 1 and not has_clusters:
+            raise EngineUnavailableError(f"compute capability {capability}: no clusters of blocks")
+        self._clusters = [num_blocks or 1]
+        if num_blocks is None and has_clusters:
+            self._clusters = [n for n in CLUSTERS if n == 1 or num_members <= room_for(n, most)]
         self._work = num_members, most, updates
 
     @property
     def identity(self) -> Any:
         """Precision of products, shared memory, and what the number of blocks follows from."""
-        known = ["cuda", self.precision, self._limits.shared_bytes]
-        return known if len(self._clusters) == 1 else [*known, self._clusters, self._work]
+        known = ["cuda", self.precision, self._limits.shared_bytes, self._clusters]
+        return known if len(self._clusters) == 1 else [*known, self._work]
 
     @property
     def toolchain(self) -> Toolchain:
