@@ -169,7 +169,8 @@ def arrange(
             function.crossing |= made_parts
         drop_dead_stores(function.kernels)
     value = _values(made.values(), num_state)
-    wanted = [b for b in value if value[b] >= 1 and b.num_bytes <= shared_bytes]
+    most = shared_bytes * num_blocks
+    wanted = [b for b in value if value[b] >= 1 and b.num_bytes <= most]
     wanted.sort(key=lambda b: (-value[b], b.num_bytes, b.name))
 
     def attempt(shared: set[Buffer]) -> Arrangement:
