@@ -9,7 +9,6 @@ scratch, and the members' own tensors that then stay there for a whole launch. T
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 import math
@@ -173,20 +172,22 @@ def arrange(
     wanted = [b for b in value if value[b] >= 1 and b.num_bytes <= most]
     wanted.sort(key=lambda b: (-value[b], b.num_bytes, b.name))
 
-    def attempt(shared: set[Buffer]) -> Arrangement:
-        return _try(made, num_state, shared, num_blocks)
+    shared: set[Buffer] = set()
+    best = _try(made, num_state, shared, num_blocks)
 
-    def exceeds(count: int) -> bool:
-        return attempt(set(wanted[:count])).shared_bytes > shared_bytes
-
-    fitting = bisect.bisect_left(range(1, len(wanted) + 1), True, key=exceeds)
-    shared = set(wanted[:fitting])
-    best = attempt(shared)
-    for buffer in wanted[fitting:]:  # some do not live when memory is short
-        arranged = attempt({*shared, buffer})
+    def add(buffers: Sequence[Buffer]) -> None:
+        """Share as many as fit, those that are worth most first."""
+        nonlocal best
+        arranged = _try(made, num_state, {*shared, *buffers}, num_blocks)
         if arranged.shared_bytes <= shared_bytes:
             best = arranged
-            shared.add(buffer)
+            shared.update(buffers)
+        elif len(buffers) > 1:
+            half = len(buffers) // 2
+            add(buffers[:half])
+            add(buffers[half:])
+
+    add(wanted)
     _put_barriers(best.functions, num_state, num_blocks)
     return best
 
