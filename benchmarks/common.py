@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import queue
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,15 @@ def in_a_folder(flag: str, path: Path | None) -> None:
     """Raise UsageError where a file is to be written to a folder that is not there."""
     if path is not None and not path.parent.is_dir():
         raise UsageError(f"{flag} {path}: must be in a folder that exists")
+
+
+def plain_name(flag: str, name: str | None) -> None:
+    """Raise UsageError where a file of `RESULTS` is given a name that is none, as one with "/"."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name):
+        raise UsageError(
+            f"{flag} {name}: must be a file name without a folder: letters, digits, _, - and ., at "
+            "most 200, the first no - or ."
+        )
 
 
 def synchronise(device: torch.device) -> None:
@@ -118,7 +128,10 @@ def print_row(columns: Mapping[str, int], *cells: str) -> None:
 
 
 def finish(benchmark: str, result: Mapping[str, Any], out: str | None) -> None:
-    """Print one JSON line, the last one; with `out` also write it to results/<out>.json."""
+    """Print one JSON line, the last one; with `out` also write it to results/<out>.json.
+
+    `out` is one that `plain_name` takes, which is asked before anything is measured.
+    """
     record: dict[str, Any] = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -34,7 +34,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.common import above_zero, among_cores, at_least_one, finish, pin, synchronise
+from benchmarks.common import (
+    above_zero,
+    among_cores,
+    at_least_one,
+    finish,
+    pin,
+    plain_name,
+    synchronise,
+)
 from benchmarks.floors import (
     COPY_SIZES,
     LARGE,
@@ -222,6 +230,7 @@ def measure(args: ComponentsArgs) -> dict[str, Any]:
     Raises:
         UsageError: a setting makes no sense.
     """
+    plain_name("--out", args.out)
     at_least_one(args, "repeats", "num_threads")
     among_cores(args.cores)
     above_zero("--seconds", args.seconds)

@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import tyro
 
-from benchmarks.common import above_zero, finish, in_a_folder, machine_card
+from benchmarks.common import above_zero, finish, in_a_folder, machine_card, plain_name
 from benchmarks.gate import Key, key_of, name_of
 from dqn_fast.settings import UsageError
 
@@ -127,6 +127,7 @@ class GpuArgs:
     def validate(self) -> None:
         """Raise UsageError for a flag that makes no sense, or a device that is not here."""
         assert self.seconds is not None
+        plain_name("--out", self.out)
         above_zero("--seconds", self.seconds)
         if self.parts == ():
             raise UsageError(f"--parts: must be one or more of {', '.join(get_args(PartName))}")

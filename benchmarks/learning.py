@@ -30,7 +30,15 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
-from benchmarks.common import RESULTS, among_cores, at_least_one, finish, on_cores, print_row
+from benchmarks.common import (
+    RESULTS,
+    among_cores,
+    at_least_one,
+    finish,
+    on_cores,
+    plain_name,
+    print_row,
+)
 from benchmarks.comparison import (
     ZOO_CARTPOLE,
     Runs,
@@ -261,6 +269,7 @@ def chosen(args: LearningArgs) -> dict[str, Experiment]:
     Raises:
         UsageError: a flag names something that cannot be run.
     """
+    plain_name("--out", args.out)
     at_least_one(args, *(["seeds"] if args.seeds is not None else []), "episodes")
     among_cores(args.cores)
     if args.run_dirs is not None and args.run_dirs.exists():

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks.common import among_cores, at_least_one, finish, pin, print_row
+from benchmarks.common import among_cores, at_least_one, finish, pin, plain_name, print_row
 from dqn_fast.engines import EngineName
 from dqn_fast.settings import UsageError
 
@@ -64,6 +64,7 @@ class LoggingArgs:
 
     def validate(self) -> None:
         """Raise UsageError for a flag that makes no sense."""
+        plain_name("--out", self.out)
         at_least_one(self, "repeats")
         among_cores(self.cores)
         steps = self.vector_steps

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.common import at_least_one, finish
+from benchmarks.common import at_least_one, finish, plain_name
 from benchmarks.phases import show_cycles
 from benchmarks.throughput import endless, fast_args
 from dqn_fast import tree
@@ -54,6 +54,7 @@ class PredictedArgs:
 
     def validate(self) -> None:
         """Raise UsageError for a flag that makes no sense."""
+        plain_name("--out", self.out)
         at_least_one(self, "multiprocessors")
         for name in ("num_envs", "num_seeds"):
             values = getattr(self, name)

@@ -26,7 +26,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import torch
 import tyro
 
-from benchmarks.common import above_zero, at_least_one, finish, in_a_folder, pin, synchronise
+from benchmarks.common import (
+    above_zero,
+    at_least_one,
+    finish,
+    in_a_folder,
+    pin,
+    plain_name,
+    synchronise,
+)
 from benchmarks.comparison import write_png
 from benchmarks.throughput import ENDLESS, fast_args
 from dqn_fast.device import choose_device, run_conditions
@@ -330,6 +338,7 @@ def main() -> int:
     seconds = args.seconds if args.seconds is not None else 0.1 if args.quick else 0.5
     axes = QUICK_AXES if args.quick else AXES
     try:
+        plain_name("--out", args.out)
         at_least_one(args, "repeats", "num_threads")
         above_zero("--seconds", seconds)
         in_a_folder("--html", args.html)

@@ -52,6 +52,7 @@ from benchmarks.common import (
     finish,
     machine_card,
     pin,
+    plain_name,
 )
 from benchmarks.gate import (
     RATIOS,
@@ -158,6 +159,7 @@ class ThroughputArgs:
         for name in ("matmul_precision", "env_id"):
             if getattr(self, name) == ():
                 raise ValueError(f"--{name.replace('_', '-')}: must be at least one")
+        plain_name("--out", self.out)
         at_least_one(self, "repeats", "num_threads")
         above_zero("--seconds", self.seconds)
         if not self.time_limit > 0.0:

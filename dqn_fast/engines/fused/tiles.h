@@ -169,16 +169,15 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
   static constexpr bool BY_ROW = SIDE<M> == Side::ALONG && L > 1;
   static constexpr bool WHOLE = SIDE<M> == Side::ALONG && L == 1;  // the first part is all
   DEVICE void load(int k0, int dk, float (&v)[L][4]) const {
-    load_half(0, k0, dk, v);
-    load_half(1, k0, dk, v);
+    load_from(m, 0, L, 0, 4, k0, dk, v);
   }
   DEVICE void load_half(int half, int k0, int dk, float (&v)[L][4]) const {
     if constexpr (SIDE<M> != Side::ALONG)
-      load_from(m, 0, L, 2 * half, k0, dk, v);
+      load_from(m, 0, L, 2 * half, 2 * half + 2, k0, dk, v);
     else if constexpr (BY_ROW)
-      load_from(m, L / 2 * half, half ? L : L / 2, 0, k0, dk, v);
+      load_from(m, L / 2 * half, half ? L : L / 2, 0, 4, k0, dk, v);
     else if (half == 0)
-      load_from(m, 0, 1, 0, k0, dk, v);
+      load_from(m, 0, 1, 0, 4, k0, dk, v);
   }
 
  private:
@@ -190,10 +189,10 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
   }
   DEVICE bool has_inner(int k) const { return DEPTH % STEP == 0 || k + inner < DEPTH; }
 
-  // Rows u0 .. u1 - 1, or all rows at inner indices j0, j0 + 1.
+  // Rows u0 .. u1 - 1 at inner indices j0 .. j1 - 1: all four, or all rows.
   template <int P>
   DEVICE void load_from(
-      Swizzled<P> s, int u0, int u1, int, int k0, int dk, float (&v)[L][4]) const {
+      Swizzled<P> s, int u0, int u1, int, int, int k0, int dk, float (&v)[L][4]) const {
     UNROLL for (int u = u0; u < u1; ++u) {
       const int shift = swizzle(part(u)) ^ dk;
       float x[4] = {};
@@ -206,8 +205,9 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
 
   template <int P>
   DEVICE void load_from(
-      Transposed<Swizzled<P>> t, int, int, int j0, int k0, int dk, float (&v)[L][4]) const {
-    UNROLL for (int j = j0; j < j0 + 2; ++j)
+      Transposed<Swizzled<P>> t, int, int, int j0, int j1, int k0, int dk,
+      float (&v)[L][4]) const {
+    UNROLL for (int j = j0; j < j1; ++j)
       UNROLL for (int u = 0; u < L; u += V) {
         const int shift = swizzle((dk & 15) + j) ^ part(u);
         float x[V] = {};
@@ -219,7 +219,8 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
 
   template <int R, int C, int A>
   DEVICE void load_from(
-      Strided<R, C, A> s, int u0, int u1, int j0, int k0, int dk, float (&v)[L][4]) const {
+      Strided<R, C, A> s, int u0, int u1, int j0, int j1, int k0, int dk,
+      float (&v)[L][4]) const {
     constexpr Side side = SIDE<Strided<R, C, A>>;
     const int k = k0 + dk;
     if constexpr (R == 1 && C == L && L == ROWS && A % 16 == 0 && DEPTH % 4 == 0) {
@@ -239,7 +240,7 @@ template <class M, int LANES, int L, bool SPREAD, int ROWS, int DEPTH, int STEP>
     } else {
       constexpr int N = side == Side::ACROSS && EXACT ? V : 1;
       UNROLL for (int u = u0; u < u1; u += N)
-        UNROLL for (int j = j0; j < (side == Side::ALONG ? 4 : j0 + 2); ++j) {
+        UNROLL for (int j = j0; j < j1; ++j) {
           float x[N] = {};
           if (has_row(u) && has_inner(k + j))
             tiles::load(s.base + row(u) * R + (k + inner + j) * C, x);
@@ -424,7 +425,8 @@ DEVICE void multiply(
 }
 
 // Inner indices k0 .. k0 + 31. Numbers are loaded one step before they are multiplied, those of
-// `right` half a step before. `last`: k0 is the last.
+// `right` half a step before. `last`: k0 is the last one, whose next loads are predicated off. A
+// second copy of this code for it saves 1 instruction of 130, and adds a quarter to the compile time.
 template <bool THREE, int DEPTH, int M, int N, class LEFT, class RIGHT>
 DEVICE void two_steps(
     const LEFT& left, const RIGHT& right, int k0, bool last, float (&sum)[M][N][4],
@@ -438,8 +440,8 @@ DEVICE void two_steps(
       if (more) left.load(next, 16 - 16 * s, a[1 - s]);
       UNROLL for (int half = 0; half < 2; ++half) {
         if constexpr (RIGHT::BY_ROW) {
-          multiply<THREE>(sum, a[s], b, 0, N / 2 * half, half ? N : N / 2);
-          multiply<THREE>(sum, a[s], b, 1, N / 2 * half, half ? N : N / 2);
+          UNROLL for (int j = 0; j < 2; ++j)
+            multiply<THREE>(sum, a[s], b, j, N / 2 * half, half ? N : N / 2);
         } else {
           multiply<THREE>(sum, a[s], b, half, 0, N);
         }
@@ -470,9 +472,8 @@ DEVICE void tensor_product(X x, Y y, OUT out, const float* bias, int rows) {
     float sum[M][N][4] = {}, a[2][2 * M][4], b[N][4];
     left.load(0, 0, a[0]), right.load_half(0, 0, 0, b);
     constexpr int LAST = (DEPTH - 1) / 32 * 32;
-    UNROLL_BY(1) for (int k = 0; k < LAST; k += 32)
-      two_steps<THREE, DEPTH>(left, right, k, false, sum, a, b);
-    two_steps<THREE, DEPTH>(left, right, LAST, true, sum, a, b);
+    UNROLL_BY(1) for (int k = 0; k < DEPTH; k += 32)
+      two_steps<THREE, DEPTH>(left, right, k, k == LAST, sum, a, b);
     // A lane has columns n + N * (2 quad) and n + N * (2 quad + 1) of the tile: 2 N neighbours.
     constexpr int WIDTH = smaller(2 * N, 4);
     const int j = column + 2 * N * quad;
