@@ -88,7 +88,8 @@ class Simulation:
         self._callers: dict[object, Memory] = {}
         self._truth: dict[object, Elements] = {}
         self._epoch, self._phases, self._kernel, self._versions = 0, [0] * self._blocks, 0, 0
-        self._picks: dict[Expr, tuple[int, int]] = {}
+        self._picks: dict[Expr, tuple[int, int, int]] = {}
+        self._stored: set[Expr] = set()
         first = next(iter(arrangement.functions.values()))
         for buffer in first.arguments[:num_state]:
             self._give(buffer)
@@ -123,6 +124,8 @@ class Simulation:
     def _run(self, function: Arranged) -> None:
         self._truth = {key: tags for key, tags in self._truth.items() if isinstance(key, int)}
         self._picks.clear()
+        stores = [store for kernel in function.kernels for store in kernel.stores]
+        self._stored = {atom for store in stores for atom in store.offset.terms}
         for buffer in [*function.arguments[self._num_state :], *function.constants]:
             self._give(buffer)
         blocks = {block.first: block for block in function.blocks}
@@ -328,16 +331,22 @@ class Simulation:
             inner = self._value(atom.args[0], values, extents, rank)
             return inner // atom.args[1] if atom.op == "quotient" else inner % atom.args[1]
         assert atom.op == "bounded", atom.op
-        # A place that the program computes: any one, another for each iteration.
+        # A place that the program computes: any one, but stores have each their own. Most are near
+        # the first one, so that blocks meet.
         size = atom.args[1]
         if atom not in self._picks:
-            factors = [n for n in range(1, min(size, 50) + 1) if math.gcd(n, size) == 1]
-            self._picks[atom] = self._random.randrange(size), self._random.choice(factors)
-        start, factor = self._picks[atom]
+            is_near, factor = self._random.random() < 0.7, self._random.choice([1, 3, 5, 7])
+            start, most = self._random.randrange(min(size, 4) if is_near else size), size
+            if atom not in self._stored and is_near:
+                most = min(size, 8)
+            elif math.gcd(factor, size) > 1:
+                factor = 1
+            self._picks[atom] = start, factor, most
+        start, factor, most = self._picks[atom]
         number: Any = np.int64(0)
         for n in sorted(each.args[0] for each in _variables(atom)):
             number = number * extents[n] + values[n]
-        return (start + factor * number) % size
+        return (start + factor * number) % most
 
     # ---------------------------------------------------------------------------------- memory
 

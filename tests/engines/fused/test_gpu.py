@@ -67,6 +67,7 @@ SHARED_OUT = {
     for name, args in MORE.items()
     if name not in ("host", "many copies", "large batch", "odd numbers", "one copy")
 } | {
+    "smallest replay": replace(MORE["smallest replay"], buffer_size=64, **ROWS),
     "large batch": replace(MORE["large batch"], num_envs=64, train_freq=64),
     "larger batch": replace(
         MORE["large batch"], num_envs=64, train_freq=64, batch_size=1_024, learning_starts=1_024
