@@ -335,7 +335,7 @@ class Simulation:
         # the first one, so that blocks meet.
         size = atom.args[1]
         if atom not in self._picks:
-            is_near, factor = self._random.random() < 0.7, self._random.choice([1, 3, 5, 7])
+            is_near, factor = self._random.random() < 0.9, self._random.choice([1, 3, 5, 7])
             start, most = self._random.randrange(min(size, 4) if is_near else size), size
             if atom not in self._stored and is_near:
                 most = min(size, 8)
