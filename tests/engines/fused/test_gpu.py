@@ -229,6 +229,9 @@ lines = text[:after].count(chr(10)) + 1
 # But for the one after a draw: whether it is needed depends on where the draws' scratch lies.
 draws = re.compile("KERNEL[(]many_draw.*?^}", re.M | re.S)
 kept = draws.sub(lambda found: found[0].replace("BARRIER", "barrier"), text[after:])
+# Nor for a block's at a function's end, where a cluster's last kernels may be fetches.
+ends = re.compile("^CLUSTER_KERNEL.*?^}", re.M | re.S)
+kept = ends.sub(lambda found: found[0].replace(" BARRIER", " barrier"), kept)
 barriers = [lines + n for n, line in enumerate(kept.splitlines()) if "BARRIER();" in line]
 if num_blocks > 1:
     assert text.count("CLUSTER_BARRIER();") > 3

@@ -64,7 +64,7 @@ CLUSTERS = [
     pytest.param(case, shared_bytes, 4, id=f"{case}, {shared_bytes}, 4")
     for case in CASES
     for shared_bytes in (SHARED_BYTES, 60_000, 0)
-    if (case, shared_bytes) not in (("deep", 60_000), ("many copies", 60_000))
+    if shared_bytes == SHARED_BYTES or case in ("default", "many copies")
 ]
 BOTH = [pytest.param(*each.values, 1, id=each.id) for each in EACH] + CLUSTERS
 
