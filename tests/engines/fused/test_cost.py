@@ -23,12 +23,14 @@ from dqn_fast.engines.fused.chunk import FusedChunk, trace_functions
 from dqn_fast.engines.fused.cost import (
     BARRIER_CYCLES,
     CLOCK_GHZ,
+    CLUSTER_BARRIER_CYCLES,
     LAUNCH_US,
     Phase,
     Prediction,
     ProductCost,
     phases_of,
     product_cost,
+    room_for,
 )
 from dqn_fast.engines.fused.cuda import PACKAGE
 from dqn_fast.engines.fused.gpu import SHARED_BYTES, Emulated, generate
@@ -41,7 +43,9 @@ ARGS = Args(num_envs=64, train_freq=64, target_update_interval=64, engine="eager
 
 
 @functools.cache
-def program(precision: str = "TF32", num_envs: int = 64, width: int = 128) -> Generated:
+def program(
+    precision: str = "TF32", num_envs: int = 64, width: int = 128, num_blocks: int = 1
+) -> Generated:
     """The text for an H100 and what is predicted of it."""
     sizes = {"num_envs": num_envs, "train_freq": num_envs, "hidden_sizes": (width, width)}
     args = replace(ARGS, **sizes)
@@ -50,7 +54,8 @@ def program(precision: str = "TF32", num_envs: int = 64, width: int = 128) -> Ge
         state = tree.member(training.state, 0, args.num_seeds)
         training.dqn.draw(training.noise, 1, 1, 0, 0)
         lowered = trace_functions(alone, state, training.noise).lowered
-        made = generate(lowered, len(tree.leaves(state)), True, SHARED_BYTES, precision)
+        sizes = SHARED_BYTES, precision, False, num_blocks
+        made = generate(lowered, len(tree.leaves(state)), True, *sizes)
         expr.forget()
     return made
 
@@ -106,9 +111,10 @@ def test_products_cost_what_their_templates_say():
 # ---------------------------------------------------------------------------------------- phases
 
 
-def test_phases_are_numbered_as_the_program_counts_them():
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_phases_are_numbered_as_the_program_counts_them(num_blocks):
     """A prediction for each counter of cycles, also where rows come in blocks."""
-    made = program("TF32", 4_096)
+    made = program("TF32", 4_096, 128, num_blocks)
     predicted = [phase for function in made.plans for phase in phases_of(function, "TF32")]
     marks = [int(number) for number in re.findall(r"^ +MARK\((\d+)\);", made.source, re.MULTILINE)]
     assert marks == list(range(len(predicted)))
@@ -125,6 +131,20 @@ def test_a_phase_by_hand():
     assert phase.least == 3 * (200 + BARRIER_CYCLES)
     alone = replace(phase, latency=900.0)
     assert (alone.bound, alone.cycles) == ("latency", 3 * (900 + BARRIER_CYCLES))
+
+
+def test_a_clusters_barriers_are_those_of_the_program():
+    """Each ends a phase with more cycles than a block's; the last one of a function may be any."""
+    made = program("TF32", 64, 128, 4)
+    phases = [phase for plan in made.plans for phase in phases_of(plan, "TF32")]
+    waits = [phase.barrier == CLUSTER_BARRIER_CYCLES for phase in phases]
+    text = made.source[made.source.index("DEVICE void draw_step(") :]
+    functions = text[: text.index("CLUSTER_KERNEL")]
+    inside = len(re.findall(r"^ +CLUSTER_BARRIER\(\);", functions, re.MULTILINE))
+    ends = sum(len(plan.kernels) in plan.cluster_barriers for plan in made.plans)
+    assert sum(waits) == inside + ends
+    assert inside > 1
+    assert {phase.barrier for phase in phases} == {BARRIER_CYCLES, CLUSTER_BARRIER_CYCLES}
 
 
 @pytest.mark.parametrize(("precision", "measured_us"), [("TF32", 25.4), ("TF32X3", 36.7)])
@@ -163,6 +183,36 @@ def test_members_beyond_the_multiprocessors_run_in_waves():
     more = BY_HAND.fused_us(133, 132, 2.0, 2)
     assert more == pytest.approx(one + (17_000 + 2 * 34_000) / (1e3 * CLOCK_GHZ), rel=0.01)
     assert BY_HAND.graph_us(2, 2.0) == pytest.approx(300 + 2 * 50 / 10)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "room"), [(1, 132), (2, 63), (4, 28), (8, 14), (16, 7), (18, 7), (32, 0)]
+)
+def test_clusters_lie_within_groups_of_multiprocessors(num_blocks, room):
+    """Of an H100's 132, seven times 18, of which each has so many clusters."""
+    assert room_for(num_blocks, 132) == room
+
+
+def test_clusters_beyond_the_groups_run_in_waves():
+    """By hand: 28 clusters of four at once, and the 29th alone; the same draws."""
+    cluster = BY_HAND._replace(num_blocks=4)
+    one, two = cluster.fused_us(28, 132), cluster.fused_us(29, 132)
+    assert one == pytest.approx(BY_HAND.fused_us(28, 132))
+    assert two == pytest.approx(one + (17_000 + 34_000) / (1e3 * CLOCK_GHZ), rel=0.01)
+    assert cluster.fused_us(56, 132) == pytest.approx(two, rel=0.01)
+    assert cluster.fused_us(57, 132) > 1.4 * two
+    slow = cluster._replace(cycles={**BY_HAND.cycles, "step": 900_000.0})
+    with pytest.raises(EngineUnavailableError, match="on 112 of 132 multiprocessors"):
+        slow.refuse_if_slower(28, 132, 1.0)
+
+
+@pytest.mark.parametrize(("num_envs", "least"), [(64, 1.2), (4_096, 3.0)])
+def test_a_cluster_is_faster_than_a_block(num_envs, least):
+    """With the default experiment, and far more so with many copies."""
+    alone = prediction("TF32", num_envs).fused_us(1, 132)
+    together = prediction("TF32", num_envs, 128, 4)
+    assert together.num_blocks == 4
+    assert together.fused_us(1, 132) < alone / least
 
 
 def test_what_a_graph_does_faster_is_refused():

@@ -38,12 +38,18 @@ ROUNDING = {"FFMA": 1.0, "TF32X3": 2.0, "TF32": 2_000.0}
 """Of products: TF32 keeps 10 of the 23 bits of a float32."""
 
 
-@pytest.mark.parametrize("precision", ROUNDING)
-@pytest.mark.parametrize("args", [LINE, CART], ids=["LineWorld", "CartPole"])
-def test_a_block_gives_the_same(args, precision):
+BOTH = {"LineWorld": LINE, "CartPole": CART}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "num_blocks"),
+    [*itertools.product(BOTH, ROUNDING, [1]), ("LineWorld", "TF32X3", 4), ("CartPole", "TF32", 4)],
+)
+def test_blocks_give_the_same(name, precision, num_blocks):
     """What the engine test holds every engine to; in products of less precision, what is learned
-    within their rounding."""
-    assert_same_steps(args, 5, Emulated(precision), ROUNDING[precision])
+    within their rounding. By a block, and by a cluster of four."""
+    target = Emulated(precision, num_blocks=num_blocks)
+    assert_same_steps(BOTH[name], 5, target, ROUNDING[precision])
 
 
 @pytest.mark.slow
@@ -55,10 +61,48 @@ def test_every_kind_of_run_gives_the_same(case, precision):
     assert_same_steps(MORE[case], steps, Emulated(precision), ROUNDING[precision])
 
 
-def test_memory_that_is_not_shared_gives_the_same():
+ROWS = {"num_envs": 64, "train_freq": 64, "target_update_interval": 64, "batch_size": 64}
+SHARED_OUT = {
+    name: replace(args, **{"learning_starts": 128, **ROWS})
+    for name, args in MORE.items()
+    if name not in ("host", "many copies", "large batch", "odd numbers", "one copy")
+} | {
+    "smallest replay": replace(MORE["smallest replay"], buffer_size=64, **ROWS),
+    "large batch": replace(MORE["large batch"], num_envs=64, train_freq=64),
+    "larger batch": replace(
+        MORE["large batch"], num_envs=64, train_freq=64, batch_size=1_024, learning_starts=1_024
+    ),
+    "many copies": MORE["many copies"],
+    "one copy": replace(MORE["one copy"], batch_size=64),
+    "odd numbers": replace(
+        LINE, num_envs=40, train_freq=20, batch_size=100, hidden_sizes=(48, 80),
+        target_update_interval=40,
+    ),
+}  # fmt: skip
+"""Of every kind, with batches of which each block of a cluster has a part."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARED_OUT)
+@pytest.mark.parametrize("num_blocks", [2, 4, 8])
+def test_every_kind_of_run_is_shared_out(case, num_blocks):
+    """To the blocks of a cluster, which together give what one gives."""
+    args = SHARED_OUT[case]
+    steps = args.learning_starts // args.num_envs + 4
+    target = Emulated("FFMA", num_blocks=num_blocks)
+    assert_same_steps(args, steps, target, ROUNDING["FFMA"])
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "shared_bytes"),
+    [
+        (1, 24_000), (1, 0),
+        *(pytest.param(c, n, marks=pytest.mark.slow) for c in (2, 4, 8) for n in (60_000, 0)),
+    ],
+)  # fmt: skip
+def test_memory_that_is_not_shared_gives_the_same(num_blocks, shared_bytes):
     """Where little or nothing fits into shared memory, the rest is global."""
-    for shared_bytes in (24_000, 0):
-        assert_same_steps(LINE, 4, Emulated("FFMA", shared_bytes))
+    assert_same_steps(LINE, 4, Emulated("FFMA", shared_bytes, num_blocks=num_blocks))
 
 
 def ran(args: Args, num_steps: int, target: Emulated) -> tuple[Any, list[Any]]:
@@ -73,17 +117,19 @@ def ran(args: Args, num_steps: int, target: Emulated) -> tuple[Any, list[Any]]:
     return training.state, records
 
 
-@pytest.mark.parametrize("order", ["-1", "3"])
-def test_the_order_of_threads_does_not_matter(monkeypatch, order):
-    """Bit for bit: the last thread first, and in a random order."""
-    expected = ran(LINE, 5, Emulated("TF32X3"))
+@pytest.mark.parametrize(("order", "num_blocks"), [("-1", 1), ("3", 1), ("3", 4)])
+def test_the_order_of_threads_does_not_matter(monkeypatch, order, num_blocks):
+    """Bit for bit: the last thread first, and in a random order; of all blocks of a cluster."""
+    target = Emulated("TF32X3", num_blocks=num_blocks)
+    expected = ran(LINE, 5, target)
     monkeypatch.setenv("EMULATE_ORDER", order)
-    assert_equal(ran(LINE, 5, Emulated("TF32X3")), expected)
+    assert_equal(ran(LINE, 5, target), expected)
 
 
-def test_a_member_is_the_run_alone():
-    """Bit for bit, in a grid of three blocks."""
-    target = Emulated("FFMA")
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_member_is_the_run_alone(num_blocks):
+    """Bit for bit, in a grid of three blocks, and of three clusters."""
+    target = Emulated("FFMA", num_blocks=num_blocks)
     state, _ = ran(replace(CART, num_seeds=3), 5, target)
     for i in range(3):
         alone, _ = ran(replace(CART, seed=CART.seed + i), 5, target)
@@ -100,12 +146,13 @@ def test_draws_are_those_of_the_plain_function(many):
         assert_equal(program.draw(training.noise, 5, 9, *first), expected)
 
 
-def test_environments_on_the_host_act_and_learn():
+@pytest.mark.parametrize(("num_blocks", "changes"), [(1, {}), (2, {"batch_size": 64})])
+def test_environments_on_the_host_act_and_learn(num_blocks, changes):
     """By two kernels that are launched for each of their steps."""
-    args = replace(MORE["host"], engine="eager", learning_starts=16)
+    args = replace(MORE["host"], engine="eager", learning_starts=16, **changes)
     with cpu_threads(1):
         plain, other = setup(args), setup(args)
-        program = fuse(other, Emulated("FFMA"))
+        program = fuse(other, Emulated("FFMA", num_blocks=num_blocks))
         learned = 0
         for (counts, *inputs), same in zip(single_steps(plain), single_steps(other), strict=True):
             expected = chunk_(plain.dqn, plain.state, *inputs, counts)
@@ -119,13 +166,14 @@ def test_environments_on_the_host_act_and_learn():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_of_one_launch_are_those_of_many():
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_steps_of_one_launch_are_those_of_many(num_blocks):
     """Bit for bit, however many gradient steps follow each vector step."""
     both = []
     for apart in (False, True):
         with cpu_threads(1):
             training = setup(replace(LINE, engine="eager"))
-            program = fuse(training, Emulated("FFMA"))
+            program = fuse(training, Emulated("FFMA", num_blocks=num_blocks))
             several = list(itertools.islice(training.inputs(), 1, 5))
             steps, updates = (
                 type(parts[0])(
@@ -159,10 +207,11 @@ from tests.engines.fused.test_chunk import fuse, single_steps
 from tests.engines.fused.test_gpu import CART, LINE
 import torch
 torch.set_num_threads(1)
-name, options, mode = sys.argv[1], tuple(json.loads(sys.argv[2])), sys.argv[3]
+name, num_blocks, options, mode = sys.argv[1], *map(json.loads, sys.argv[2:4]), sys.argv[4]
 training = setup(replace({"LineWorld": LINE, "CartPole": CART}[name], engine="eager"))
 parts = training.dqn, training.state, training.plan, training.noise
-program = chunk.FusedChunk(*parts, target=Emulated("TF32X3", extra=options))
+program = chunk.FusedChunk(*parts, target=Emulated(
+    "TF32X3", extra=tuple(options), num_blocks=num_blocks))
 if mode == "compile":
     if program._build is not None:
         program._package = program._build.finish()
@@ -180,7 +229,12 @@ lines = text[:after].count(chr(10)) + 1
 # But for the one after a draw: whether it is needed depends on where the draws' scratch lies.
 draws = re.compile("KERNEL[(]many_draw.*?^}", re.M | re.S)
 kept = draws.sub(lambda found: found[0].replace("BARRIER", "barrier"), text[after:])
+# Nor for a block's at a function's end, where a cluster's last kernels may be fetches.
+ends = re.compile("^CLUSTER_KERNEL.*?^}", re.M | re.S)
+kept = ends.sub(lambda found: found[0].replace(" BARRIER", " barrier"), kept)
 barriers = [lines + n for n, line in enumerate(kept.splitlines()) if "BARRIER();" in line]
+if num_blocks > 1:
+    assert text.count("CLUSTER_BARRIER();") > 3
 for line in [0, *barriers] if mode == "each" else [0]:
     child = os.fork()  # it ends with the first report
     if not child:
@@ -191,13 +245,15 @@ for line in [0, *barriers] if mode == "each" else [0]:
 """
 
 
-def sanitized(name: str, sanitizer: str, preload: list[str], mode: str) -> dict[int, bool]:
+def sanitized(
+    name: str, num_blocks: int, sanitizer: str, preload: list[str], mode: str
+) -> dict[int, bool]:
     """Run vector steps of a program that a sanitizer watches, in a process of its own; returns
     whether it reports anything, by the line of the barrier that is left out (0: none)."""
     options = json.dumps(["-O1", "-g", f"-fsanitize={sanitizer}"])
     environ = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     environ |= {"UBSAN_OPTIONS": "halt_on_error=1", "TSAN_OPTIONS": "halt_on_error=1:symbolize=0"}
-    words = [sys.executable, "-c", RACES, name, options]
+    words = [sys.executable, "-c", RACES, name, str(num_blocks), options]
     subprocess.run([*words, "compile"], env=environ, cwd=ROOT, check=True)  # compiles
     environ["LD_PRELOAD"] = " ".join(preload)
     fixed = ["setarch", platform.machine(), "-R"]  # where the thread sanitizer finds its memory
@@ -209,23 +265,30 @@ def sanitized(name: str, sanitizer: str, preload: list[str], mode: str) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LineWorld", "CartPole"])
-def test_each_barrier_is_needed_and_is_enough(name):
-    """The thread sanitizer sees no race, and one where any of the barriers is left out."""
+@pytest.mark.parametrize("num_blocks", [1, 4])
+@pytest.mark.parametrize("name", BOTH)
+def test_each_barrier_is_needed_and_is_enough(name, num_blocks):
+    """The thread sanitizer sees no race, and one where any of the barriers is left out, a block's
+    or a cluster's."""
     where = subprocess.run(
         ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     )
-    found = sanitized(name, "thread", [where.stdout.strip()], "each")
+    found = sanitized(name, num_blocks, "thread", [where.stdout.strip()], "each")
     assert not found.pop(0)
     assert len(found) > 15
-    assert [line for line, noticed in found.items() if not noticed] == []
+    unnoticed = [line for line, noticed in found.items() if not noticed]
+    # Its last sum of all gradients, and what follows from it, are both the first thread's.
+    assert len(unnoticed) <= ((name, num_blocks) == ("CartPole", 4)), unnoticed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LineWorld", "CartPole"])
-def test_sanitizers_find_nothing(name):
+@pytest.mark.parametrize("num_blocks", [1, 4])
+@pytest.mark.parametrize("name", BOTH)
+def test_sanitizers_find_nothing(name, num_blocks):
     """No access outside of memory, nothing undefined."""
-    assert sanitized(name, "address,undefined", sanitizer_preload(), "whole") == {0: False}
+    assert sanitized(name, num_blocks, "address,undefined", sanitizer_preload(), "whole") == {
+        0: False
+    }
 
 
 class Text:
@@ -233,13 +296,15 @@ class Text:
 
     identity = "text"
 
-    def __init__(self, precision: str) -> None:
+    def __init__(self, precision: str, num_blocks: int) -> None:
         nvcc = shutil.which("nvcc")
         assert nvcc is not None
         self.precision, self.toolchain = precision, NvccToolchain(nvcc, "sm_90a")
+        self._num_blocks = num_blocks
 
     def generate(self, functions: Any, num_state: int, counted: bool) -> Any:
-        return generate(functions, num_state, counted, SHARED_BYTES, self.precision)
+        sizes = SHARED_BYTES, self.precision
+        return generate(functions, num_state, counted, *sizes, num_blocks=self._num_blocks)
 
     def check(self, described: Any, num_members: int, updates: float) -> None:
         pass
@@ -251,13 +316,14 @@ class Text:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("precision", ["TF32X3", "TF32"])
+@pytest.mark.parametrize("num_blocks", [1, 4, 8])
 @pytest.mark.parametrize("args", [LINE, CART], ids=["LineWorld", "CartPole"])
-def test_registers_are_enough(args, precision):
+def test_registers_are_enough(args, precision, num_blocks):
     """Nvcc compiles the text for compute capability 9.0; a thread keeps almost all that it needs
     in its 128 registers, and spills what 48 more would hold at most."""
     training = setup(replace(args, engine="eager"))
     parts = training.dqn, training.state, training.plan, training.noise
-    program = chunk.FusedChunk(*parts, target=Text(precision))
+    program = chunk.FusedChunk(*parts, target=Text(precision, num_blocks))
     with pytest.raises(EngineUnavailableError) as raised:
         program.finish(lambda: False)
     needed = resources(str(raised.value))

@@ -1,4 +1,5 @@
-"""Functions for a block of CUDA threads: order, barriers and memory, whatever the sizes."""
+"""Functions for a block of CUDA threads, or for a cluster of blocks: order, barriers and memory,
+whatever the sizes."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ CASES = {
 
 
 @cache
-def arranged(case: str, shared_bytes: int) -> tuple[Arrangement, dict[str, list[Kernel]]]:
+def arranged(
+    case: str, shared_bytes: int, num_blocks: int = 1
+) -> tuple[Arrangement, dict[str, list[Kernel]]]:
     """Functions of a run, and their kernels as the planner gave them."""
     training = setup(CASES[case])
     alone, own = training.dqn.one_member(), tree.member(training.state, 0, 1)
@@ -47,7 +50,7 @@ def arranged(case: str, shared_bytes: int) -> tuple[Arrangement, dict[str, list[
         parts[function.name] = kernels_of(lowered), lowered.arguments, lowered.constants
     training.close()
     kernels = {name: list(part[0]) for name, part in parts.items()}
-    return arrange(parts, len(tree.leaves(own)), shared_bytes, WARPS), kernels
+    return arrange(parts, len(tree.leaves(own)), shared_bytes, WARPS, num_blocks), kernels
 
 
 EACH = [
@@ -57,25 +60,45 @@ EACH = [
 ]
 
 
+CLUSTERS = [
+    pytest.param(case, shared_bytes, 4, id=f"{case}, {shared_bytes}, 4")
+    for case in CASES
+    for shared_bytes in (SHARED_BYTES, 60_000, 0)
+    if shared_bytes == SHARED_BYTES or case in ("default", "many copies")
+]
+BOTH = [pytest.param(*each.values, 1, id=each.id) for each in EACH] + CLUSTERS
+
+
 def spans_of(function: Arranged) -> Iterator[tuple[Buffer, tuple[int, int], tuple[Any, int, int]]]:
-    """Scratch buffers with their first and last kernel, and with their memory."""
+    """Scratch buffers with their first and last kernel, and with their memory; where each block of
+    a cluster has its own in global memory, with that of each."""
     local = {b: n * block.rows_at_once for block in function.blocks for b, n in block.local.items()}
     for buffer, life in lives_of(function.kernels, function.blocks).items():
         place = function.places[buffer]
-        size = local.get(buffer, buffer.size) * buffer.dtype.itemsize
-        yield buffer, life, (place.is_shared, place.offset, place.offset + size)
+        size = local.get(buffer, function.elements(buffer)) * buffer.dtype.itemsize
+        for rank in range(function.num_blocks if place.per_rank else 1):
+            begin = place.offset + rank * place.per_rank
+            yield buffer, life, (place.is_shared, begin, begin + size)
 
 
-@pytest.mark.parametrize(("case", "shared_bytes"), EACH)
-def test_memory_is_within_its_bounds(case, shared_bytes):
-    """Shared memory is not exceeded, and nothing lies where a tensor of the state stays."""
-    made, _ = arranged(case, shared_bytes)
+@pytest.mark.parametrize(("case", "shared_bytes", "num_blocks"), BOTH)
+def test_memory_is_within_its_bounds(case, shared_bytes, num_blocks):
+    """Shared memory is not exceeded, and nothing lies where a tensor of the state stays, or a
+    block's part of it."""
+    made, _ = arranged(case, shared_bytes, num_blocks)
     assert made.shared_bytes <= shared_bytes
     first = next(iter(made.functions.values()))
-    stays = [
-        (place.offset, place.offset + first.arguments[position].num_bytes)
-        for position, place in made.residents.items()
-    ]
+    parts = {
+        buffer.position: part
+        for function in made.functions.values()
+        for buffer, part in function.parts.items()
+        if buffer.role == "argument"
+    }
+    stays = []
+    for position, place in made.residents.items():
+        buffer = first.arguments[position]
+        size = parts.get(position, buffer.size) * buffer.dtype.itemsize
+        stays.append((place.offset, place.offset + size))
     for one, other in itertools.pairwise(stays):
         assert one[1] <= other[0]
     for function in made.functions.values():
@@ -85,11 +108,11 @@ def test_memory_is_within_its_bounds(case, shared_bytes):
             assert not is_shared or all(begin >= last for _, last in stays)
 
 
-@pytest.mark.parametrize(("case", "shared_bytes"), EACH)
-def test_what_is_alive_at_once_has_its_own_memory(case, shared_bytes):
-    """But for a result that takes the place of what its kernel reads for the last time, element by
-    element; then both begin at the same byte."""
-    made, _ = arranged(case, shared_bytes)
+@pytest.mark.parametrize(("case", "shared_bytes", "num_blocks"), BOTH)
+def test_what_is_alive_at_once_has_its_own_memory(case, shared_bytes, num_blocks):
+    """Also of each block of a cluster; but for a result that takes the place of what its kernel
+    reads for the last time, element by element; then both begin at the same byte."""
+    made, _ = arranged(case, shared_bytes, num_blocks)
     inherited = 0
     for function in made.functions.values():
         spans = list(spans_of(function))
