@@ -632,6 +632,8 @@ def print_program(
         if blocks > 1:
             text = text.replace("KERNEL(", "CLUSTER_KERNEL(").replace(") {", f", {blocks}) {{", 1)
             text = text.replace("member = block_id()", f"member = block_id() / {blocks}")
+            # What is fetched may be written before another block waits for the first time.
+            text = text.replace("  BARRIER();\n  BEGIN", "  CLUSTER_BARRIER();\n  BEGIN")
         parts.append(text)
     return "\n".join(parts)
 
