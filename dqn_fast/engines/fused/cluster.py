@@ -342,6 +342,7 @@ class Spread:
         made = Shared([], [], [], {}, {})
         stale: dict[Buffer, int] = {}  # and how much of it each block has stored itself
         starts = {block.first: block for block in blocks}
+        later = {n for block in blocks for n in range(block.first + 1, block.last + 1)}
 
         def fetch(buffers: Iterable[Buffer]) -> None:
             stores, own = [], {}
@@ -354,11 +355,13 @@ class Spread:
                 made.shares.append(Share(ALL, own=own))
 
         for position, (kernel, share) in enumerate(zip(kernels, shares, strict=True)):
-            read = {buffer.root for buffer in kernel.reads()}
-            if position in starts:
-                inside = kernels[position : starts[position].last + 1]
-                read |= {buffer.root for each in inside for buffer in each.reads()}
-            fetch([buffer for buffer in stale if buffer in read])
+            # Kernels of a block of rows read no row that others write there, and blocks may not wait
+            # for each other among them: not all run them equally often.
+            if position not in later:
+                last = starts[position].last if position in starts else position
+                reads = (each.reads() for each in kernels[position : last + 1])
+                read = {buffer.root for buffer in itertools.chain(*reads)}
+                fetch([buffer for buffer in stale if buffer in read])
             if position in starts:
                 shift = len(made.kernels) - position
                 block = starts[position]
@@ -421,6 +424,8 @@ def touches(kernel: Kernel, share: Share) -> Iterator[tuple[Buffer, bool, object
     elif kernel.reduction is not None:
         for buffer, stride in _sum_strides(kernel, kernel.reduction):
             yield buffer.root, False, _range_of(buffer, stride, share)
+        for buffer in read_whole(kernel):
+            yield buffer.root, False, None
 
 
 def _range_of(buffer: Buffer, stride: int, share: Share) -> object:
