@@ -355,8 +355,8 @@ class Spread:
                 made.shares.append(Share(ALL, own=own))
 
         for position, (kernel, share) in enumerate(zip(kernels, shares, strict=True)):
-            # Kernels of a block of rows read no row that others write there, and blocks may not wait
-            # for each other among them: not all run them equally often.
+            # In a block of rows each reads its own rows of what is stored there. Nothing may be
+            # fetched among its kernels: not all blocks run these equally often.
             if position not in later:
                 last = starts[position].last if position in starts else position
                 reads = (each.reads() for each in kernels[position : last + 1])

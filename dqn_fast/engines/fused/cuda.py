@@ -502,8 +502,7 @@ class DevicePrinter(Lines):
         while lanes > 1 and mask >= (per_warp if r.outer else 1):
             self.line(f"total = total {SIGNS[r.what][1]} shuffle_xor(total, {mask});")
             mask //= 2
-        guard = " && rank == 0" if r.buffer.root in self._share.guarded else ""
-        self.open(f"if (part == 0 && own < {text}{guard}) {{")
+        self.open(f"if (part == 0 && own < {text}) {{")
         body.finish(r, "total_at" if r.what.startswith("arg") else "total")
         self.close()
         self.close()

@@ -34,6 +34,7 @@ from dqn_fast.engines.fused.planner import (
     Operand,
     Reduction,
     Store,
+    UnplannableError,
     drop_dead_stores,
     find_blocks,
     lives_of,
@@ -228,11 +229,12 @@ def _try(
         local = {b: n * block.rows_at_once for block in blocks for b, n in block.local.items()}
         for each in _SPACES:
             chosen = {b: span for b, span in life.items() if space[b] == each}
-            if each == "common" and kinds:  # else blocks would wait before they use it again
-                chosen = dict.fromkeys(chosen, (0, len(kernels)))
+            inherits = heirs
+            if each == "common" and num_blocks > 1:  # blocks would wait before they use it again
+                chosen, inherits = dict.fromkeys(chosen, (0, len(kernels))), {}
             parts_of = all_shared.parts
             bytes_of = {b: local.get(b, parts_of.get(b, b.size)) * b.dtype.itemsize for b in chosen}
-            offsets, size = _pack(chosen, bytes_of, heirs, end if each == "shared" else 0)
+            offsets, size = _pack(chosen, bytes_of, inherits, end if each == "shared" else 0)
             for buffer, offset in offsets.items():
                 columns = _columns_of(buffer, [function]) if each == "shared" else 0
                 # Until the size is known, bytes per rank tell the spaces apart.
@@ -386,9 +388,9 @@ def _split_sums(kernels: list[Kernel], num_warps: int, num_blocks: int) -> set[B
     names = _new_names(kernels)
     for kernel in list(kernels):
         r = kernel.reduction
-        if kernel.part or r is None or r.what != "sum" or r.outer or r.buffer.dtype != torch.float32:
+        if r is None or r.what != "sum" or r.outer or r.buffer.dtype != torch.float32:
             continue
-        if len(kernel.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
+        if kernel.part or len(kernel.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
             continue
         (terms,) = r.extents
         parts = Buffer(next(names), r.buffer.dtype, num_parts, "scratch")
@@ -617,15 +619,25 @@ def _put_barriers(functions: Mapping[str, Arranged], num_state: int, num_blocks:
     """Let all threads wait before kernels that touch what one since the last barrier writes, or
     write what it reads; those of all blocks, where that was another block's. A block of rows begins
     and ends with a barrier, and so does a function.
+
+    Raises:
+        UnplannableError: blocks of a cluster would wait for each other within a block of rows,
+            which not all run equally often.
     """
     heads, tails = [], {}
     for function in functions.values():
-        edges = {block.first for block in function.blocks}
-        edges |= {block.last + 1 for block in function.blocks}
+        last = {block.first: block.last for block in function.blocks}
+        later = {n for block in function.blocks for n in range(block.first + 1, block.last + 1)}
+        edges = {*last, *(end + 1 for end in last.values())}
+        phases = [_phase_of(function, n, num_state) for n in range(len(function.kernels))]
         own, everywhere, head = _Phase(), _Phase(), None
-        for position in range(len(function.kernels)):
-            phase = _phase_of(function, position, num_state)
-            if num_blocks > 1 and everywhere.clashes(phase, _Span.meets_elsewhere):
+        for position, phase in enumerate(phases):
+            ahead = _Phase()  # all of a block of rows where it begins
+            for each in phases[position : last.get(position, position) + 1]:
+                ahead.add(each)
+            if num_blocks > 1 and everywhere.clashes(ahead, _Span.meets_elsewhere):
+                if position in later:
+                    raise UnplannableError(function.kernels[position].origins[0])
                 function.barriers.add(position)
                 function.cluster_barriers.add(position)
                 head = head or everywhere
