@@ -249,13 +249,11 @@ class Spread:
             for kernel, share in zip(kernels, shares[name], strict=True):
                 of = {root: kinds[self._identity(root)] for root in _roots(kernel)}
                 writes = {buffer.root for buffer in kept_writes(kernel)}
-                done.append(
-                    dataclasses.replace(
-                        share,
-                        guarded=frozenset(b for b in writes if share.what == ALL and of[b] != ALL),
-                        homes=frozenset(b for b in writes if of[b] == "copies"),
-                    )
-                )
+                guarded = frozenset(b for b in writes if share.what == ALL and of[b] != ALL)
+                homes = frozenset(b for b in writes if of[b] == "copies")
+                # Results of products and sums have memory that nothing else stores to.
+                assert kernel.stores or not guarded | homes
+                done.append(dataclasses.replace(share, guarded=guarded, homes=homes))
                 own |= of
                 for root, _, part in touches(kernel, share):
                     if of[root] == "rows":

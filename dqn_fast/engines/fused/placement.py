@@ -388,9 +388,9 @@ def _split_sums(kernels: list[Kernel], num_warps: int, num_blocks: int) -> set[B
     names = _new_names(kernels)
     for kernel in list(kernels):
         r = kernel.reduction
-        if r is None or r.what != "sum" or r.outer or r.buffer.dtype != torch.float32:
+        if kernel.part or r is None or r.what != "sum" or r.buffer.dtype != torch.float32:
             continue
-        if kernel.part or len(kernel.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
+        if r.outer or len(r.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
             continue
         (terms,) = r.extents
         parts = Buffer(next(names), r.buffer.dtype, num_parts, "scratch")
