@@ -165,12 +165,10 @@ class Range(NamedTuple):
 
     Attributes:
         position: of the loop in its nest.
-        extent: of the whole loop.
         most: of them at once.
     """
 
     position: int
-    extent: int
     most: int
 
 
@@ -258,7 +256,7 @@ class DevicePrinter(Lines):
             first, end = "begin", "end"
             self.line(f"const int begin = rank * {self._share.each};")
             self.line(f"const int end = begin + {self._rows_of_share()};")
-        self._block, self._range = block, Range(0, block.rows, step)
+        self._block, self._range = block, Range(0, step)
         self.open(f"for (int first = {first}; first < {end}; first += {step}) {{")
         self.line(f"const int count = {end} - first < {step} ? {end} - first : {step};")
 
@@ -297,7 +295,7 @@ class DevicePrinter(Lines):
             r, position = kernel.reduction, 0
             if share.what == "depth" and r is not None and not r.outer:
                 position = len(kernel.extents) - len(r.extents)
-            self._range = Range(position, share.extent, share.each)
+            self._range = Range(position, share.each)
         condition = {"depth": "count > 0", FIRST: "rank == 0"}.get(share.what)
         if condition:
             self.open(f"if ({condition}) {{")
