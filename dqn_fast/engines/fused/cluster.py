@@ -37,7 +37,7 @@ ROWS = 16
 see `tiles.h`."""
 
 HEAVY = 2048
-"""Iterations from which a loop over anything is worth to be shared out."""
+"""Iterations from which a loop over anything is worth sharing out."""
 
 ALL, FIRST = "all", "first"
 
@@ -384,19 +384,18 @@ class Spread:
 
 def kept_writes(kernel: Kernel) -> set[Buffer]:
     """Buffers that a kernel writes in memory."""
-    return kernel.writes() - {store.buffer for store in kernel.stores if not store.is_kept}
+    return kernel.writes() - kernel.dropped()
 
 
 def _roots(kernel: Kernel) -> set[Buffer]:
-    dropped = {store.buffer for store in kernel.stores if not store.is_kept}
-    return {buffer.root for buffer in (kernel.reads() | kernel.writes()) - dropped}
+    return {buffer.root for buffer in (kernel.reads() | kernel.writes()) - kernel.dropped()}
 
 
 def touches(kernel: Kernel, share: Share) -> Iterator[tuple[Buffer, bool, object]]:
     """What a kernel reads and writes: root, whether it writes, and which part of it each block
     touches: so many elements, in the order of the blocks; "all" or "first" as in `Share`; None:
     any."""
-    dropped = {store.buffer for store in kernel.stores if not store.is_kept}
+    dropped = kernel.dropped()
     if share.what in (ALL, FIRST):
         for buffer in kernel.reads() - dropped:
             yield buffer.root, False, share.what

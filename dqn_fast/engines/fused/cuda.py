@@ -271,8 +271,7 @@ class DevicePrinter(Lines):
 
     def _kernel(self, kernel: Kernel) -> None:
         share = self._share
-        dropped = {store.buffer for store in kernel.stores if not store.is_kept}
-        buffers = {b.root for b in (kernel.reads() | kernel.writes()) - dropped}
+        buffers = {b.root for b in (kernel.reads() | kernel.writes()) - kernel.dropped()}
         order = sorted(buffers, key=lambda b: (b.role, b.position, b.name))
         homes = order if kernel.kind == "fetch" else [b for b in order if b in share.homes]
         if homes or any(self._is_callers(b) and b.role == "argument" for b in order):

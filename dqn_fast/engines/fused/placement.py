@@ -482,7 +482,7 @@ def _roots(buffers: Iterable[Buffer]) -> set[Buffer]:
 
 def _touched(kernel: Kernel) -> tuple[set[Buffer], set[Buffer]]:
     """Roots of what a kernel reads and writes in memory."""
-    dropped = {store.buffer for store in kernel.stores if not store.is_kept}
+    dropped = kernel.dropped()
     return _roots(kernel.reads() - dropped), _roots(kernel.writes() - dropped)
 
 
