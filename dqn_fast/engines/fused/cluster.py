@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
@@ -213,6 +214,9 @@ def _add_parts(kernel: Kernel, p: Product, parts: Buffer, own: Index) -> tuple[i
 
 # ----------------------------------------------------------------------------------- who does what
 
+Functions: TypeAlias = Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]]
+"""Kernels in order, and blocks of rows, by name of the function."""
+
 
 class Spread:
     """Decides what blocks do of all functions that run one after the other."""
@@ -227,10 +231,8 @@ class Spread:
         """
         self._blocks, self._num_state, self._residents = num_blocks, num_state, residents
 
-    def __call__(
-        self, functions: Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]]
-    ) -> dict[str, Shared]:
-        """Share out functions: their kernels in order, and blocks of rows."""
+    def __call__(self, functions: Functions) -> dict[str, Shared]:
+        """Share out functions."""
         if self._blocks == 1:
             return {
                 name: Shared([*kernels], [*blocks], [Share(ALL)] * len(kernels), {}, {})
@@ -268,9 +270,10 @@ class Spread:
         for position, kernel in enumerate(kernels):
             rows, r = rows_of(kernel), kernel.reduction
             is_heavy = kernel.product is not None or math.prod(kernel.extents) > HEAVY
-            if kernel.part:
-                depth = r.extents[0] if r is not None else getattr(kernel.product, "depth", 0)
-                shares.append(Share("depth", depth, kernel.part))
+            if kernel.part and kernel.product is not None:
+                shares.append(Share("depth", kernel.product.depth, kernel.part))
+            elif kernel.part and r is not None:
+                shares.append(Share("depth", r.extents[0], kernel.part))
             elif rows > 1 and (is_heavy or rows in batches or position in in_blocks):
                 shares.append(Share("rows", rows, share_of(rows, self._blocks)))
             else:
@@ -283,9 +286,7 @@ class Spread:
         return root.position if is_state else root
 
     def _kinds(
-        self,
-        functions: Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]],
-        shares: Mapping[str, Sequence[Share]],
+        self, functions: Functions, shares: Mapping[str, Sequence[Share]]
     ) -> dict[object, str]:
         """Kinds of all buffers, see `Shared`, by `_identity`."""
         ranges: dict[object, set[object]] = {}
@@ -312,7 +313,7 @@ class Spread:
 
     def _give_to_first(
         self,
-        functions: Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]],
+        functions: Functions,
         shares: Mapping[str, list[Share]],
         kinds: Mapping[object, str],
     ) -> bool:

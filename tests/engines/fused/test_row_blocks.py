@@ -14,7 +14,11 @@ from dqn_fast.engines.fused.placement import arrange
 from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Product, Reduction, Store
 
 ROWS, WIDTH, LONG = 1_000, 32, 4_100
-PLACE = ex.var(0, ROWS) * WIDTH + ex.var(1, WIDTH)
+
+
+def element() -> Index:
+    """Place of an iteration of two loops, over rows and columns."""
+    return ex.var(0, ROWS) * WIDTH + ex.var(1, WIDTH)
 
 
 def tensor(name: str, size: int, position: int = -1) -> Buffer:
@@ -34,16 +38,16 @@ def test_blocks_wait_before_a_block_of_rows_for_all_that_it_reads(num_blocks):
         for n, size in enumerate((ROWS * WIDTH, WIDTH * WIDTH, ROWS * WIDTH, LONG))
     )
     h, made, results = tensor("s0", ROWS * WIDTH), tensor("s1", LONG), ["s2", "s3"]
-    place = ex.var(0, LONG)
-    kernels = [Kernel("loop", (LONG,), [Store(made, place, twice(long, place))], origins=["make"])]
+    each, place = ex.var(0, LONG), element()
+    kernels = [Kernel("loop", (LONG,), [Store(made, each, twice(long, each))], origins=["make"])]
     shift = ex.load(made, Index({}, 7))
     for name, source, target in zip(results, (x, h), (h, y), strict=True):
         out = tensor(name, ROWS * WIDTH)
         operands = Operand(source, Index(), WIDTH, 1), Operand(w, Index(), WIDTH, 1)
         product = Product(ROWS, WIDTH, WIDTH, *operands, Operand(out, Index(), WIDTH, 1))
-        value = ex.load(out, PLACE)
+        value = ex.load(out, place)
         value = value if target is h else ex.op("add", torch.float32, value, shift)
-        store = Store(target, PLACE, value)
+        store = Store(target, place, value)
         kernels.append(Kernel("product", (ROWS, WIDTH), [store], product=product, origins=[name]))
     whole = arrange({"step": (kernels, [x, w, y, long], [])}, 0, SHARED_BYTES, 16, num_blocks)
     step = whole.functions["step"]
@@ -56,9 +60,9 @@ def test_blocks_wait_before_a_block_of_rows_for_all_that_it_reads(num_blocks):
 def test_nothing_is_fetched_among_the_kernels_of_a_block_of_rows():
     """A tensor of the state that is written and read by rows there, and then as a whole."""
     state, one = tensor("a0", ROWS * WIDTH, 0), tensor("s9", 1)
-    copies = [tensor(f"s{n}", ROWS * WIDTH) for n in range(2)]
+    copies, place = [tensor(f"s{n}", ROWS * WIDTH) for n in range(2)], element()
     kernels = [
-        Kernel("loop", (ROWS, WIDTH), [Store(target, PLACE, twice(source, PLACE))])
+        Kernel("loop", (ROWS, WIDTH), [Store(target, place, twice(source, place))])
         for source, target in ((state, state), (state, copies[0]), (copies[0], copies[1]))
     ]
     term = ex.load(state, ex.var(0, ROWS * WIDTH))
