@@ -110,12 +110,13 @@ def table(args: PredictedArgs) -> dict[str, Any]:
             if num_envs == args.num_envs[0]:
                 programs[-1]["phases"] = [phase.row() for phase in phases]
         for members in args.num_seeds:
-            us, prediction = min(
+            may_run = (
                 (prediction.fused_us(members, args.multiprocessors), prediction)
                 for _, prediction in made
                 if members <= room_for(prediction.num_blocks, args.multiprocessors)
                 or prediction.num_blocks == 1
             )
+            us, prediction = min(may_run, key=lambda each: each[0])
             graph_us = prediction.graph_us(members)
             rows.append(
                 {

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
@@ -37,7 +38,7 @@ ROWS = 16
 see `tiles.h`."""
 
 HEAVY = 2048
-"""Iterations from which a loop over anything is worth to be shared out."""
+"""Iterations from which a loop over anything is worth sharing out."""
 
 ALL, FIRST = "all", "first"
 
@@ -213,6 +214,9 @@ def _add_parts(kernel: Kernel, p: Product, parts: Buffer, own: Index) -> tuple[i
 
 # ----------------------------------------------------------------------------------- who does what
 
+Functions: TypeAlias = Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]]
+"""Kernels in order, and blocks of rows, by name of the function."""
+
 
 class Spread:
     """Decides what blocks do of all functions that run one after the other."""
@@ -227,10 +231,8 @@ class Spread:
         """
         self._blocks, self._num_state, self._residents = num_blocks, num_state, residents
 
-    def __call__(
-        self, functions: Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]]
-    ) -> dict[str, Shared]:
-        """Share out functions: their kernels in order, and blocks of rows."""
+    def __call__(self, functions: Functions) -> dict[str, Shared]:
+        """Share out functions."""
         if self._blocks == 1:
             return {
                 name: Shared([*kernels], [*blocks], [Share(ALL)] * len(kernels), {}, {})
@@ -249,13 +251,11 @@ class Spread:
             for kernel, share in zip(kernels, shares[name], strict=True):
                 of = {root: kinds[self._identity(root)] for root in _roots(kernel)}
                 writes = {buffer.root for buffer in kept_writes(kernel)}
-                done.append(
-                    dataclasses.replace(
-                        share,
-                        guarded=frozenset(b for b in writes if share.what == ALL and of[b] != ALL),
-                        homes=frozenset(b for b in writes if of[b] == "copies"),
-                    )
-                )
+                guarded = frozenset(b for b in writes if share.what == ALL and of[b] != ALL)
+                homes = frozenset(b for b in writes if of[b] == "copies")
+                # Results of products and sums have memory that nothing else stores to.
+                assert kernel.stores or not guarded | homes
+                done.append(dataclasses.replace(share, guarded=guarded, homes=homes))
                 own |= of
                 for root, _, part in touches(kernel, share):
                     if of[root] == "rows":
@@ -270,9 +270,10 @@ class Spread:
         for position, kernel in enumerate(kernels):
             rows, r = rows_of(kernel), kernel.reduction
             is_heavy = kernel.product is not None or math.prod(kernel.extents) > HEAVY
-            if kernel.part:
-                depth = r.extents[0] if r is not None else getattr(kernel.product, "depth", 0)
-                shares.append(Share("depth", depth, kernel.part))
+            if kernel.part and kernel.product is not None:
+                shares.append(Share("depth", kernel.product.depth, kernel.part))
+            elif kernel.part and r is not None:
+                shares.append(Share("depth", r.extents[0], kernel.part))
             elif rows > 1 and (is_heavy or rows in batches or position in in_blocks):
                 shares.append(Share("rows", rows, share_of(rows, self._blocks)))
             else:
@@ -285,9 +286,7 @@ class Spread:
         return root.position if is_state else root
 
     def _kinds(
-        self,
-        functions: Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]],
-        shares: Mapping[str, Sequence[Share]],
+        self, functions: Functions, shares: Mapping[str, Sequence[Share]]
     ) -> dict[object, str]:
         """Kinds of all buffers, see `Shared`, by `_identity`."""
         ranges: dict[object, set[object]] = {}
@@ -314,7 +313,7 @@ class Spread:
 
     def _give_to_first(
         self,
-        functions: Mapping[str, tuple[Sequence[Kernel], Sequence[Block]]],
+        functions: Functions,
         shares: Mapping[str, list[Share]],
         kinds: Mapping[object, str],
     ) -> bool:
@@ -342,6 +341,7 @@ class Spread:
         made = Shared([], [], [], {}, {})
         stale: dict[Buffer, int] = {}  # and how much of it each block has stored itself
         starts = {block.first: block for block in blocks}
+        later = {n for block in blocks for n in range(block.first + 1, block.last + 1)}
 
         def fetch(buffers: Iterable[Buffer]) -> None:
             stores, own = [], {}
@@ -354,11 +354,13 @@ class Spread:
                 made.shares.append(Share(ALL, own=own))
 
         for position, (kernel, share) in enumerate(zip(kernels, shares, strict=True)):
-            read = {buffer.root for buffer in kernel.reads()}
-            if position in starts:
-                inside = kernels[position : starts[position].last + 1]
-                read |= {buffer.root for each in inside for buffer in each.reads()}
-            fetch([buffer for buffer in stale if buffer in read])
+            # In a block of rows each reads its own rows of what is stored there. Nothing may be
+            # fetched among its kernels: not all blocks run these equally often.
+            if position not in later:
+                last = starts[position].last if position in starts else position
+                reads = (each.reads() for each in kernels[position : last + 1])
+                read = {buffer.root for buffer in itertools.chain(*reads)}
+                fetch([buffer for buffer in stale if buffer in read])
             if position in starts:
                 shift = len(made.kernels) - position
                 block = starts[position]
@@ -383,19 +385,18 @@ class Spread:
 
 def kept_writes(kernel: Kernel) -> set[Buffer]:
     """Buffers that a kernel writes in memory."""
-    return kernel.writes() - {store.buffer for store in kernel.stores if not store.is_kept}
+    return kernel.writes() - kernel.dropped()
 
 
 def _roots(kernel: Kernel) -> set[Buffer]:
-    dropped = {store.buffer for store in kernel.stores if not store.is_kept}
-    return {buffer.root for buffer in (kernel.reads() | kernel.writes()) - dropped}
+    return {buffer.root for buffer in (kernel.reads() | kernel.writes()) - kernel.dropped()}
 
 
 def touches(kernel: Kernel, share: Share) -> Iterator[tuple[Buffer, bool, object]]:
     """What a kernel reads and writes: root, whether it writes, and which part of it each block
     touches: so many elements, in the order of the blocks; "all" or "first" as in `Share`; None:
     any."""
-    dropped = {store.buffer for store in kernel.stores if not store.is_kept}
+    dropped = kernel.dropped()
     if share.what in (ALL, FIRST):
         for buffer in kernel.reads() - dropped:
             yield buffer.root, False, share.what
@@ -421,6 +422,8 @@ def touches(kernel: Kernel, share: Share) -> Iterator[tuple[Buffer, bool, object
     elif kernel.reduction is not None:
         for buffer, stride in _sum_strides(kernel, kernel.reduction):
             yield buffer.root, False, _range_of(buffer, stride, share)
+        for buffer in read_whole(kernel):
+            yield buffer.root, False, None
 
 
 def _range_of(buffer: Buffer, stride: int, share: Share) -> object:

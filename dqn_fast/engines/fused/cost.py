@@ -200,7 +200,7 @@ class Phase:
         times: that it runs in a call of the function: blocks of rows.
         issue, shared, l2, tensor: cycles of each resource, each time.
         latency: cycles that its slowest warp takes alone.
-        barrier: cycles of the barrier that ends it.
+        barrier: cycles of the barrier that ends it; each time before, it ends with a block's own.
     """
 
     function: str
@@ -228,14 +228,18 @@ class Phase:
     @property
     def least(self) -> float:
         """Cycles if all resources work at once."""
-        return self.times * (max(self.each.values()) + self.barrier)
+        return self.times * max(self.each.values()) + self._waits
 
     @property
     def cycles(self) -> float:
         """Predicted cycles."""
         busy = [self.issue, self.shared, self.l2, self.tensor]
         rest = (1.0 - HIDDEN) * (sum(busy) - max(busy))
-        return self.times * (max(max(busy) + rest, self.latency) + self.barrier)
+        return self.times * max(max(busy) + rest, self.latency) + self._waits
+
+    @property
+    def _waits(self) -> int:
+        return (self.times - 1) * BARRIER_CYCLES + self.barrier
 
     def row(self) -> dict[str, Any]:
         """A JSON object, with cycles by resource."""

@@ -165,12 +165,10 @@ class Range(NamedTuple):
 
     Attributes:
         position: of the loop in its nest.
-        extent: of the whole loop.
         most: of them at once.
     """
 
     position: int
-    extent: int
     most: int
 
 
@@ -258,7 +256,7 @@ class DevicePrinter(Lines):
             first, end = "begin", "end"
             self.line(f"const int begin = rank * {self._share.each};")
             self.line(f"const int end = begin + {self._rows_of_share()};")
-        self._block, self._range = block, Range(0, block.rows, step)
+        self._block, self._range = block, Range(0, step)
         self.open(f"for (int first = {first}; first < {end}; first += {step}) {{")
         self.line(f"const int count = {end} - first < {step} ? {end} - first : {step};")
 
@@ -273,8 +271,7 @@ class DevicePrinter(Lines):
 
     def _kernel(self, kernel: Kernel) -> None:
         share = self._share
-        dropped = {store.buffer for store in kernel.stores if not store.is_kept}
-        buffers = {b.root for b in (kernel.reads() | kernel.writes()) - dropped}
+        buffers = {b.root for b in (kernel.reads() | kernel.writes()) - kernel.dropped()}
         order = sorted(buffers, key=lambda b: (b.role, b.position, b.name))
         homes = order if kernel.kind == "fetch" else [b for b in order if b in share.homes]
         if homes or any(self._is_callers(b) and b.role == "argument" for b in order):
@@ -297,7 +294,7 @@ class DevicePrinter(Lines):
             r, position = kernel.reduction, 0
             if share.what == "depth" and r is not None and not r.outer:
                 position = len(kernel.extents) - len(r.extents)
-            self._range = Range(position, share.extent, share.each)
+            self._range = Range(position, share.each)
         condition = {"depth": "count > 0", FIRST: "rank == 0"}.get(share.what)
         if condition:
             self.open(f"if ({condition}) {{")
@@ -502,8 +499,7 @@ class DevicePrinter(Lines):
         while lanes > 1 and mask >= (per_warp if r.outer else 1):
             self.line(f"total = total {SIGNS[r.what][1]} shuffle_xor(total, {mask});")
             mask //= 2
-        guard = " && rank == 0" if r.buffer.root in self._share.guarded else ""
-        self.open(f"if (part == 0 && own < {text}{guard}) {{")
+        self.open(f"if (part == 0 && own < {text}) {{")
         body.finish(r, "total_at" if r.what.startswith("arg") else "total")
         self.close()
         self.close()

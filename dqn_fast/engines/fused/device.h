@@ -10,9 +10,9 @@
 // methods that a kernel calls are DEVICE.
 //
 // BARRIER() orders the threads of a block. In a CLUSTER_KERNEL each BLOCKS consecutive blocks are a
-// cluster, 8 at most: they run at once, cluster_rank() tells them apart, and CLUSTER_BARRIER()
-// orders what all their threads do in global memory. The grid must be a multiple of BLOCKS. The
-// three need compute capability 9.0.
+// cluster, 8 at most on every device and 16 on some: they run at once, cluster_rank() tells them
+// apart, and CLUSTER_BARRIER() orders what all their threads do in global memory. The grid must be a
+// multiple of BLOCKS. The three need compute capability 9.0.
 #ifndef __CUDACC__
 #include "emulate.h"
 #else

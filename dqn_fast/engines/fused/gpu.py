@@ -16,10 +16,10 @@ from dqn_fast.engines.choice import EngineUnavailableError
 from dqn_fast.engines.fused.build import Package, load
 from dqn_fast.engines.fused.cost import DRAWING_BLOCKS, Prediction, phases_of, predict, room_for
 from dqn_fast.engines.fused.cuda import DRAW_THREADS, MAX_STEPS, THREADS, print_program
-from dqn_fast.engines.fused.driver import Kernels, driver
+from dqn_fast.engines.fused.driver import PORTABLE_CLUSTER, Kernels, driver
 from dqn_fast.engines.fused.lower import Lowered
 from dqn_fast.engines.fused.placement import arrange
-from dqn_fast.engines.fused.planner import kernels_of
+from dqn_fast.engines.fused.planner import UnplannableError, kernels_of
 from dqn_fast.engines.fused.table import Table
 from dqn_fast.engines.fused.target import Generated
 from dqn_fast.engines.fused.toolchains import Cpp, Toolchain, cuda_toolchain
@@ -30,9 +30,8 @@ SHARED_BYTES = 232_448
 PRECISIONS = {"highest": "TF32X3", "high": "TF32", "medium": "TF32"}
 """Products by `torch.get_float32_matmul_precision()`. TF32X3 is as exact as float32."""
 
-
 CLUSTERS = 1, 2, 4, 8, 16
-"""Blocks of a member."""
+"""Numbers of blocks that a member may have."""
 
 
 class Cuda:
@@ -77,7 +76,9 @@ class Cuda:
             raise EngineUnavailableError(f"compute capability {capability}: no clusters of blocks")
         self._clusters = [num_blocks or 1]
         if num_blocks is None and has_clusters:
-            self._clusters = [n for n in CLUSTERS if n == 1 or num_members <= room_for(n, most)]
+            # Of other devices nobody here knows whether they allow large clusters.
+            known = [n for n in CLUSTERS if n <= PORTABLE_CLUSTER or capability == (9, 0)]
+            self._clusters = [n for n in known if n == 1 or num_members <= room_for(n, most)]
         self._work = num_members, most, updates
 
     @property
@@ -98,7 +99,12 @@ class Cuda:
         limits = self._limits.shared_bytes, self.precision
         fastest: tuple[float, Generated] | None = None
         for num_blocks in reversed(self._clusters):
-            made = generate(functions, num_state, counted, *limits, num_blocks=num_blocks)
+            try:
+                made = generate(functions, num_state, counted, *limits, num_blocks=num_blocks)
+            except UnplannableError:
+                if num_blocks == self._clusters[0]:
+                    raise
+                continue
             us = Prediction(**made.described["predicted"]).fused_us(*self._work)
             if fastest is not None and us >= fastest[0]:
                 break
@@ -160,7 +166,7 @@ class Emulated:
 
     @property
     def identity(self) -> Any:
-        """Precision of products and shared memory."""
+        """Precision of products, shared memory and blocks of a member."""
         return ["emulated", self.precision, self._shared_bytes, self._num_blocks]
 
     def generate(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from dqn_fast.engines.fused import expr as ex
 from dqn_fast.engines.fused.cluster import (
     ALL,
     Share,
+    Shared,
     Spread,
     add_all,
     split_depths,
@@ -34,6 +35,7 @@ from dqn_fast.engines.fused.planner import (
     Operand,
     Reduction,
     Store,
+    UnplannableError,
     drop_dead_stores,
     find_blocks,
     lives_of,
@@ -204,56 +206,73 @@ def _try(
         ordered[name] = kernels, find_blocks(kernels, ROW_BLOCK_BYTES)
     positions = {buffer.position for buffer in stays}
     spread = Spread(num_blocks, num_state, positions)(ordered)
+    residents, end = _keep(stays, spread.values(), made.values())
+    packed = {
+        name: _pack_spaces(spread[name], made[name], shared, num_blocks, end) for name in made
+    }
+    used = {space: max(each[space][1] for each in packed.values()) for space in _SPACES}
+    common, private = used["common"], used["private"]
+    functions: dict[str, Arranged] = {}
+    for name, function in made.items():
+        places: dict[Buffer, Place] = {}
+        offsets = {space: placed for space, (placed, _) in packed[name].items()}
+        for buffer, offset in offsets["shared"].items():
+            places[buffer] = Place(True, offset, _columns_of(buffer, [function]))
+        for buffer, offset in offsets["common"].items():
+            places[buffer] = Place(False, offset)
+        for buffer, offset in offsets["private"].items():
+            places[buffer] = Place(False, common + offset, per_rank=private)
+        for buffer in [*function.arguments, *function.constants]:
+            is_state = buffer.role == "argument" and buffer.position < num_state
+            caller = Place(False, -1)
+            places[buffer] = residents.get(buffer.position, caller) if is_state else caller
+        each = spread[name]
+        functions[name] = Arranged(
+            name, each.kernels, set(), set(), each.blocks, function.arguments, function.constants,
+            places, each.shares, each.kinds, each.parts, num_blocks,
+        )  # fmt: skip
+    global_bytes = common + num_blocks * private
+    return Arrangement(functions, residents, used["shared"], global_bytes, num_blocks)
+
+
+def _keep(
+    stays: Sequence[Buffer], spread: Iterable[Shared], functions: Collection[_Function]
+) -> tuple[dict[int, Place], int]:
+    """Places of the arguments that stay in shared memory, by position, and where they end."""
     parts = {
         buffer.position: part
-        for each in spread.values()
+        for each in spread
         for buffer, part in each.parts.items()
         if buffer.role == "argument"
     }
     residents: dict[int, Place] = {}
     end = 0
     for buffer in stays:
-        residents[buffer.position] = Place(True, end, _columns_of(buffer, made.values()))
+        residents[buffer.position] = Place(True, end, _columns_of(buffer, functions))
         size = parts.get(buffer.position, buffer.size) * buffer.dtype.itemsize
         end += -(-size // ALIGNMENT) * ALIGNMENT
-    functions: dict[str, Arranged] = {}
-    used = dict.fromkeys(_SPACES, 0) | {"shared": end}
-    for name, function in made.items():
-        all_shared = spread[name]
-        kernels, blocks, kinds = all_shared.kernels, all_shared.blocks, all_shared.kinds
-        life = lives_of(kernels, blocks)
-        space = {buffer: _space_of(buffer, shared, kinds) for buffer in life}
-        heirs = _heirs(kernels, space, blocks, [function])
-        places: dict[Buffer, Place] = {}
-        local = {b: n * block.rows_at_once for block in blocks for b, n in block.local.items()}
-        for each in _SPACES:
-            chosen = {b: span for b, span in life.items() if space[b] == each}
-            if each == "common" and kinds:  # else blocks would wait before they use it again
-                chosen = dict.fromkeys(chosen, (0, len(kernels)))
-            parts_of = all_shared.parts
-            bytes_of = {b: local.get(b, parts_of.get(b, b.size)) * b.dtype.itemsize for b in chosen}
-            offsets, size = _pack(chosen, bytes_of, heirs, end if each == "shared" else 0)
-            for buffer, offset in offsets.items():
-                columns = _columns_of(buffer, [function]) if each == "shared" else 0
-                # Until the size is known, bytes per rank tell the spaces apart.
-                places[buffer] = Place(each == "shared", offset, columns, int(each == "private"))
-            used[each] = max(used[each], size)
-        for buffer in [*function.arguments, *function.constants]:
-            is_state = buffer.role == "argument" and buffer.position < num_state
-            caller = Place(False, -1)
-            places[buffer] = residents.get(buffer.position, caller) if is_state else caller
-        functions[name] = Arranged(
-            name, kernels, set(), set(), blocks, function.arguments, function.constants, places,
-            all_shared.shares, kinds, all_shared.parts, num_blocks,
-        )  # fmt: skip
-    private = used["private"]
-    for arranged in functions.values():
-        for buffer, place in arranged.places.items():
-            if place.per_rank:
-                moved = place.offset + used["common"]
-                arranged.places[buffer] = dataclasses.replace(place, offset=moved, per_rank=private)
-    global_bytes = used["common"] + num_blocks * private
-    return Arrangement(functions, residents, used["shared"], global_bytes, num_blocks)
+    return residents, end
+
+
+def _pack_spaces(
+    spread: Shared, function: _Function, shared: set[Buffer], num_blocks: int, start: int
+) -> dict[str, tuple[dict[Buffer, int], int]]:
+    """Offsets of a function's scratch buffers in each of `_SPACES`, in shared memory from `start`
+    on, and the end of each."""
+    kernels, blocks, parts = spread.kernels, spread.blocks, spread.parts
+    life = lives_of(kernels, blocks)
+    space = {buffer: _space_of(buffer, shared, spread.kinds) for buffer in life}
+    heirs = _heirs(kernels, space, blocks, [function])
+    local = {b: n * block.rows_at_once for block in blocks for b, n in block.local.items()}
+    packed = {}
+    for each in _SPACES:
+        chosen = {b: span for b, span in life.items() if space[b] == each}
+        inherits = heirs
+        if each == "common" and num_blocks > 1:  # blocks would wait before they use it again
+            chosen, inherits = dict.fromkeys(chosen, (0, len(kernels))), {}
+        bytes_of = {b: local.get(b, parts.get(b, b.size)) * b.dtype.itemsize for b in chosen}
+        packed[each] = _pack(chosen, bytes_of, inherits, start if each == "shared" else 0)
+    return packed
 
 
 _SPACES = "shared", "common", "private"
@@ -386,11 +405,9 @@ def _split_sums(kernels: list[Kernel], num_warps: int, num_blocks: int) -> set[B
     names = _new_names(kernels)
     for kernel in list(kernels):
         r = kernel.reduction
-        if kernel.part or r is None or r.what != "sum" or r.outer:
+        if kernel.part or r is None or r.what != "sum" or r.buffer.dtype != torch.float32:
             continue
-        if r.buffer.dtype != torch.float32:
-            continue
-        if len(kernel.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
+        if r.outer or len(r.extents) != 1 or kernel.extents != r.extents or r.extents[0] < LONG_SUM:
             continue
         (terms,) = r.extents
         parts = Buffer(next(names), r.buffer.dtype, num_parts, "scratch")
@@ -465,7 +482,7 @@ def _roots(buffers: Iterable[Buffer]) -> set[Buffer]:
 
 def _touched(kernel: Kernel) -> tuple[set[Buffer], set[Buffer]]:
     """Roots of what a kernel reads and writes in memory."""
-    dropped = {store.buffer for store in kernel.stores if not store.is_kept}
+    dropped = kernel.dropped()
     return _roots(kernel.reads() - dropped), _roots(kernel.writes() - dropped)
 
 
@@ -619,15 +636,25 @@ def _put_barriers(functions: Mapping[str, Arranged], num_state: int, num_blocks:
     """Let all threads wait before kernels that touch what one since the last barrier writes, or
     write what it reads; those of all blocks, where that was another block's. A block of rows begins
     and ends with a barrier, and so does a function.
+
+    Raises:
+        UnplannableError: blocks of a cluster would wait for each other within a block of rows,
+            which not all run equally often.
     """
     heads, tails = [], {}
     for function in functions.values():
-        edges = {block.first for block in function.blocks}
-        edges |= {block.last + 1 for block in function.blocks}
+        last = {block.first: block.last for block in function.blocks}
+        later = {n for block in function.blocks for n in range(block.first + 1, block.last + 1)}
+        edges = {*last, *(end + 1 for end in last.values())}
+        phases = [_phase_of(function, n, num_state) for n in range(len(function.kernels))]
         own, everywhere, head = _Phase(), _Phase(), None
-        for position in range(len(function.kernels)):
-            phase = _phase_of(function, position, num_state)
-            if num_blocks > 1 and everywhere.clashes(phase, _Span.meets_elsewhere):
+        for position, phase in enumerate(phases):
+            ahead = _Phase()  # all of a block of rows where it begins
+            for each in phases[position : last.get(position, position) + 1]:
+                ahead.add(each)
+            if num_blocks > 1 and everywhere.clashes(ahead, _Span.meets_elsewhere):
+                if position in later:
+                    raise UnplannableError(function.kernels[position].origins[0])
                 function.barriers.add(position)
                 function.cluster_barriers.add(position)
                 head = head or everywhere

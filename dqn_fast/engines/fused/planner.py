@@ -134,6 +134,10 @@ class Kernel:
     part: int = 0
     origins: list[str] = field(default_factory=list)
 
+    def dropped(self) -> set[Buffer]:
+        """Buffers that only its own iterations read: they stay in registers."""
+        return {store.buffer for store in self.stores if not store.is_kept}
+
     def expressions(self) -> Iterator[Expr]:
         """Roots of everything that it computes."""
         for store in (*self.stores, *self.sums):
@@ -802,12 +806,11 @@ def lives_of(kernels: Sequence[Kernel], blocks: Sequence[Block]) -> dict[Buffer,
     """First and last kernel that touches each scratch buffer which needs memory."""
     life: dict[Buffer, tuple[int, int]] = {}
     for position, kernel in enumerate(kernels):
-        dropped = {store.buffer for store in kernel.stores if not store.is_kept}
         span = position, position
         for block in blocks:  # whose kernels run again and again
             if block.first <= position <= block.last:
                 span = block.first, block.last
-        for buffer in (kernel.reads() | kernel.writes()) - dropped:
+        for buffer in (kernel.reads() | kernel.writes()) - kernel.dropped():
             if buffer.role == "scratch":
                 first, _ = life.get(buffer, span)
                 life[buffer] = first, span[1]
