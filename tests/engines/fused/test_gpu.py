@@ -10,8 +10,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +22,11 @@ import torch
 from dqn_fast import tree
 from dqn_fast.device import cpu_threads
 from dqn_fast.engines import EngineUnavailableError, chunk_
-from dqn_fast.engines.fused import chunk
-from dqn_fast.engines.fused.gpu import SHARED_BYTES, Emulated, generate
+from dqn_fast.engines.fused import chunk, expr
+from dqn_fast.engines.fused import gpu as gpu_module
+from dqn_fast.engines.fused.chunk import trace_functions
+from dqn_fast.engines.fused.driver import Limits
+from dqn_fast.engines.fused.gpu import CLUSTERS, SHARED_BYTES, Cuda, Emulated, generate
 from dqn_fast.engines.fused.toolchains import NvccToolchain, resources, sanitizer_preload
 from dqn_fast.setup import rows_of, setup
 from dqn_fast.train import Args
@@ -332,6 +337,32 @@ def test_registers_are_enough(args, precision, num_blocks):
     assert needed["chunk"].spill_stores <= 192, needed
 
 
+def blocks_of(monkeypatch: Any, num_members: int, capability: tuple[int, int]) -> int:
+    """Of a member, on a GPU of 132 multiprocessors, in the default experiment."""
+    limits = Limits(capability, 132, SHARED_BYTES, 50 * 2**20)
+    monkeypatch.setattr(gpu_module, "driver", lambda: SimpleNamespace(limits=lambda _: limits))
+    monkeypatch.setattr(gpu_module, "cuda_toolchain", lambda _: None)
+    with closing(setup(replace(LINE, engine="eager"))) as training:
+        training.dqn.draw(training.noise, 1, 1, 0, 0)
+        lowered = trace_functions(training.dqn, training.state, training.noise).lowered
+        target = Cuda(torch.device("cuda:0"), num_members, 1.0, "TF32")
+        made = target.generate(lowered, len(tree.leaves(training.state)), False)
+        expr.forget()
+    assert made.described["blocks"]["many_draw_step"] == 1
+    return int(made.described["blocks"]["chunk"])
+
+
+def test_few_members_have_more_blocks(monkeypatch):
+    """As many as make them fastest and as there is room for; one where members fill the GPU, or it
+    has no clusters."""
+    found = [blocks_of(monkeypatch, members, (9, 0)) for members in (1, 20, 60, 132)]
+    assert found[0] in (4, 8, 16)
+    assert found[1:] == [4, 2, 1]
+    assert blocks_of(monkeypatch, 1, (8, 0)) == 1
+    with pytest.raises(EngineUnavailableError, match=r"^compute capability \(8, 0\): no clusters"):
+        Cuda(torch.device("cuda:0"), 1, 1.0, "TF32", 4)
+
+
 # ----------------------------------------------------------------------------------- on a GPU
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -344,3 +375,13 @@ def test_a_step_on_a_gpu_gives_the_same(case):
     """As the emulation and as every other engine."""
     args = replace(MORE[case], device="cuda", matmul_precision="highest")
     assert_same_steps(args, 60, rounding=ROUNDING["TF32X3"])
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("num_blocks", CLUSTERS)
+def test_a_member_may_have_several_blocks_on_a_gpu(num_blocks):
+    """Each number gives the same, or says that it needs compute capability 9.0."""
+    target = Cuda(torch.device("cuda"), 1, 1.0, "TF32X3", num_blocks)
+    args = replace(LINE, device="cuda", matmul_precision="highest")
+    assert_same_steps(args, 60, target, ROUNDING["TF32X3"])
