@@ -255,18 +255,11 @@ Machine here;
 
 inline size_t stack_stride() { return STACK + sysconf(_SC_PAGESIZE); }
 
-inline void unmap_stacks() {
-  if (here.num_stacks)
-    munmap(here.stacks, here.num_stacks * stack_stride());
-  here.num_stacks = 0;
-}
+inline void unmap_stacks() { munmap(here.stacks, here.num_stacks * stack_stride()); }
 
 // One stack per thread, each above a page that nobody may touch. Returns whether the system gives
 // them.
 inline bool map_stacks(int64_t count) {
-  if (count <= here.num_stacks)
-    return true;
-  unmap_stacks();
   const size_t stride = stack_stride(), page = stride - STACK;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
   void* const mapped = mmap(nullptr, count * stride, PROT_NONE, flags, -1, 0);
@@ -555,8 +548,7 @@ inline int64_t run(
   }
   IF_TSAN(__tsan_acquire(&here.end));
   free(memory);
-  if (here.num_stacks > MAX_THREADS) // few stay: a process may have 65530 mappings
-    unmap_stacks();
+  unmap_stacks(); // two mappings each, of 65530 that a process may have, for each library
   return !ended;
 }
 

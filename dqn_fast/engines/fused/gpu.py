@@ -30,6 +30,9 @@ SHARED_BYTES = 232_448
 PRECISIONS = {"highest": "TF32X3", "high": "TF32", "medium": "TF32"}
 """Products by `torch.get_float32_matmul_precision()`. TF32X3 is as exact as float32."""
 
+WHOLE_H100 = 132
+"""Multiprocessors."""
+
 CLUSTERS = 1, 2, 4, 8, 16
 """Numbers of blocks that a member may have."""
 
@@ -76,8 +79,9 @@ class Cuda:
             raise EngineUnavailableError(f"compute capability {capability}: no clusters of blocks")
         self._clusters = [num_blocks or 1]
         if num_blocks is None and has_clusters:
-            # Of other devices nobody here knows whether they allow large clusters.
-            known = [n for n in CLUSTERS if n <= PORTABLE_CLUSTER or capability == (9, 0)]
+            # A GPU with fewer multiprocessors, or a later one, may have no room for 16 together.
+            is_known = capability == (9, 0) and most >= WHOLE_H100
+            known = [n for n in CLUSTERS if n <= PORTABLE_CLUSTER or is_known]
             self._clusters = [n for n in known if n == 1 or num_members <= room_for(n, most)]
         self._work = num_members, most, updates
 
