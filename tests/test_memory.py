@@ -594,7 +594,11 @@ REAL = {
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
-    "part", [pytest.param(p, marks=pytest.mark.slow if p == "evaluation" else ()) for p in REAL]
+    "part",
+    [
+        pytest.param(p, marks=pytest.mark.slow if p in ("evaluation", "members") else ())
+        for p in REAL
+    ],
 )
 def test_runs_take_what_was_computed(part, tmp_path):
     """The peak of the resident set grows by what was computed, within a quarter. Freed blocks go

@@ -389,7 +389,7 @@ def test_a_whole_run_ends_with_the_updates_of_the_plan(capsys, monkeypatch):
     assert all(8 <= row["return_mean"] <= 500 for row in result["history"])
 
 
-@pytest.mark.parametrize("tuned", [True, False])
+@pytest.mark.parametrize("tuned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_member_is_the_single_run_of_its_seed(tuned):
     """Every member's network, copies, replay and statistics, with and without what suits the CPU;
     all write replay at one place."""
