@@ -7,7 +7,7 @@ of them once per loop, and equality is identity.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,24 @@ def _key(arg: Any) -> Any:
 def forget() -> None:
     """Drop all expressions; those of one program are of no use to another."""
     _unique.clear()
+
+
+def walk(roots: Iterable[Expr]) -> Iterator[Expr]:
+    """Each expression that some are made of, themselves included, once."""
+    seen: set[Expr] = set()
+    stack = list(roots)
+    while stack:
+        expr = stack.pop()
+        if expr in seen:
+            continue
+        seen.add(expr)
+        yield expr
+        stack += expr.operands()
+
+
+def variables(root: Expr) -> set[Expr]:
+    """Loop variables below an expression."""
+    return {each for each in walk([root]) if each.op == "var"}
 
 
 def replaced(expr: Expr, by: Mapping[Expr, Expr | Index]) -> Expr:

@@ -343,7 +343,7 @@ def _gather_early(kernels: list[Kernel]) -> None:
             if maker is None or maker is kernel or maker.extents[0] != kernel.extents[0]:
                 continue
             row = ex.var(0, maker.extents[0])
-            if not _variables(load) <= set(row.terms):
+            if not ex.variables(load) <= set(row.terms):
                 continue
             buffer = Buffer(next(names), load.dtype, maker.extents[0], "scratch")
             makers.add(maker)
@@ -363,26 +363,7 @@ def _new_names(kernels: Iterable[Kernel]) -> Iterator[str]:
 
 def _loaded_below(load: Expr) -> set[Buffer]:
     """Buffers whose elements make the place of a load."""
-    found: set[Buffer] = set()
-    stack = list(load.operands())
-    while stack:
-        each = stack.pop()
-        if each.op == "load":
-            found.add(each.args[0])
-        stack += each.operands()
-    return found
-
-
-def _variables(root: Expr) -> set[Expr]:
-    """Loop variables below an expression."""
-    found: set[Expr] = set()
-    stack = [root]
-    while stack:
-        each = stack.pop()
-        if each.op == "var":
-            found.add(each)
-        stack += each.operands()
-    return found
+    return {each.args[0] for each in ex.walk(load.operands()) if each.op == "load"}
 
 
 def _replace(kernel: Kernel, by: Mapping[Expr, Expr | ex.Index]) -> None:

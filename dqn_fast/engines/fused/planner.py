@@ -661,18 +661,6 @@ def _last_stride(node: Node, dims: Sequence[int]) -> int:
     return 0
 
 
-def _walk(roots: Iterable[Expr]) -> Iterator[Expr]:
-    seen: set[Expr] = set()
-    stack = list(roots)
-    while stack:
-        expr = stack.pop()
-        if expr in seen:
-            continue
-        seen.add(expr)
-        yield expr
-        stack += expr.operands()
-
-
 def _loads(roots: Iterable[Expr]) -> list[Expr]:
     return _found(tuple(roots))[0]
 
@@ -684,7 +672,7 @@ def _searched(roots: Iterable[Expr]) -> set[Buffer]:
 @functools.lru_cache(512)
 def _found(roots: tuple[Expr, ...]) -> tuple[list[Expr], list[Buffer]]:
     """Loads below some expressions, and buffers that they search in."""
-    below = list(_walk(roots))
+    below = list(ex.walk(roots))
     searches = [expr.args[0] for expr in below if expr.op in ("upper_bound", "lower_bound")]
     return [expr for expr in below if expr.op == "load"], searches
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dqn_fast.engines.fused.body import known_values, load_key
 from dqn_fast.engines.fused.cluster import ALL, FIRST, Share
-from dqn_fast.engines.fused.expr import Buffer, Expr, Index
+from dqn_fast.engines.fused.expr import Buffer, Expr, Index, variables
 from dqn_fast.engines.fused.placement import Arranged, Arrangement
 from dqn_fast.engines.fused.planner import Kernel, Operand, read_whole
 
@@ -344,7 +344,7 @@ class Simulation:
             self._picks[atom] = start, factor, most
         start, factor, most = self._picks[atom]
         number: Any = np.int64(0)
-        for n in sorted(each.args[0] for each in _variables(atom)):
+        for n in sorted(each.args[0] for each in variables(atom)):
             number = number * extents[n] + values[n]
         return (start + factor * number) % most
 
@@ -446,13 +446,3 @@ def _matrix(operand: Operand, rows: range, columns: range) -> Elements:
 
 def _tags_of_bytes(tags: Elements, buffer: Buffer) -> Elements:
     return np.ravel(2 * tags[:, None] + [0, buffer.dtype.itemsize > 1])
-
-
-def _variables(atom: Expr) -> set[Expr]:
-    found, stack = set(), [atom]
-    while stack:
-        each = stack.pop()
-        if each.op == "var":
-            found.add(each)
-        stack += each.operands()
-    return found
