@@ -326,7 +326,6 @@ class _Counter:
     def __init__(self, function: Arranged, printer: DevicePrinter) -> None:
         self._function, self.printer, self._threads = function, printer, printer.threads
         self.issue = self._shared = self._bytes = 0.0
-        self._share = function.shares[0]
         self._rows: tuple[int, int] | None = None  # of the outermost loop, and at once
 
     def phase(self, first: int, last: int) -> Phase:
@@ -340,8 +339,7 @@ class _Counter:
             rows = self._function.shares[first].each or block.rows
             phase.times = _up(min(rows, block.rows), block.rows_at_once)
         for kernel, share in zip(kernels, self._function.shares[first:last], strict=True):
-            self._share, self._rows = share, None
-            self.printer.look_at(share)
+            self.printer.share, self._rows = share, None
             if block is not None:
                 self._rows = block.rows, block.rows_at_once
             elif share.what == "rows":
@@ -377,7 +375,7 @@ class _Counter:
     def _fetch(self, kernel: Kernel) -> float:
         num_bytes = 0
         for store in kernel.stores:
-            others = store.buffer.size - self._share.own[store.buffer]
+            others = store.buffer.size - self.printer.share.own[store.buffer]
             num_bytes += others * store.buffer.dtype.itemsize
         warps = _up(num_bytes, 32 * 16)
         self._bytes += num_bytes
@@ -406,8 +404,8 @@ class _Counter:
         inner, body = len(r.extents), _Body(self, kernel)
         kept = kernel.extents[inner:] if r.outer else kernel.extents[: len(kernel.extents) - inner]
         results, terms = math.prod(kept), math.prod(r.extents)
-        if self._share.what == "depth":
-            terms = terms // r.extents[0] * self._share.each
+        if self.printer.share.what == "depth":
+            terms = terms // r.extents[0] * self.printer.share.each
         elif kept:
             results = results // kept[0] * self._at_once(kept[0])
         lanes = self.printer.lanes_for(results, terms) if r.what in SIGNS else 1
@@ -427,8 +425,9 @@ class _Counter:
     def _product(self, kernel: Kernel, phase: Phase) -> float:
         p = kernel.product
         assert p is not None
-        is_part = self._share.what == "depth"
-        rows, depth = (p.rows, self._share.each) if is_part else (self._at_once(p.rows), p.depth)
+        rows, depth, share = self._at_once(p.rows), p.depth, self.printer.share
+        if share.what == "depth":
+            rows, depth = p.rows, share.each
         cost = product_cost(
             self.printer.precision, rows, p.columns, depth, self._threads, self._is_across(p.x)
         )

@@ -24,7 +24,7 @@ from dqn_fast.engines.fused.body import (
     load_key,
     roots_of,
 )
-from dqn_fast.engines.fused.cluster import ALL, FIRST, Share
+from dqn_fast.engines.fused.cluster import ALL, FIRST
 from dqn_fast.engines.fused.expr import Buffer, Expr, Index, make
 from dqn_fast.engines.fused.placement import Arranged, Arrangement
 from dqn_fast.engines.fused.planner import Block, Kernel, Operand, Reduction, Store
@@ -179,6 +179,7 @@ class DevicePrinter(Lines):
         is_fast: whether quotients and square roots may be wrong in their last place.
         threads: of the block.
         precision: of products.
+        share: what blocks of a cluster do of the kernel that is printed.
     """
 
     def __init__(
@@ -198,16 +199,12 @@ class DevicePrinter(Lines):
         self.is_fast, self._phase = is_fast, first_phase
         self._block: Block | None = None
         self._range: Range | None = None
-        self._share = function.shares[0]
+        self.share = function.shares[0]
         self._first_warp = 0
 
     @property
     def num_phases(self) -> int:
         return len(self._function.barriers) + 1
-
-    def look_at(self, share: Share) -> None:
-        """Choose what blocks do of the kernel that is looked at next."""
-        self._share = share
 
     def columns_of(self, buffer: Buffer) -> int:
         """Columns of a matrix whose rows are permuted; else 0."""
@@ -225,7 +222,7 @@ class DevicePrinter(Lines):
         if function.num_blocks > 1:
             self.line("const int rank = cluster_rank();")
         for number, kernel in enumerate(function.kernels):
-            self.look_at(function.shares[number])
+            self.share = function.shares[number]
             if number in function.barriers:
                 self._barrier(number in function.cluster_barriers)
             if number in starts:
@@ -252,9 +249,9 @@ class DevicePrinter(Lines):
     def _open(self, block: Block) -> None:
         """Begin a loop over blocks of rows; local buffers seem to have all rows."""
         step, first, end = block.rows_at_once, "0", str(block.rows)
-        if self._share.each:
+        if self.share.each:
             first, end = "begin", "end"
-            self.line(f"const int begin = rank * {self._share.each};")
+            self.line(f"const int begin = rank * {self.share.each};")
             self.line(f"const int end = begin + {self._rows_of_share()};")
         self._block, self._range = block, Range(0, step)
         self.open(f"for (int first = {first}; first < {end}; first += {step}) {{")
@@ -262,7 +259,7 @@ class DevicePrinter(Lines):
 
     def _rows_of_share(self) -> str:
         """How many iterations from `begin` on are this block's."""
-        extent, each = self._share.extent, self._share.each
+        extent, each = self.share.extent, self.share.each
         if extent == each * self._function.num_blocks:
             return str(each)
         return f"within({extent} - begin, {each})"
@@ -270,7 +267,7 @@ class DevicePrinter(Lines):
     # --------------------------------------------------------------------------------- kernels
 
     def _kernel(self, kernel: Kernel) -> None:
-        share = self._share
+        share = self.share
         buffers = {b.root for b in (kernel.reads() | kernel.writes()) - kernel.dropped()}
         order = sorted(buffers, key=lambda b: (b.role, b.position, b.name))
         homes = order if kernel.kind == "fetch" else [b for b in order if b in share.homes]
@@ -406,7 +403,7 @@ class DevicePrinter(Lines):
         return any(probe.together(store.buffer, store.offset) for store in kept)
 
     def _store(self, body: DeviceBody, store: Store) -> None:
-        is_guarded = store.buffer.root in self._share.guarded
+        is_guarded = store.buffer.root in self.share.guarded
         if is_guarded:
             self.open("if (rank == 0) {")
         for at_home in self.homes_of(store):
@@ -417,9 +414,9 @@ class DevicePrinter(Lines):
     def homes_of(self, store: Store) -> list[bool]:
         """For each place that a store goes to, whether it is where the caller has a tensor of which
         blocks have copies."""
-        if store.buffer.root not in self._share.homes:
+        if store.buffer.root not in self.share.homes:
             return [False]
-        return [True] if self._share.what == ALL else [True, False]
+        return [True] if self.share.what == ALL else [True, False]
 
     def _store_at(self, body: DeviceBody, store: Store, at_home: bool) -> None:
         value, place = store.value, body.element(store.buffer, store.offset, at_home)
@@ -517,7 +514,7 @@ class DevicePrinter(Lines):
         self._first_warp = 0
         rows, most, depth = str(p.rows), p.rows, p.depth
         x, y = self._matrix(p.x), self._matrix(p.y)
-        if self._range is not None and self._share.what == "depth":
+        if self._range is not None and self.share.what == "depth":
             depth = self._range.most
             x, y = self._matrix(p.x, p.x.column), self._matrix(p.y, p.y.row)
         elif self._range is not None:
