@@ -80,15 +80,14 @@ def predicted(
         if training.env.on_host:
             raise UsageError(f"--env-id {env_id}: must be an environment of tensors")
         training.dqn.draw(training.noise, 1, 1, 0, 0)  # makes counters
-        state, made = tree.leaves(training.state), list[tuple[list[Phase], Prediction]]()
-        kind = PRECISIONS[precision]
+        traced = trace_functions(training.dqn.one_member(), training.state, training.noise)
+        kind, made = PRECISIONS[precision], list[tuple[list[Phase], Prediction]]()
+        parts = traced.lowered, len(tree.leaves(training.state)), True, SHARED_BYTES, kind
         for num_blocks in CLUSTERS:
-            traced = trace_functions(training.dqn.one_member(), training.state, training.noise)
-            parts = traced.lowered, len(state), True, SHARED_BYTES, kind
             generated = generate(*parts, num_blocks=num_blocks)
             phases = [phase for plan in generated.plans for phase in phases_of(plan, kind)]
             made.append((phases, Prediction(**generated.described["predicted"])))
-            expr.forget()
+        expr.forget()
     return made
 
 
