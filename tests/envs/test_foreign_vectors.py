@@ -7,6 +7,7 @@ interface of the real ones, and their `__module__` names the library, by which t
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -36,6 +37,9 @@ from tests.envs.test_from_gymnasium import (
 )
 
 COUNT = 40
+SHORT = Args(
+    num_envs=4, total_timesteps=400, learning_starts=64, eval_episodes=4, eval_interval=400
+)
 
 
 # ------------------------------------------------------------------------- Stable-Baselines3
@@ -85,14 +89,7 @@ def test_evaluation_makes_copies_like_those_of_a_vec_env():
 def test_a_run_with_a_vec_env(tmp_path):
     """It trains and is evaluated, from the object alone."""
     env_util = pytest.importorskip("stable_baselines3.common.env_util")
-    args = Args(
-        num_envs=4,
-        total_timesteps=400,
-        learning_starts=64,
-        eval_episodes=4,
-        eval_interval=400,
-        run_dir=tmp_path / "run",
-    )
+    args = replace(SHORT, run_dir=tmp_path / "run")
     result = train(args, env=from_gymnasium(env_util.make_vec_env("CartPole-v1", 4)))
     assert 8 <= result.summary["eval_return_mean"] <= 500
 
@@ -190,14 +187,7 @@ def test_envpool_gives_the_transitions_of_a_plain_loop():
 
 def test_a_run_with_envpool(tmp_path):
     """No id is needed, and evaluation makes its own copies."""
-    args = Args(
-        num_envs=4,
-        total_timesteps=400,
-        learning_starts=64,
-        eval_episodes=4,
-        eval_interval=400,
-        run_dir=tmp_path / "run",
-    )
+    args = replace(SHORT, run_dir=tmp_path / "run")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = train(args, env=from_gymnasium(EpisodesGymnasiumEnvPool))
